@@ -1,0 +1,155 @@
+"""Validation of q, k, v and the key mask, and the split of padded batches into plain rows."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longswift.core.errors import InputError, problem
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class RowGroup(NamedTuple):
+    """Batch rows that share one set of real keys, so that they form a batch without padding.
+
+    Attributes:
+        rows: Batch indices of the group.
+        keys: Indices of the real keys, or a slice when they are contiguous.
+        queries: Indices of the real queries, or a slice when they are contiguous.
+    """
+
+    rows: list[int]
+    keys: slice | Tensor
+    queries: slice | Tensor
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool) -> None:
+    """Raise ``InputError`` unless q, k, v and key_mask satisfy the layout contract.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]`` with ``Hq % Hkv == 0``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        key_mask: bool ``[B, Lk]``, True for real tokens, or None.
+        causal: Causal attention needs ``Lq <= Lk`` (bottom-right alignment).
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                problem(
+                    name,
+                    expected="a 4-D tensor [batch, heads, length, head_dim]",
+                    got=got,
+                    fix="Unsqueeze missing dimensions or transpose(1, 2) a [B, L, H, D] tensor.",
+                )
+            )
+        if x.dtype not in FLOATS:
+            raise InputError(
+                problem(name, expected="a floating dtype", got=x.dtype, fix="Call .float() on it.")
+            )
+    if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):
+        raise InputError(
+            problem(
+                "q, k, v",
+                expected="one dtype and one device",
+                got=f"{q.dtype}/{q.device}, {k.dtype}/{k.device}, {v.dtype}/{v.device}",
+                fix="Convert them with .to(dtype, device) first.",
+            )
+        )
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    if k.shape[0] != batch or k.shape[3] != head_dim or k.shape[:3] != v.shape[:3]:
+        raise InputError(
+            problem(
+                "shapes",
+                expected="q [B, Hq, Lq, D], k [B, Hkv, Lk, D], v [B, Hkv, Lk, Dv]",
+                got=f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+                fix="Make batch, key length and head dimension agree.",
+            )
+        )
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise InputError(
+            problem(
+                "heads",
+                expected="query heads a multiple of key/value heads",
+                got=f"{q_heads} query heads and {kv_heads} key/value heads",
+                fix="Grouped-query attention needs Hq % Hkv == 0.",
+            )
+        )
+    if causal and q_len > k_len:
+        raise InputError(
+            problem(
+                "lengths",
+                expected="Lq <= Lk when causal (query i sits at key position Lk - Lq + i)",
+                got=f"Lq={q_len}, Lk={k_len}",
+                fix="Pass the keys of every query, or causal=False for cross attention.",
+            )
+        )
+    if key_mask is not None and (
+        key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, k_len)
+    ):
+        raise InputError(
+            problem(
+                "key_mask",
+                expected=f"a bool tensor of shape {(batch, k_len)}, True for real tokens",
+                got=f"{key_mask.dtype} {tuple(key_mask.shape)}",
+                fix="Convert an HF attention_mask with attention_mask.bool().",
+            )
+        )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ``InputError`` when a tensor holds NaN or infinity.
+
+    One reduction per tensor on CPU; skipped on accelerators, where reading the answer would stall
+    the stream.
+    """
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and x.numel():
+            total = x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32))
+            if not math.isfinite(total.item()) and not torch.isfinite(x.detach()).all():
+                raise InputError(
+                    problem(
+                        name,
+                        expected="finite values",
+                        got="NaN or infinity",
+                        fix="Look for an overflow in the layer that produced it.",
+                    )
+                )
+
+
+def _span(indices: Tensor) -> slice | Tensor:
+    """A slice for contiguous ascending indices, the indices themselves otherwise."""
+    if indices.numel() == 0:
+        return slice(0, 0)
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if last - first + 1 == indices.numel() else indices
+
+
+def split_padding(key_mask: Tensor, q_len: int, k_len: int, aligned: bool) -> list[RowGroup]:
+    """Group batch rows by their real keys, so that kernels never meet a padded token.
+
+    Args:
+        key_mask: bool ``[B, Lk]``.
+        q_len: Number of queries.
+        k_len: Number of keys.
+        aligned: True when query i sits at key ``Lk - Lq + i``; a query on a padded key is then
+            padding itself and belongs to no group (its output is 0).
+    """
+    groups: dict[bytes, RowGroup] = {}
+    for row, mask in enumerate(key_mask.cpu()):
+        key = mask.numpy().tobytes()
+        if key in groups:
+            groups[key].rows.append(row)
+            continue
+        keys = _span(mask.nonzero().flatten())
+        queries: slice | Tensor = slice(0, q_len)
+        if aligned:
+            queries = _span(mask[k_len - q_len :].nonzero().flatten())
+        groups[key] = RowGroup([row], keys, queries)
+    return list(groups.values())

@@ -1,0 +1,282 @@
+"""The shape of every mechanism: a frozen dataclass that is its own configuration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.inputs import RowGroup, check_finite, check_inputs, split_padding
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import KeySummary
+from longswift.core.types import AttentionResult, AttentionStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one call asks for besides q, k, v; handed down whole.
+
+    Attributes:
+        causal: Bottom-right aligned causal attention.
+        scale: Factor on the scores.
+        backend: ``"auto"`` or an explicit backend name.
+        training: True when the choice of keys must not depend on later rows.
+        summary: Page summaries of ``k`` kept by a cache, or None.
+    """
+
+    causal: bool
+    scale: float
+    backend: str = "auto"
+    training: bool = False
+    summary: KeySummary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism(ABC):
+    """Attention over a subset (or an approximation) of the keys.
+
+    Subclasses set ``name``, say which of causal and bidirectional they support, and implement
+    ``_forward`` (an unpadded batch) and ``reference`` (dense, the specification). Instances are
+    immutable, hashable and serialisable: the configuration *is* the object.
+    """
+
+    name: ClassVar[str]
+    supports_causal: ClassVar[bool] = True
+    supports_bidirectional: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+        backend: str = "auto",
+        training: bool | None = None,
+        summary: KeySummary | None = None,
+    ) -> AttentionResult:
+        """Attend.
+
+        Args:
+            q: ``[B, Hq, Lq, D]``.
+            k: ``[B, Hkv, Lk, D]``, ``Hq % Hkv == 0``.
+            v: ``[B, Hkv, Lk, Dv]``.
+            causal: Query ``i`` sits at key position ``Lk - Lq + i`` and sees nothing after it.
+            key_mask: bool ``[B, Lk]``, True = real token, padding on either side (or anywhere).
+                Positions count real tokens only. A query on a padded key returns 0.
+            scale: Factor on the scores, ``D ** -0.5`` when None.
+            backend: ``"auto"`` picks one; an explicit name never falls back.
+            training: Content-based choices leak nothing from later rows of a block. None means
+                "while gradients are recorded".
+            summary: Page summaries of exactly these keys, from a cache (see ``KeySummary``).
+
+        Raises:
+            InputError: Wrong shapes, dtypes, devices, or NaN.
+            UnsupportedError: The mechanism has no causal (or bidirectional) form.
+        """
+        check_inputs(q, k, v, key_mask, causal)
+        self._check_direction(causal, q.shape[2], k.shape[2])
+        check_finite(q=q, k=k, v=v)
+        if training is None:
+            training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        call = Call(
+            causal=causal,
+            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            backend=backend,
+            training=training,
+            summary=summary,
+        )
+        if key_mask is None or bool(key_mask.all()):
+            return self._forward(q, k, v, call)
+        return self._forward_padded(q, k, v, key_mask, call)
+
+    def visible(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        causal: bool = True,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+        training: bool = False,
+    ) -> Tensor:
+        """Exactly the keys each query sees, bool ``[B, Hq, Lq, Lk]``. O(Lq * Lk): small n only."""
+        v = k
+        check_inputs(q, k, v, key_mask, causal)
+        self._check_direction(causal, q.shape[2], k.shape[2])
+        batch, heads, q_len, _ = q.shape
+        seen = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.bool, device=q.device)
+        call = Call(
+            causal=causal,
+            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            training=training,
+        )
+        if key_mask is None:
+            return self._visible(q, k, call).expand_as(seen).clone()
+        for group in self._groups(q, k, key_mask, causal):
+            qg, kg = _take(q, group.rows, group.queries), _take(k, group.rows, group.keys)
+            if qg.shape[2] == 0 or kg.shape[2] == 0:
+                continue
+            part = self._visible(qg, kg, call).expand(len(group.rows), heads, -1, -1)
+            rows = torch.tensor(group.rows, device=q.device)
+            query = _indices(group.queries, q.device)
+            keys = _indices(group.keys, q.device)
+            seen[
+                rows[:, None, None, None],
+                torch.arange(heads, device=q.device)[None, :, None, None],
+                query[None, None, :, None],
+                keys[None, None, None, :],
+            ] = part
+        return seen
+
+    @abstractmethod
+    def reference(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = True,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+        training: bool = False,
+    ) -> AttentionResult:
+        """Dense specification in fp32/fp64, O(Lq * Lk) memory; differentiable."""
+
+    @abstractmethod
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
+        """Attention of a batch without padding."""
+
+    @abstractmethod
+    def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
+        """``visible`` of a batch without padding; broadcastable over the batch."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and every field, JSON-ready; ``longswift.from_dict`` is the inverse."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def _check_direction(self, causal: bool, q_len: int, k_len: int) -> None:
+        if causal and not self.supports_causal or not causal and not self.supports_bidirectional:
+            raise UnsupportedError(
+                problem(
+                    self.name,
+                    expected="causal=False" if causal else "causal=True",
+                    got=f"causal={causal}",
+                    fix="This mechanism has no such form; choose another one.",
+                )
+            )
+        if not causal and q_len != k_len and self.name != "full":
+            raise UnsupportedError(
+                problem(
+                    self.name,
+                    expected="Lq == Lk in bidirectional attention (windows need aligned positions)",
+                    got=f"Lq={q_len}, Lk={k_len}",
+                    fix="Use the 'full' mechanism for cross attention.",
+                )
+            )
+
+    def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor, causal: bool) -> list[RowGroup]:
+        q_len, k_len = q.shape[2], k.shape[2]
+        return split_padding(key_mask, q_len, k_len, aligned=causal or q_len == k_len)
+
+    def _forward_padded(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, call: Call
+    ) -> AttentionResult:
+        """Each group of rows with equal padding is attended as if the padding were not there."""
+        batch, heads, q_len, _ = q.shape
+        out = q.new_zeros(batch, heads, q_len, v.shape[-1])
+        lse = torch.full(
+            (batch, heads, q_len), float("-inf"), dtype=accumulator_dtype(q.dtype), device=q.device
+        )
+        all_stats: list[AttentionStats] = []
+        for group in self._groups(q, k, key_mask, call.causal):
+            qg = _take(q, group.rows, group.queries)
+            kg, vg = (_take(x, group.rows, group.keys) for x in (k, v))
+            if qg.shape[2] == 0 or kg.shape[2] == 0:
+                continue
+            summary = None
+            if call.summary is not None and isinstance(group.keys, slice):
+                summary = call.summary.rows(group.rows, group.keys)
+            part = self._forward(qg, kg, vg, _with_summary(call, summary))
+            rows = torch.tensor(group.rows, device=q.device)
+            query = _indices(group.queries, q.device)
+            place = (
+                rows[:, None, None],
+                torch.arange(heads, device=q.device)[None, :, None],
+                query[None, None, :],
+            )
+            out = out.index_put(place, part.out)
+            lse = lse.index_put(place, part.lse)
+            all_stats.extend([part.stats] * len(group.rows))
+        return AttentionResult(out, lse, _mean_stats(self.name, all_stats))
+
+
+def _with_summary(call: Call, summary: KeySummary | None) -> Call:
+    return Call(
+        causal=call.causal,
+        scale=call.scale,
+        backend=call.backend,
+        training=call.training,
+        summary=summary,
+    )
+
+
+def _take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:
+    """Rows and positions of ``[B, H, L, D]``; a view when both are contiguous."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        x = x[rows[0] : rows[0] + len(rows)]
+    else:
+        x = x[rows]
+    return x[:, :, positions.to(x.device) if isinstance(positions, Tensor) else positions]
+
+
+def _indices(positions: slice | Tensor, device: torch.device) -> Tensor:
+    if isinstance(positions, Tensor):
+        return positions.to(device)
+    return torch.arange(positions.start, positions.stop, device=device)
+
+
+def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
+    """Average over batch rows; a batch of nothing but padding computed nothing."""
+    if not stats:
+        return AttentionStats(
+            mechanism=name,
+            backend="none",
+            mode="dense",
+            keys_per_query=0.0,
+            density=0.0,
+            dense_rows=0.0,
+        )
+
+    def mean(field: str) -> float:
+        return sum(getattr(s, field) for s in stats) / len(stats)
+
+    return AttentionStats(
+        mechanism=name,
+        backend=stats[0].backend,
+        mode=stats[0].mode,
+        keys_per_query=mean("keys_per_query"),
+        density=mean("density"),
+        dense_rows=mean("dense_rows"),
+        extra=stats[0].extra,
+    )
+
+
+def check_positive(owner: str, **values: int) -> None:
+    """Raise ``ConfigError`` unless every value is a positive integer."""
+    for field_name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(
+                problem(
+                    f"{owner}.{field_name}",
+                    expected="a positive integer",
+                    got=repr(value),
+                    fix="Give a number of tokens of at least 1.",
+                )
+            )

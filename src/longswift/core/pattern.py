@@ -1,0 +1,99 @@
+"""The sparse pattern: which keys each block of queries sees.
+
+A pattern describes an unpadded batch. Query ``i`` sits at key position ``offset + i`` with
+``offset = Lk - Lq``; blocks and tiles lie on grids counted from key position 0.
+
+Two kinds of keys, disjoint by construction:
+
+* **Bands**: per KV head a contiguous window. Queries come in tiles of ``tile``; the tile starting
+  at ``t`` sees keys ``[t - left, t + tile + right)``, clipped to the sequence, to the causal
+  triangle and to ``reach``: with ``reach = (a, b)`` query ``p`` sees ``p - a <= j <= p + b``
+  (both inclusive).
+* **Gathered** keys: per KV head and block of ``block`` queries a list of single tokens outside the
+  band, each from a query position on, and optionally the pooled remainder of everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band:
+    """Contiguous keys of one KV head: a tile ``[t, t + tile)`` sees ``[t - left, t + tile + right)``.
+
+    ``reach = (a, b)`` narrows it to ``p - a <= j <= p + b`` for the query at ``p``.
+    """
+
+    tile: int
+    left: int
+    right: int = 0
+    reach: tuple[int, int] | None = None
+
+    def bounds(self, position: Tensor, k_len: int) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key of the tiles that hold ``position`` (reach not applied)."""
+        start = position.div(self.tile, rounding_mode="floor") * self.tile
+        first = (start - self.left).clamp(0, k_len)
+        return first, (start + self.tile + self.right).clamp(0, k_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPattern:
+    """Keys seen by each block of queries of an unpadded batch.
+
+    Attributes:
+        causal: Key ``j`` is visible to the query at ``p`` only if ``j <= p``.
+        bands: One band per KV head.
+        block: Query rows that share a gathered list.
+        tokens: int64 ``[B, Hkv, N, C]``, the gathered key positions of the ``N`` blocks that the
+            queries touch (the first holds position ``offset``); -1 marks an empty slot. None when
+            nothing is gathered. Never inside the band, never twice, never after the block.
+        visible_from: int64 like ``tokens``: first query position that may see the slot, or None
+            when every row of the block sees it.
+        pool: Size of the remainder's pools, or None. A pool stands for its tokens outside the
+            band and not gathered by the row (or its block), through their mean key and value
+            plus the log of their count. Band edges lie on multiples of ``pool_grain``.
+        pool_grain: Granularity of band edges when ``pool`` is set; divides ``pool`` and ``block``.
+    """
+
+    causal: bool
+    bands: tuple[Band, ...]
+    block: int = 64
+    tokens: Tensor | None = None
+    visible_from: Tensor | None = None
+    pool: int | None = None
+    pool_grain: int = 1
+
+    def visible(self, q_len: int, k_len: int, groups: int, device: torch.device) -> Tensor:
+        """Dense bool ``[B or 1, Hkv * groups, Lq, Lk]`` of exact keys; remainder not included.
+
+        O(Lq * Lk) memory: for tests, pictures and short sequences.
+        """
+        offset = k_len - q_len
+        pos = torch.arange(offset, k_len, device=device)
+        key = torch.arange(k_len, device=device)
+        heads = []
+        for band in self.bands:
+            first, last = band.bounds(pos, k_len)
+            seen = (key >= first[:, None]) & (key < last[:, None])
+            if band.reach is not None:
+                seen &= (key >= pos[:, None] - band.reach[0]) & (key <= pos[:, None] + band.reach[1])
+            heads.append(seen)
+        mask = torch.stack(heads).unsqueeze(0)
+        if self.tokens is not None:
+            batch = self.tokens.shape[0]
+            mask = mask.repeat(batch, 1, 1, 1)
+            row_block = pos // self.block - offset // self.block
+            slots = self.tokens[:, :, row_block]
+            shown = slots >= 0
+            if self.visible_from is not None:
+                shown = shown & (self.visible_from[:, :, row_block] <= pos[:, None])
+            gathered = torch.zeros(*mask.shape[:3], k_len + 1, dtype=torch.bool, device=device)
+            gathered.scatter_(3, torch.where(shown, slots, k_len), True)
+            mask = mask | gathered[..., :k_len]
+        if self.causal:
+            mask = mask & (key <= pos[:, None])
+        return mask.repeat_interleave(groups, dim=1)

@@ -1,0 +1,71 @@
+"""A lazy table from names to classes: ``name -> "module:Class"``, open to entry points."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from longswift.core.errors import ConfigError, problem
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to classes, imported on first use.
+
+    Args:
+        kind: What is registered, for error messages.
+        table: ``{name: "module:Class"}``.
+        entry_point_group: Installed packages may add names here; ours win on a clash.
+    """
+
+    def __init__(self, kind: str, table: dict[str, str], entry_point_group: str) -> None:
+        self._kind = kind
+        self._table = table
+        self._group = entry_point_group
+
+    def _targets(self) -> dict[str, str]:
+        plugins = {point.name: point.value for point in entry_points(group=self._group)}
+        return {**plugins, **self._table}
+
+    def names(self) -> list[str]:
+        """Every registered name, ours first."""
+        return list(self._table) + sorted(set(self._targets()) - set(self._table))
+
+    def get(self, name: str) -> type[T]:
+        """The class behind ``name``.
+
+        Raises:
+            ConfigError: The name is unknown; the message lists the names and the nearest one.
+        """
+        targets = self._targets()
+        if name not in targets:
+            near = difflib.get_close_matches(str(name), list(targets), n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Pick one of these names."
+            raise ConfigError(
+                problem(
+                    self._kind,
+                    expected=f"one of {', '.join(self.names())}",
+                    got=repr(name),
+                    fix=hint,
+                )
+            )
+        module, _, attribute = targets[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+    def build(self, name: str, config: dict[str, Any]) -> T:
+        """An instance of ``name`` from keyword arguments; unknown keywords are named."""
+        cls = self.get(name)
+        try:
+            return cls(**config)
+        except TypeError as error:
+            raise ConfigError(
+                problem(
+                    f"{self._kind} {name!r}",
+                    expected="its documented options",
+                    got=f"{sorted(config)} ({error})",
+                    fix=f"See help({cls.__name__}).",
+                )
+            ) from None

@@ -1,0 +1,46 @@
+"""Merging attention over disjoint key sets by log-sum-exp, in fp32 or better."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longswift.core.types import Partial
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 input, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def safe_exp_difference(lse: Tensor, total: Tensor) -> Tensor:
+    """``exp(lse - total)`` with 0 where ``lse`` is ``-inf`` (even if ``total`` is, too)."""
+    return torch.exp(lse - total).masked_fill(lse == float("-inf"), 0.0)
+
+
+def merge(*parts: Partial) -> Partial:
+    """Attention over the union of disjoint key sets.
+
+    Args:
+        parts: ``out [..., L, Dv]`` normalised within each part, ``lse [..., L]`` (natural log).
+
+    Returns:
+        The normalised output over the union and its log-sum-exp; a row that saw no key in any
+        part is exactly 0 with ``lse = -inf``.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = parts[0].lse
+    for part in parts[1:]:
+        total = torch.logaddexp(total, part.lse)
+    out = parts[0].out * safe_exp_difference(parts[0].lse, total).unsqueeze(-1)
+    for part in parts[1:]:
+        out = out + part.out * safe_exp_difference(part.lse, total).unsqueeze(-1)
+    return Partial(out, total)
+
+
+def softmax_partial(scores: Tensor, v: Tensor) -> Partial:
+    """Softmax attention from explicit scores ``[..., L, K]`` (``-inf`` = hidden), ``v [..., K, Dv]``."""
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = safe_exp_difference(scores, lse.unsqueeze(-1))
+    return Partial(weights @ v, lse)

@@ -1,0 +1,87 @@
+"""Page summaries of keys and values: what block bounds and pooled means are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longswift.core.softmax import accumulator_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeySummary:
+    """Per-page extremes of the keys and sums of keys and values.
+
+    Pages of ``page`` tokens lie on a grid counted from the first real token, so that a padded row
+    has the pages of the same row alone. Only complete pages are summarised.
+
+    Attributes:
+        page: Tokens per page.
+        start: First real position of each batch row (0 without left padding).
+        k_min: ``[B, Hkv, P, D]`` channel-wise minimum of the keys, in the dtype of the keys.
+        k_max: ``[B, Hkv, P, D]`` channel-wise maximum.
+        k_sum: ``[B, Hkv, P, D]`` fp32 (fp64 for fp64 keys).
+        v_sum: ``[B, Hkv, P, Dv]`` likewise.
+    """
+
+    page: int
+    start: tuple[int, ...]
+    k_min: Tensor
+    k_max: Tensor
+    k_sum: Tensor
+    v_sum: Tensor
+
+    @classmethod
+    def build(cls, k: Tensor, v: Tensor, page: int) -> KeySummary:
+        """Summaries of the complete pages of unpadded ``k [B, Hkv, L, D]`` and ``v``. O(L * D)."""
+        pages = k.shape[2] // page
+        kp = k[:, :, : pages * page].unflatten(2, (pages, page))
+        vp = v[:, :, : pages * page].unflatten(2, (pages, page))
+        acc = accumulator_dtype(k.dtype)
+        if pages:
+            k_min, k_max = kp.amin(3), kp.amax(3)
+        else:
+            k_min = k_max = k.new_zeros(*k.shape[:2], 0, k.shape[3])
+        return cls(
+            page=page,
+            start=(0,) * k.shape[0],
+            k_min=k_min,
+            k_max=k_max,
+            k_sum=kp.sum(3, dtype=acc),
+            v_sum=vp.sum(3, dtype=acc),
+        )
+
+    def rows(self, rows: list[int], keys: slice) -> KeySummary | None:
+        """Summary of some batch rows restricted to ``keys``; None if the pages do not line up."""
+        starts = {self.start[row] for row in rows}
+        if starts != {keys.start}:
+            return None
+        pages = (keys.stop - keys.start) // self.page
+        return KeySummary(
+            page=self.page,
+            start=(0,) * len(rows),
+            k_min=self.k_min[rows, :, :pages],
+            k_max=self.k_max[rows, :, :pages],
+            k_sum=self.k_sum[rows, :, :pages],
+            v_sum=self.v_sum[rows, :, :pages],
+        )
+
+    def coarsen(self, factor: int) -> KeySummary:
+        """Summaries of pages ``factor`` times as long; a last incomplete one is dropped."""
+        if factor == 1:
+            return self
+        pages = self.k_min.shape[2] // factor
+
+        def grouped(x: Tensor) -> Tensor:
+            return x[:, :, : pages * factor].unflatten(2, (pages, factor))
+
+        return KeySummary(
+            page=self.page * factor,
+            start=self.start,
+            k_min=grouped(self.k_min).amin(3),
+            k_max=grouped(self.k_max).amax(3),
+            k_sum=grouped(self.k_sum).sum(3),
+            v_sum=grouped(self.v_sum).sum(3),
+        )

@@ -1,0 +1,48 @@
+"""THE table of mechanisms: one line each. Tests, CLI and HF names all come from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import Mechanism
+from longswift.core.registry import Registry
+
+MECHANISMS: Registry[Mechanism] = Registry(
+    "mechanism",
+    {
+        "full": "longswift.mechanisms.full:Full",
+        "sliding_window": "longswift.mechanisms.sliding_window:SlidingWindow",
+        "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
+    },
+    entry_point_group="longswift.mechanisms",
+)
+
+
+def list_mechanisms() -> list[str]:
+    """Names of every mechanism, those of installed plug-ins included."""
+    return MECHANISMS.names()
+
+
+def get_mechanism(name: str, **config: Any) -> Mechanism:
+    """The mechanism ``name`` with these options.
+
+    Raises:
+        ConfigError: Unknown name, unknown option, or an impossible value.
+    """
+    return MECHANISMS.build(name.replace("-", "_") if isinstance(name, str) else name, config)
+
+
+def from_dict(config: dict[str, Any]) -> Mechanism:
+    """Inverse of ``Mechanism.to_dict``."""
+    if not isinstance(config, dict) or "name" not in config:
+        raise ConfigError(
+            problem(
+                "mechanism config",
+                expected="a dictionary with a 'name'",
+                got=repr(config),
+                fix="Save one with Mechanism.to_dict().",
+            )
+        )
+    options = {k: v for k, v in config.items() if k != "name"}
+    return MECHANISMS.build(config["name"], options)

@@ -1,0 +1,225 @@
+"""Training batches: plain text, copying and look-up of hidden secrets, a function of the step."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from longswift.tiny import corpus, tasks
+from longswift.tiny.tokenizer import END_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["Batch", "Pool", "make_batch", "make_pool"]
+
+ANSWER_WEIGHT = 4.0
+QUESTION_WEIGHT = 0.2
+_TOPIC_SHARE = 0.25
+_FIRST_FREE = 2
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Everything the batches are cut from, tokenised once.
+
+    Attributes:
+        topics: Token ids of the documentation's prose, ``[topic_tokens]``.
+        files: Token ids of the library's source, ``[file_tokens]``.
+        words: Token ids of every word a secret may have, each ``[pieces]``.
+        parts: Token ids of the fixed parts of a sentence, keyed by role.
+        digits: The ids of the digits 0 to 9, ``[10]``.
+        vocab_size: Size of the vocabulary.
+    """
+
+    topics: np.ndarray
+    files: np.ndarray
+    words: list[np.ndarray]
+    parts: dict[str, np.ndarray]
+    digits: np.ndarray
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids ``[rows, length + 1]`` and the weight of predicting each one, same shape."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def make_pool(
+    tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None, words: int = 60_000
+) -> Pool:
+    """Tokenise the training split, the words and the fixed parts of a sentence.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        limit: Characters read of each document; everything by default.
+        words: How many words to prepare, half of them invented.
+    """
+
+    def encode(text: str) -> np.ndarray:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    end = np.asarray([END_ID], dtype=np.int32)
+    topics, files = [], []
+    seen: set[str] = set()
+    for name, body in corpus.documents("train"):
+        (topics if name.startswith("topic:") else files).extend([encode(body[:limit]), end])
+        seen.update(body[:limit].replace("_", " ").split())
+    rng = random.Random(0)
+    known = sorted(w for w in seen if w.isascii() and w.isalpha() and 3 <= len(w) <= 12)
+    known = rng.sample(known, min(len(known), words // 2))
+    invented = {tasks.made_up_word(rng) for _ in range(words - len(known))}
+    encoded = tokenizer(
+        [f" {w}" for w in known + sorted(invented)], add_special_tokens=False
+    )["input_ids"]
+    stem = tasks.question("").removesuffix("  is")
+    return Pool(
+        topics=np.concatenate(topics),
+        files=np.concatenate(files),
+        words=[np.asarray(ids, dtype=np.int32) for ids in encoded],
+        parts={"stem": encode(stem), "is": encode(" is"), "space": encode(" "), "stop": encode(".")},
+        digits=np.concatenate([encode(str(d)) for d in range(10)]),
+        vocab_size=len(tokenizer),
+    )
+
+
+def _stretch(pool: Pool, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return ``size`` consecutive tokens of real text from a random place."""
+    source = pool.topics if rng.random() < _TOPIC_SHARE else pool.files
+    if len(source) <= size:
+        source = np.tile(source, size // len(source) + 2)
+    start = int(rng.integers(len(source) - size))
+    return source[start : start + size]
+
+
+class _Row:
+    """A sequence under construction, with the weight of each token."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.ids: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        # Callers may cut a document anywhere, so the first token is left out now and then.
+        if rng.random() < 0.9:
+            self.add(np.asarray([END_ID], dtype=np.int32), 0.0)
+
+    def add(self, ids: np.ndarray, weight: float) -> None:
+        self.ids.append(ids)
+        self.weights.append(np.full(len(ids), weight, dtype=np.float32))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ids))
+
+    def close(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.concatenate(self.ids)[:size], np.concatenate(self.weights)[:size]
+
+
+def _text_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    row = _Row(rng)
+    row.add(_stretch(pool, size, rng), 1.0)
+    return row.close(size)
+
+
+def _copy_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Repeat passages, random or real, after a gap of real text."""
+    row = _Row(rng)
+    while len(row) < size:
+        span = int(rng.integers(8, 65))
+        if rng.random() < 0.7:
+            passage = rng.integers(_FIRST_FREE, pool.vocab_size, span, dtype=np.int32)
+        else:
+            passage = _stretch(pool, span, rng)
+        row.add(passage, 0.0)
+        for _ in range(int(rng.integers(1, 4))):
+            if rng.random() < 0.6:
+                row.add(_stretch(pool, int(rng.integers(1, max(2, size // 4))), rng), 0.2)
+            row.add(passage[:1], 0.0)
+            row.add(passage[1:], 1.0)
+    return row.close(size)
+
+
+def _words(pool: Pool, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw distinct words; some share all but one piece with another, to demand a full match."""
+    chosen: dict[bytes, np.ndarray] = {}
+    while len(chosen) < count:
+        word = pool.words[int(rng.integers(len(pool.words)))]
+        if chosen and rng.random() < 0.15:
+            other = list(chosen.values())[int(rng.integers(len(chosen)))]
+            word = np.concatenate([other[:1], word[1:]]) if len(word) > 1 else word
+        chosen[word.tobytes()] = word
+    return list(chosen.values())
+
+
+def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Hide secrets in real text and ask for some of them at the end."""
+    most = max(1, min(48, size // 44))
+    # Both few and many secrets at every length: one alone in a long text is a task of its own.
+    keys = int(np.exp(rng.uniform(0, np.log(most + 1))))
+    asked = min(max(1, size // 60), 16)
+    words = _words(pool, keys, rng)
+    numbers = pool.digits[rng.integers(0, 10, (keys, tasks.DIGITS))]
+    parts = pool.parts
+
+    def cost(word: np.ndarray) -> int:
+        fixed = sum(map(len, parts.values()))
+        return fixed + len(word) + tasks.DIGITS
+
+    order = rng.permutation(keys)[:asked]
+    if keys < asked and rng.random() < 0.5:
+        # Asking the same few again gives long texts with few secrets a useful signal too.
+        order = rng.choice(keys, min(asked, 2 * keys))
+    free = size - 1 - sum(map(cost, words)) - sum(cost(words[i]) for i in order)
+    while free < keys and len(order) > 1:
+        free += cost(words[order[-1]])
+        order = order[:-1]
+    filler = _stretch(pool, max(free, 1), rng)
+    # Weighted so that the text counts about as much as the answers, whatever the length.
+    answers = ANSWER_WEIGHT * (tasks.DIGITS + 2) * len(order)
+    text_weight = min(0.5, 1.2 * answers / len(filler))
+    row = _Row(rng)
+    cuts = np.sort(rng.integers(0, len(filler) + 1, keys))
+    if rng.random() < 0.1:
+        cuts[0] = 0
+    last = 0
+    for word, number, cut in zip(words, numbers, cuts, strict=True):
+        row.add(filler[last:cut], text_weight)
+        for ids in (parts["stem"], word, parts["is"], parts["space"], number, parts["stop"]):
+            row.add(ids, 0.0 if ids is number or ids is word else 0.1)
+        last = cut
+    row.add(filler[last:], text_weight)
+    for i in order:
+        for ids in (parts["stem"], words[i], parts["is"]):
+            row.add(ids, QUESTION_WEIGHT if ids is not words[i] else 0.0)
+        row.add(parts["space"], QUESTION_WEIGHT)
+        row.add(numbers[i], ANSWER_WEIGHT)
+        row.add(parts["stop"], QUESTION_WEIGHT)
+    return row.close(size)
+
+
+def make_batch(pool: Pool, rows: int, length: int, seed: int, step: int) -> Batch:
+    """Build the batch of a step: the same arguments always give the same batch.
+
+    Args:
+        pool: The tokenised material.
+        rows: Sequences in the batch.
+        length: Tokens predicted per sequence.
+        seed: Seed of the whole run.
+        step: Number of the step.
+    """
+    rng = np.random.default_rng([seed, step])
+    ids = np.full((rows, length + 1), END_ID, dtype=np.int64)
+    weights = np.zeros((rows, length + 1), dtype=np.float32)
+    # The mix is stratified over steps, because a long step has only one or two rows.
+    for i in range(rows):
+        turn = (step * rows + i) % 6
+        make = (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row)[turn]
+        row_ids, row_weights = make(pool, length + 1, rng)
+        ids[i, : len(row_ids)] = row_ids
+        weights[i, : len(row_weights)] = row_weights
+    return Batch(ids, weights)

@@ -1,0 +1,155 @@
+"""The tiny model's shape, and a training forward whose window costs only the window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from longswift.tiny.tokenizer import END_ID, PAD_ID
+
+if TYPE_CHECKING:
+    from transformers import SmolLM3ForCausalLM
+
+__all__ = ["build", "hidden_states", "window_attention"]
+
+MAX_POSITIONS = 1 << 22
+
+
+def build(
+    *,
+    vocab_size: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    feed_forward: int,
+    window: int,
+    seed: int,
+) -> SmolLM3ForCausalLM:
+    """Create the untrained model: windows with positions and full layers without, in turn.
+
+    Args:
+        vocab_size: Rows of the embedding.
+        layers: Decoder layers; even ones slide, odd ones see everything and know no positions.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        feed_forward: Width of the feed-forward layers.
+        window: Tokens that a sliding layer sees, the current one included.
+        seed: Seed of the weights.
+
+    Raises:
+        ValueError: If the widths do not divide.
+    """
+    if hidden % heads or heads % kv_heads:
+        raise ValueError(
+            f"expected hidden % heads == 0 and heads % kv_heads == 0, got hidden={hidden}, "
+            f"heads={heads}, kv_heads={kv_heads}; choose widths that divide"
+        )
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    config = SmolLM3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        # Positions matter only inside the window, so a small base spends all frequencies on it.
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        use_sliding_window=True,
+        sliding_window=window,
+        no_rope_layers=[1 - i % 2 for i in range(layers)],
+        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(seed)
+    model = SmolLM3ForCausalLM(config)
+    with torch.no_grad():
+        # A head near zero starts at the uniform guess instead of unlearning random logits.
+        model.lm_head.weight.mul_(0.3)
+    return model.float()
+
+
+def window_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Causal attention to the last ``window`` keys, at a cost linear in the length.
+
+    Args:
+        q: Queries ``[batch, heads, length, dim]``.
+        k: Keys, same shape.
+        v: Values, same shape.
+        window: Keys each query sees, its own position included.
+
+    Returns:
+        The output ``[batch, heads, length, dim]``.
+    """
+    batch, heads, length, dim = q.shape
+    if length <= 2 * window:
+        near = torch.ones(length, length, dtype=torch.bool, device=q.device)
+        near = near.tril().triu(1 - window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=near)
+    blocks = -(-length // window)
+    pad = blocks * window - length
+    q, k, v = (F.pad(t, (0, 0, 0, pad)) for t in (q, k, v))
+
+    def pairs(t: torch.Tensor) -> torch.Tensor:
+        own = t.view(batch, heads, blocks, window, dim)
+        before = F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0))
+        return torch.cat((before, own), dim=3).flatten(0, 2)
+
+    place = torch.arange(window, device=q.device)[:, None]
+    other = torch.arange(2 * window, device=q.device)[None]
+    seen = (other <= place + window) & (other > place)
+    bias = torch.zeros(blocks, window, 2 * window, device=q.device)
+    bias.masked_fill_(~seen, float("-inf"))
+    bias[0, :, :window] = float("-inf")
+    scores = q.reshape(-1, window, dim) @ pairs(k).mT * dim**-0.5
+    scores = scores.view(batch * heads, blocks, window, 2 * window) + bias
+    out = scores.softmax(-1).flatten(0, 1) @ pairs(v)
+    return out.view(batch, heads, blocks * window, dim)[:, :, :length]
+
+
+def _rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def hidden_states(model: SmolLM3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Run the decoder on ``ids`` [rows, length] and return states ``[rows, length, hidden]``.
+
+    Gives what the model's own forward gives, without the quadratic mask of its sliding layers.
+    """
+    from transformers.models.smollm3.modeling_smollm3 import apply_rotary_pos_emb
+
+    config = model.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    dim = config.hidden_size // config.num_attention_heads
+    x = model.model.embed_tokens(ids)
+    rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        y = _rms(x, layer.input_layernorm)
+        q, k, v = (
+            proj(y).view(*ids.shape, -1, dim).transpose(1, 2)
+            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if config.no_rope_layers[i]:
+            q, k = apply_rotary_pos_emb(q, k, *rotary)
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        if config.layer_types[i] == "sliding_attention":
+            out = window_attention(q, k, v, config.sliding_window)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+        y = _rms(x, layer.post_attention_layernorm)
+        x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    return _rms(x, model.model.norm)
