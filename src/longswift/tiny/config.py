@@ -61,12 +61,12 @@ class Config:
 
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(length=192, tokens=9_000_000, batch=6144),
-            Stage(length=384, tokens=3_000_000, batch=6144),
-            Stage(length=768, tokens=3_000_000, batch=6144),
-            Stage(length=2048, tokens=6_000_000, batch=8192),
-            Stage(length=4096, tokens=4_000_000, batch=8192),
-            Stage(length=8192, tokens=4_000_000, batch=8192),
+            Stage(length=192, tokens=420 * 6144, batch=6144),
+            Stage(length=384, tokens=1_500_000, batch=6144),
+            Stage(length=768, tokens=2_000_000, batch=6144),
+            Stage(length=2048, tokens=3_000_000, batch=8192),
+            Stage(length=4096, tokens=2_000_000, batch=8192),
+            Stage(length=8192, tokens=2_700_000, batch=8192),
         )
     )
     vocab_size: int = 2048

@@ -19,7 +19,11 @@ __all__ = ["Batch", "Pool", "make_batch", "make_pool"]
 ANSWER_WEIGHT = 4.0
 QUESTION_WEIGHT = 0.2
 _TOPIC_SHARE = 0.25
+# Long rows score only this much of their text: the last layer then skips the rest.
+_LONG_ROW, _LONG_SCORED = 1600, 768
 _FIRST_FREE = 2
+# Up to this length words are rarely alike: the first hurdle is to look anything up at all.
+_EASY_ROW = 400
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class _Row:
         if rng.random() < 0.9:
             self.add(np.asarray([END_ID], dtype=np.int32), 0.0)
 
-    def add(self, ids: np.ndarray, weight: float) -> None:
+    def add(self, ids: np.ndarray, weight: float | np.ndarray) -> None:
         self.ids.append(ids)
         self.weights.append(np.full(len(ids), weight, dtype=np.float32))
 
@@ -120,9 +124,17 @@ class _Row:
         return np.concatenate(self.ids)[:size], np.concatenate(self.weights)[:size]
 
 
+def _scored(size: int, rng: np.random.Generator, share: int = 0) -> np.ndarray:
+    """Return 1 where a stretch of text is scored: all of a short one, a sample of a long one."""
+    if size <= _LONG_ROW:
+        return np.ones(size, dtype=np.float32)
+    return (rng.random(size) < max(share, _LONG_SCORED) / size).astype(np.float32)
+
+
 def _text_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     row = _Row(rng)
-    row.add(_stretch(pool, size, rng), 1.0)
+    words = _stretch(pool, size, rng)
+    row.add(words, _scored(size, rng, size // 4))
     return row.close(size)
 
 
@@ -138,31 +150,35 @@ def _copy_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarr
         row.add(passage, 0.0)
         for _ in range(int(rng.integers(1, 4))):
             if rng.random() < 0.6:
-                row.add(_stretch(pool, int(rng.integers(1, max(2, size // 4))), rng), 0.2)
+                gap = _stretch(pool, int(rng.integers(1, max(2, size // 4))), rng)
+                row.add(gap, 0.2 if size <= _LONG_ROW else 0.0)
             row.add(passage[:1], 0.0)
             row.add(passage[1:], 1.0)
     return row.close(size)
 
 
-def _words(pool: Pool, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+def _words(pool: Pool, count: int, rng: np.random.Generator, *, hard: bool) -> list[np.ndarray]:
     """Draw distinct words; some share all but one piece with another, to demand a full match."""
     chosen: dict[bytes, np.ndarray] = {}
     while len(chosen) < count:
         word = pool.words[int(rng.integers(len(pool.words)))]
-        if chosen and rng.random() < 0.15:
+        if chosen and rng.random() < (0.4 if hard else 0.15):
             other = list(chosen.values())[int(rng.integers(len(chosen)))]
-            word = np.concatenate([other[:1], word[1:]]) if len(word) > 1 else word
+            if hard and len(other) > 1 and len(chosen) % 2:
+                word = np.concatenate([other[:-1], word[-1:]])
+            elif len(word) > 1:
+                word = np.concatenate([other[:1], word[1:]])
         chosen[word.tobytes()] = word
     return list(chosen.values())
 
 
 def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Hide secrets in real text and ask for some of them at the end."""
-    most = max(1, min(48, size // 44))
+    most = max(1, min(96, size // 44))
     # Both few and many secrets at every length: one alone in a long text is a task of its own.
     keys = int(np.exp(rng.uniform(0, np.log(most + 1))))
-    asked = min(max(1, size // 60), 16)
-    words = _words(pool, keys, rng)
+    asked = min(max(1, size // 60), 40)
+    words = _words(pool, keys, rng, hard=size > _EASY_ROW)
     numbers = pool.digits[rng.integers(0, 10, (keys, tasks.DIGITS))]
     parts = pool.parts
 
@@ -181,18 +197,19 @@ def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
     filler = _stretch(pool, max(free, 1), rng)
     # Weighted so that the text counts about as much as the answers, whatever the length.
     answers = ANSWER_WEIGHT * (tasks.DIGITS + 2) * len(order)
-    text_weight = min(0.5, 1.2 * answers / len(filler))
+    scored = _scored(len(filler), rng)
+    text_weights = scored * min(0.5, 1.2 * answers / max(1.0, scored.sum()))
     row = _Row(rng)
     cuts = np.sort(rng.integers(0, len(filler) + 1, keys))
     if rng.random() < 0.1:
         cuts[0] = 0
     last = 0
     for word, number, cut in zip(words, numbers, cuts, strict=True):
-        row.add(filler[last:cut], text_weight)
+        row.add(filler[last:cut], text_weights[last:cut])
         for ids in (parts["stem"], word, parts["is"], parts["space"], number, parts["stop"]):
             row.add(ids, 0.0 if ids is number or ids is word else 0.1)
         last = cut
-    row.add(filler[last:], text_weight)
+    row.add(filler[last:], text_weights[last:])
     for i in order:
         for ids in (parts["stem"], words[i], parts["is"]):
             row.add(ids, QUESTION_WEIGHT if ids is not words[i] else 0.0)

@@ -123,32 +123,47 @@ def _rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
-def hidden_states(model: SmolLM3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Run the decoder on ``ids`` [rows, length] and return states ``[rows, length, hidden]``.
+def hidden_states(
+    model: SmolLM3ForCausalLM, ids: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run the decoder as its own forward would, without the quadratic mask of the windows.
 
-    Gives what the model's own forward gives, without the quadratic mask of its sliding layers.
+    Args:
+        model: The model.
+        ids: Token ids ``[rows, length]``.
+        kept: Positions ``[kept]`` whose states are wanted; all by default. The last layer, which
+            must see everything, then computes no others.
+
+    Returns:
+        The final states ``[rows, length or kept, hidden]``.
     """
     from transformers.models.smollm3.modeling_smollm3 import apply_rotary_pos_emb
 
     config = model.config
     groups = config.num_attention_heads // config.num_key_value_heads
     dim = config.hidden_size // config.num_attention_heads
+
+    def split(y: torch.Tensor) -> torch.Tensor:
+        return y.view(*y.shape[:2], -1, dim).transpose(1, 2)
+
     x = model.model.embed_tokens(ids)
     rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
     for i, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         y = _rms(x, layer.input_layernorm)
-        q, k, v = (
-            proj(y).view(*ids.shape, -1, dim).transpose(1, 2)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        k, v = split(attention.k_proj(y)), split(attention.v_proj(y))
+        mask = None
+        if kept is not None and i == config.num_hidden_layers - 1:
+            x, y = x[:, kept], y[:, kept]
+            mask = torch.arange(ids.shape[1], device=ids.device) <= kept[:, None]
+        q = split(attention.q_proj(y))
         if config.no_rope_layers[i]:
             q, k = apply_rotary_pos_emb(q, k, *rotary)
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         if config.layer_types[i] == "sliding_attention":
             out = window_attention(q, k, v, config.sliding_window)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
         y = _rms(x, layer.post_attention_layernorm)
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))

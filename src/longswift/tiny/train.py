@@ -66,7 +66,10 @@ def _gradients(model: SmolLM3ForCausalLM, batch: data.Batch) -> dict[str, float]
         weights = torch.from_numpy(batch.weights[first : first + few, 1:]).reshape(-1)
         scored = weights.nonzero().squeeze(1)
         # Logits are the largest tensor of the step, so unscored tokens get none.
-        states = hidden_states(model, ids[:, :-1]).flatten(0, 1)[scored]
+        if len(ids) == 1:
+            states = hidden_states(model, ids[:, :-1], scored)[0]
+        else:
+            states = hidden_states(model, ids[:, :-1]).flatten(0, 1)[scored]
         weights, wanted = weights[scored], ids[:, 1:].reshape(-1)[scored]
         logits = model.lm_head(states)
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -90,12 +93,12 @@ def _keep_memory() -> None:
     """Ask the C library to keep freed memory, as faulting it in again takes a tenth of a step."""
     import ctypes
 
-    trim_threshold, mmap_threshold = -1, -3
+    trim_threshold, mmap_max = -1, -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(mmap_threshold, 1 << 30)
+    mallopt(mmap_max, 0)
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
