@@ -1,0 +1,1 @@
+"""Positions beyond the trained length: the mathematics of RoPE scaling."""

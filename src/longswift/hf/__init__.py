@@ -1,0 +1,48 @@
+"""LongSwift inside Transformers: importing this registers the mechanisms and changes nothing else.
+
+``AutoModelForCausalLM.from_pretrained(path, attn_implementation="ms_swift")`` then works, as does
+``longswift_<name>`` for every mechanism of the table.
+"""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from longswift.core.errors import ConfigError, problem
+from longswift.hf.attention import make_attention
+from longswift.hf.cache import SwiftCache
+from longswift.hf.extending import Extension, check_length, extend
+from longswift.hf.masks import swift_mask
+from longswift.hf.settings import attention_of, implementation_names, set_attention
+
+__all__ = [
+    "Extension",
+    "SwiftCache",
+    "attention_of",
+    "check_length",
+    "extend",
+    "implementation_names",
+    "set_attention",
+]
+
+# Transformers looks for these inside names and takes the implementation for another one.
+_RESERVED = ("flash", "sdpa", "flex_attention", "/", "|", ":")
+
+
+def _register() -> None:
+    for name, mechanism in implementation_names().items():
+        if any(word in name for word in _RESERVED):
+            raise ConfigError(
+                problem(
+                    "mechanism name",
+                    expected=f"none of {', '.join(_RESERVED)} in it",
+                    got=repr(name),
+                    fix="Rename the plug-in's entry point.",
+                )
+            )
+        AttentionInterface.register(name, make_attention(mechanism))
+        AttentionMaskInterface.register(name, swift_mask)
+
+
+_register()

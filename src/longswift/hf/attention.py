@@ -1,0 +1,204 @@
+"""The attention function: from a Transformers layer to a mechanism and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longswift.core.errors import UnsupportedError, problem
+from longswift.core.mechanism import Mechanism
+from longswift.core.summary import KeySummary
+from longswift.hf.cache import pages_of
+from longswift.hf.masks import KeyMask, Rule
+from longswift.hf.settings import resolve
+from longswift.mechanisms.full import Full
+from longswift.mechanisms.sliding_window import SlidingWindow
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+# More queries than this compute their own summaries faster than a cache could keep them.
+_DECODE_QUERIES = 64
+
+_REFUSED = {
+    "attention_bias": "a bias on the scores",
+    "block_indices": "a selection of blocks made by the model",
+    "block_table": "continuous batching",
+    "cache": "continuous batching",
+    "cu_seq_lens_k": "packed sequences",
+    "cu_seq_lens_q": "packed sequences",
+    "head_mask": "a mask of heads",
+    "indices": "a selection of keys made by the model",
+    "position_bias": "a position bias on the scores",
+    "s_aux": "learned attention sinks",
+    "sinks": "learned attention sinks",
+    "softcap": "soft-capped scores",
+}
+
+
+class _Seen(NamedTuple):
+    """Which keys a layer may see at all, before a mechanism chooses among them."""
+
+    rule: Rule
+    real: Tensor | None
+    length: int
+    starts: tuple[int, ...] | None
+
+
+def make_attention(name: str) -> AttentionFunction:
+    """The function registered with ``AttentionInterface`` for mechanism ``name``."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        _refuse_unsupported(module, dropout, kwargs)
+        seen = _what_is_seen(module, query, key, attention_mask, kwargs)
+        mechanism = _mechanism(module, name, seen, query.shape[2])
+        summary = _summary(mechanism, key, query.shape[2], seen)
+        if seen.length < key.shape[2]:
+            key, value = key[:, :, : seen.length], value[:, :, : seen.length]
+        result = mechanism(
+            query,
+            key,
+            value,
+            causal=seen.rule.causal,
+            key_mask=seen.real,
+            scale=scaling,
+            # A recomputed layer must make the choice it made before, gradients on or off.
+            training=True if module.training else None,
+            summary=summary,
+        )
+        return result.out.transpose(1, 2).contiguous(), None
+
+    attention.__name__ = f"longswift_{name}"
+    return attention
+
+
+def _mechanism(module: nn.Module, name: str, seen: _Seen, queries: int) -> Mechanism:
+    """The configured mechanism, except where the model's own architecture decides."""
+    rule = seen.rule
+    if rule.window is not None:
+        return SlidingWindow(window=rule.window + 1 if rule.causal else 2 * rule.window)
+    if not rule.causal and (queries != seen.length or _is_cross_attention(module)):
+        return Full()
+    return resolve(module, name)
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    if "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
+        return True
+    return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
+
+
+def _what_is_seen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> _Seen:
+    length = key.shape[2]
+    if isinstance(mask, KeyMask) and hasattr(mask, "rule"):
+        if mask.shape[3] != length or mask.shape[0] not in (1, query.shape[0]):
+            raise UnsupportedError(
+                problem(
+                    type(module).__name__,
+                    expected=f"a mask of {query.shape[0]} rows and {length} keys",
+                    got=f"one made for {mask.shape[0]} rows and {mask.shape[3]} keys",
+                    fix="This model shares masks between unlike layers; use 'sdpa'.",
+                )
+            )
+        real = mask.key_mask()
+        if real is not None:
+            real = real.expand(query.shape[0], -1)
+        starts = mask.starts() if query.shape[2] <= _DECODE_QUERIES else None
+        if starts is not None and len(starts) != query.shape[0]:
+            starts = starts * query.shape[0]
+        return _Seen(_with_window(module, mask.rule, kwargs), real, mask.length, starts)
+    asked = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
+    real = None if mask is None else _plain_mask(module, query, key, mask, causal)
+    rule = _with_window(module, Rule(causal=causal), kwargs)
+    starts = (0,) * query.shape[0] if real is None else None
+    return _Seen(rule, real, length, starts)
+
+
+def _with_window(module: nn.Module, rule: Rule, kwargs: dict[str, Any]) -> Rule:
+    """The rule narrowed by the window the layer itself states."""
+    window = kwargs.get("sliding_window")
+    if window is None:
+        return rule
+    # Both kinds of layer state their reach plus one: the query's own position counts.
+    stated = int(window) - 1
+    if rule.window is None:
+        return Rule(causal=rule.causal, window=stated)
+    if rule.window != stated:
+        raise UnsupportedError(
+            problem(
+                type(module).__name__,
+                expected="one sliding window per layer",
+                got=f"{stated + 1} from the layer and {rule.window + 1} from the mask",
+                fix="Use attn_implementation='sdpa' for this model.",
+            )
+        )
+    return rule
+
+
+def _plain_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor, causal: bool
+) -> Tensor:
+    """Real keys from a mask that this library did not make, if it says nothing else."""
+    batch, length = query.shape[0], key.shape[2]
+    if mask.dim() == 2 and tuple(mask.shape) == (batch, length) and not mask.is_floating_point():
+        return mask.bool()
+    one_row = mask.dim() == 4 and mask.shape[1:3] == (1, 1) and mask.shape[3] == length
+    if one_row and mask.shape[0] in (1, batch) and (not causal or query.shape[2] == 1):
+        row = mask[:, 0, 0, :].expand(batch, -1)
+        if row.dtype == torch.bool:
+            return row
+        hidden = row <= torch.finfo(row.dtype).min / 2
+        if row.is_floating_point() and bool(((row == 0) | hidden).all()):
+            return ~hidden
+    raise UnsupportedError(
+        problem(
+            type(module).__name__,
+            expected="an attention_mask [batch, length] of real tokens",
+            got=f"a mask of shape {tuple(mask.shape)} and type {mask.dtype}",
+            fix="Pass the two-dimensional mask to the model, or use attn_implementation='sdpa'.",
+        )
+    )
+
+
+def _summary(mechanism: Mechanism, key: Tensor, queries: int, seen: _Seen) -> KeySummary | None:
+    """Page summaries from the cache that made ``key``; None where they would not be used."""
+    if queries > _DECODE_QUERIES or seen.starts is None or not seen.rule.causal:
+        return None
+    if isinstance(mechanism, (Full, SlidingWindow)) or seen.length != key.shape[2]:
+        return None
+    pages = pages_of(key)
+    return None if pages is None else pages.summary(seen.starts)
+
+
+def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise for anything that changes the result and that no mechanism computes."""
+    got = next((what for k, what in _REFUSED.items() if kwargs.get(k) is not None), None)
+    fix = "Use attn_implementation='eager' (or 'sdpa', if the model allows it)."
+    if dropout:
+        got = f"dropout {dropout}"
+        fix = "Set config.attention_dropout (attn_pdrop, attention_probs_dropout_prob) to 0."
+    elif kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        got = "output_attentions=True"
+        fix = "There are no attention weights to return; use attn_implementation='eager'."
+    if got is not None:
+        raise UnsupportedError(
+            problem(type(module).__name__, expected="plain scaled attention", got=got, fix=fix)
+        )

@@ -1,0 +1,123 @@
+"""Where a model's configuration keeps the mechanism, and how the mechanism is found again."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.mechanism import Mechanism
+from longswift.mechanisms import from_dict, get_mechanism, list_mechanisms
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+KEY = "longswift"
+_ALIASES = {"ms_swift": "ms_swift", "ms-swift": "ms_swift"}
+
+
+def implementation_names() -> dict[str, str]:
+    """Every ``attn_implementation`` this library offers, mapped to its mechanism."""
+    return {**_ALIASES, **{f"longswift_{name}": name for name in list_mechanisms()}}
+
+
+def implementation_of(mechanism: Mechanism) -> str:
+    """The ``attn_implementation`` that runs ``mechanism``."""
+    return mechanism.name if mechanism.name in _ALIASES else f"longswift_{mechanism.name}"
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the model's text decoder (the model's own one for plain models)."""
+    return model.config.get_text_config(decoder=True)
+
+
+def read_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """What this library has stored in a configuration; empty when it has stored nothing."""
+    stored = getattr(config, KEY, None)
+    if stored is None:
+        return {}
+    if not isinstance(stored, dict):
+        raise ConfigError(
+            problem(
+                f"config.{KEY}",
+                expected="a dictionary such as {'attention': mechanism.to_dict()}",
+                got=repr(stored),
+                fix="Set it with longswift.hf.set_attention(model, mechanism).",
+            )
+        )
+    return stored
+
+
+def write_settings(config: PreTrainedConfig, **values: Any) -> None:
+    """Merge ``values`` into what is stored; the stored dictionary itself is replaced."""
+    setattr(config, KEY, {**read_settings(config), **values})
+
+
+def mechanism_for(config: PreTrainedConfig, name: str) -> Mechanism:
+    """The mechanism ``name`` with the settings stored in ``config``, or with its defaults."""
+    stored = read_settings(config).get("attention")
+    if isinstance(stored, dict) and stored.get("name") == name:
+        return from_dict({key: _tuples(value) for key, value in stored.items()})
+    return get_mechanism(name)
+
+
+class _Resolved(NamedTuple):
+    name: str
+    stored: Any
+    mechanism: Mechanism
+
+
+_RESOLVED: WeakKeyDictionary[nn.Module, _Resolved] = WeakKeyDictionary()
+
+
+def resolve(module: nn.Module, name: str) -> Mechanism:
+    """``mechanism_for`` the module's configuration, built again only when that changed."""
+    config: Any = module.config
+    stored = read_settings(config).get("attention")
+    known = _RESOLVED.get(module)
+    if known is None or known.name != name or known.stored != stored:
+        known = _Resolved(name, copy.deepcopy(stored), mechanism_for(config, name))
+        _RESOLVED[module] = known
+    return known.mechanism
+
+
+def attention_of(model: PreTrainedModel) -> Mechanism | None:
+    """The mechanism in force in the model's text layers; None when it runs another attention."""
+    config = text_config(model)
+    name = implementation_names().get(str(config._attn_implementation))
+    return None if name is None else mechanism_for(config, name)
+
+
+def set_attention(model: PreTrainedModel, mechanism: Mechanism | str) -> None:
+    """Run ``mechanism`` in the text layers of ``model`` and store its settings in the config.
+
+    Args:
+        model: Any Transformers model whose layers use the ``AttentionInterface``.
+        mechanism: A mechanism, or a name for its defaults.
+
+    Raises:
+        UnsupportedError: The architecture computes attention in code of its own.
+    """
+    if isinstance(mechanism, str):
+        mechanism = get_mechanism(mechanism)
+    if not model._can_set_attn_implementation():
+        raise UnsupportedError(
+            problem(
+                type(model).__name__,
+                expected="an architecture that uses Transformers' AttentionInterface",
+                got="one with attention code of its own",
+                fix="Such a model cannot be given another attention; choose another architecture.",
+            )
+        )
+    config = text_config(model)
+    name = implementation_of(mechanism)
+    key = next((k for k in model.config.sub_configs if getattr(model.config, k) is config), None)
+    model.set_attn_implementation(name if key is None else {key: name})
+    write_settings(config, attention=mechanism.to_dict())
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows only lists; options that are sequences are tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
