@@ -145,7 +145,7 @@ class Mechanism(ABC):
         causal: bool = True,
         key_mask: Tensor | None = None,
         scale: float | None = None,
-        training: bool = False,
+        training: bool | None = None,
     ) -> AttentionResult:
         """Dense specification in fp32/fp64, O(Lq * Lk) memory; differentiable."""
 
@@ -214,6 +214,9 @@ class Mechanism(ABC):
             out = out.index_put(place, part.out)
             lse = lse.index_put(place, part.lse)
             all_stats.extend([part.stats] * len(group.rows))
+        if not all_stats:
+            # Nothing but padding: zeros that still belong to the graph of the inputs.
+            out = out + 0 * (q.sum() + k.sum() + v.sum())
         return AttentionResult(out, lse, _mean_stats(self.name, all_stats))
 
 

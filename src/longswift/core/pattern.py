@@ -48,10 +48,10 @@ class BlockPattern:
         causal: Key ``j`` is visible to the query at ``p`` only if ``j <= p``.
         bands: One band per KV head.
         block: Query rows that share a gathered list.
-        tokens: int64 ``[B, Hkv, N, C]``, the gathered key positions of the ``N`` blocks that the
+        tokens: integers ``[B, Hkv, N, C]``, the gathered key positions of the ``N`` blocks that the
             queries touch (the first holds position ``offset``); -1 marks an empty slot. None when
             nothing is gathered. Never inside the band, never twice, never after the block.
-        visible_from: int64 like ``tokens``: first query position that may see the slot, or None
+        visible_from: integers like ``tokens``: first query position that may see the slot, or None
             when every row of the block sees it.
         pool: Size of the remainder's pools, or None. A pool stands for its tokens outside the
             band and not gathered by the row (or its block), through their mean key and value
@@ -67,33 +67,41 @@ class BlockPattern:
     pool: int | None = None
     pool_grain: int = 1
 
+    def band_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
+        """Keys inside each KV head's band, bool ``[1, Hkv, Lq, Lk]``; causality not applied."""
+        position = torch.arange(k_len - q_len, k_len, device=device)
+        key = torch.arange(k_len, device=device)
+        heads = []
+        for band in self.bands:
+            first, last = band.bounds(position, k_len)
+            inside = (key >= first[:, None]) & (key < last[:, None])
+            if band.reach is not None:
+                distance = position[:, None] - key
+                inside &= (distance <= band.reach[0]) & (distance >= -band.reach[1])
+            heads.append(inside)
+        return torch.stack(heads).unsqueeze(0)
+
+    def gathered_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
+        """Keys each row gathers, bool ``[B or 1, Hkv, Lq, Lk]``."""
+        if self.tokens is None:
+            return torch.zeros(1, len(self.bands), q_len, k_len, dtype=torch.bool, device=device)
+        offset = k_len - q_len
+        position = torch.arange(offset, k_len, device=device)
+        row_block = position // self.block - offset // self.block
+        slots = self.tokens[:, :, row_block].long()
+        shown = slots >= 0
+        if self.visible_from is not None:
+            shown = shown & (self.visible_from[:, :, row_block] <= position[:, None])
+        mask = torch.zeros(*slots.shape[:3], k_len + 1, dtype=torch.bool, device=device)
+        return mask.scatter_(3, torch.where(shown, slots, k_len), True)[..., :k_len]
+
     def visible(self, q_len: int, k_len: int, groups: int, device: torch.device) -> Tensor:
         """Dense bool ``[B or 1, Hkv * groups, Lq, Lk]`` of exact keys; remainder not included.
 
         O(Lq * Lk) memory: for tests, pictures and short sequences.
         """
-        offset = k_len - q_len
-        pos = torch.arange(offset, k_len, device=device)
-        key = torch.arange(k_len, device=device)
-        heads = []
-        for band in self.bands:
-            first, last = band.bounds(pos, k_len)
-            seen = (key >= first[:, None]) & (key < last[:, None])
-            if band.reach is not None:
-                seen &= (key >= pos[:, None] - band.reach[0]) & (key <= pos[:, None] + band.reach[1])
-            heads.append(seen)
-        mask = torch.stack(heads).unsqueeze(0)
-        if self.tokens is not None:
-            batch = self.tokens.shape[0]
-            mask = mask.repeat(batch, 1, 1, 1)
-            row_block = pos // self.block - offset // self.block
-            slots = self.tokens[:, :, row_block]
-            shown = slots >= 0
-            if self.visible_from is not None:
-                shown = shown & (self.visible_from[:, :, row_block] <= pos[:, None])
-            gathered = torch.zeros(*mask.shape[:3], k_len + 1, dtype=torch.bool, device=device)
-            gathered.scatter_(3, torch.where(shown, slots, k_len), True)
-            mask = mask | gathered[..., :k_len]
+        mask = self.band_mask(q_len, k_len, device) | self.gathered_mask(q_len, k_len, device)
         if self.causal:
-            mask = mask & (key <= pos[:, None])
+            key = torch.arange(k_len, device=device)
+            mask = mask & (key <= torch.arange(k_len - q_len, k_len, device=device)[:, None])
         return mask.repeat_interleave(groups, dim=1)

@@ -1,0 +1,108 @@
+"""Blockwise attention in plain torch: any device, O(n) memory forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longswift.core.pattern import BlockPattern
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import KeySummary
+from longswift.core.types import Partial
+from longswift.kernels.eager import bands as band_kernel
+from longswift.kernels.eager.gathered import Gathered
+
+
+def verify(device: torch.device) -> tuple[bool, str]:
+    """Always usable."""
+    return True, f"plain torch on {device.type}"
+
+
+@torch.no_grad()
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+    """Attention over the pattern's bands alone, without gradients."""
+    return band_kernel.forward(q, k, v, pattern, scale)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    *,
+    bands: Partial | None = None,
+    summary: KeySummary | None = None,
+) -> Partial:
+    """Attention of an unpadded batch under ``pattern``.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        pattern: Which keys are seen.
+        scale: Factor on the scores.
+        bands: The result of ``attend_bands`` for these inputs if the caller has it; overwritten.
+        summary: Page summaries of ``k`` and ``v``, used for the remainder.
+
+    Returns:
+        ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out, lse = _Attend.apply(q, k, v, pattern, scale, bands)
+        return Partial(out, lse)
+    return _forward(q, k, v, pattern, scale, bands, summary)
+
+
+@torch.no_grad()
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bands: Partial | None,
+    summary: KeySummary | None,
+) -> Partial:
+    if bands is None:
+        bands = band_kernel.forward(q, k, v, pattern, scale)
+    if pattern.tokens is not None or pattern.pool is not None:
+        bands = Gathered(q, k, v, pattern, scale, summary).merge_into(bands)
+    return Partial(bands.out.to(q.dtype), bands.lse)
+
+
+class _Attend(torch.autograd.Function):
+    """Scores are recomputed a block at a time in the backward pass: memory O(n)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: BlockPattern,
+        scale: float,
+        bands: Partial | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, pattern, scale, bands, None)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pattern, ctx.scale = pattern, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_out, d_lse = grad_outputs
+        q, k, v, out, lse = ctx.saved_tensors
+        pattern, scale = ctx.pattern, ctx.scale
+        acc = accumulator_dtype(q.dtype)
+        delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
+        # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        grads = tuple(torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        band_kernel.backward(q, k, v, pattern, scale, lse, delta, d_out, grads)
+        if pattern.tokens is not None or pattern.pool is not None:
+            Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
+        d_q, d_k, d_v = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+        return d_q, d_k, d_v, None, None, None

@@ -1,0 +1,308 @@
+"""Contiguous windows: every tile of queries against one slice of keys, views and no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longswift.core.pattern import Band, BlockPattern
+from longswift.core.softmax import accumulator_dtype, merge
+from longswift.core.types import Partial
+from longswift.kernels.eager.fused import compute_dtype, rectangle
+
+# Rows per fused call: enough to fill two cores, few enough to keep temporaries in cache.
+_ROWS = 4096
+# Score elements per step of the backward pass: 8 MiB in fp32.
+_SCORES = 1 << 21
+_BACKWARD_ROWS = 256
+
+
+class Job(NamedTuple):
+    """``count`` congruent rectangles, each shifted by ``step`` along queries and keys.
+
+    Rectangle ``i`` holds query rows ``[row + i*step, +rows)`` and keys ``[key + i*step, +width)``;
+    ``shift`` is the position of its first query minus that of its first key.
+    """
+
+    row: int
+    key: int
+    step: int
+    count: int
+    rows: int
+    width: int
+    shift: int
+
+
+def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
+    """Rectangles that cover the band, congruent neighbours merged."""
+    offset = k_len - q_len
+    pending: Job | None = None
+    for start in range(offset // band.tile * band.tile, k_len, band.tile):
+        first_row, end_row = max(start, offset), min(start + band.tile, k_len)
+        key = max(0, start - band.left)
+        end_key = min(k_len, start + band.tile + band.right)
+        if band.reach is not None:
+            key = max(key, first_row - band.reach[0])
+            end_key = min(end_key, end_row + band.reach[1])
+        if causal:
+            end_key = min(end_key, end_row)
+        rows, width = end_row - first_row, end_key - key
+        job = Job(first_row - offset, key, band.tile, 1, rows, width, first_row - key)
+        if (
+            pending is not None
+            and (pending.rows, pending.width, pending.shift) == (rows, width, job.shift)
+            and pending.row + pending.count * band.tile == job.row
+        ):
+            pending = pending._replace(count=pending.count + 1)
+            continue
+        if pending is not None:
+            yield pending
+        pending = job
+    if pending is not None:
+        yield pending
+
+
+def allowed_mask(job: Job, band: Band, causal: bool, device: torch.device) -> Tensor | None:
+    """bool ``[rows, width]``, or None when the whole rectangle is visible."""
+    reach_back = band.reach[0] if band.reach is not None else None
+    reach_ahead = band.reach[1] if band.reach is not None else None
+    if causal:
+        reach_ahead = 0 if reach_ahead is None else min(0, reach_ahead)
+    furthest_back = job.shift + job.rows - 1
+    furthest_ahead = job.width - 1 - job.shift
+    cut_back = reach_back is not None and furthest_back > reach_back
+    cut_ahead = reach_ahead is not None and furthest_ahead > reach_ahead
+    if not cut_back and not cut_ahead:
+        return None
+    distance = (
+        job.shift
+        + torch.arange(job.rows, device=device)[:, None]
+        - torch.arange(job.width, device=device)
+    )
+    allowed = torch.ones(job.rows, job.width, dtype=torch.bool, device=device)
+    if cut_back:
+        allowed &= distance <= reach_back
+    if cut_ahead:
+        allowed &= distance >= -reach_ahead
+    return allowed
+
+
+def band_heads(bands: tuple[Band, ...]) -> list[tuple[Band, list[int]]]:
+    """KV heads by band, in order of first appearance."""
+    groups: dict[Band, list[int]] = {}
+    for head, band in enumerate(bands):
+        groups.setdefault(band, []).append(head)
+    return list(groups.items())
+
+
+def _tiles(x: Tensor, start: int, step: int, count: int, length: int) -> Tensor:
+    """``[H, L, D]`` to overlapping slices ``[count, H, length, D]``, a view."""
+    span = x[:, start : start + (count - 1) * step + length]
+    if count == 1:
+        return span.unsqueeze(0)
+    return span.unfold(1, length, step).permute(1, 0, 3, 2)
+
+
+def _forward_job(
+    q: Tensor, k: Tensor, v: Tensor, job: Job, band: Band, causal: bool, scale: float
+) -> Partial:
+    """One job for heads that share strides: ``q [H, Lq, D]``, ``k, v [H or 1, Lk, *]``."""
+    dtype = compute_dtype(q)
+    end = job.key + (job.count - 1) * job.step + job.width
+    k, v = k[:, job.key : end].to(dtype), v[:, job.key : end].to(dtype)
+    q_tiles = _tiles(q, job.row, job.step, job.count, job.rows).to(dtype)
+    heads = q.shape[0]
+
+    def window(x: Tensor, start: int, length: int) -> Tensor:
+        return _tiles(x, start, job.step, job.count, length).expand(-1, heads, -1, -1)
+
+    if causal and band.reach is None and job.width - job.shift == job.rows:
+        # The fused kernel skips the upper triangle of a square, not of a rectangle.
+        own = rectangle(
+            q_tiles,
+            window(k, job.shift, job.rows),
+            window(v, job.shift, job.rows),
+            scale=scale,
+            causal=True,
+        )
+        if job.shift == 0:
+            return own
+        past = rectangle(q_tiles, window(k, 0, job.shift), window(v, 0, job.shift), scale=scale)
+        return merge(own, past)
+    allowed = allowed_mask(job, band, causal, q.device)
+    return rectangle(
+        q_tiles, window(k, 0, job.width), window(v, 0, job.width), scale=scale, allowed=allowed
+    )
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+    """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the accumulator dtype."""
+    batch, heads, q_len, _ = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    groups = heads // kv_heads
+    acc = accumulator_dtype(q.dtype)
+    out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
+    for band, band_kv in band_heads(pattern.bands):
+        for job in _cut(jobs(band, q_len, k_len, pattern.causal)):
+            rows = slice(job.row, job.row + (job.count - 1) * job.step + job.rows)
+            for query_heads, key_heads in _head_slices(band_kv, groups):
+                for b in range(batch):
+                    part = _forward_job(
+                        q[b, query_heads],
+                        k[b, key_heads],
+                        v[b, key_heads],
+                        job,
+                        band,
+                        pattern.causal,
+                        scale,
+                    )
+                    out[b, query_heads, rows] = part.out.transpose(0, 1).flatten(1, 2)
+                    lse[b, query_heads, rows] = part.lse.transpose(0, 1).flatten(1, 2)
+    return Partial(out, lse)
+
+
+def _cut(found: Iterator[Job]) -> Iterator[Job]:
+    """Jobs of at most about ``_ROWS`` query rows, so that temporaries stay small."""
+    for job in found:
+        most = max(1, _ROWS // job.rows)
+        for first in range(0, job.count, most):
+            shift = first * job.step
+            yield job._replace(
+                row=job.row + shift, key=job.key + shift, count=min(most, job.count - first)
+            )
+
+
+def _head_slices(kv: list[int], groups: int) -> Iterator[tuple[slice, slice]]:
+    """Query and key heads that one strided call can serve.
+
+    With one query head per KV head all evenly spaced heads go together; a group shares its KV
+    head through a stride of 0, one KV head a call.
+    """
+    steps = {b - a for a, b in zip(kv, kv[1:], strict=False)}
+    if groups == 1 and len(steps) <= 1:
+        heads = slice(kv[0], kv[-1] + 1, steps.pop() if steps else 1)
+        yield heads, heads
+        return
+    for head in kv:
+        yield slice(head * groups, (head + 1) * groups), slice(head, head + 1)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Adds the bands' share of the gradients to ``grads = (dq, dk, dv)``, scores recomputed.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``; k, v as in the forward pass.
+        k: Keys.
+        v: Values.
+        pattern: The pattern of the forward pass.
+        scale: Factor on the scores.
+        lse: ``[B, Hq, Lq]`` over *all* keys, gathered ones included; finite.
+        delta: ``[B, Hq, Lq]``, ``sum(d_out * out) - d_lse``.
+        d_out: ``[B, Hq, Lq, Dv]``.
+        grads: Accumulators shaped like q, k, v.
+    """
+    batch, heads, q_len, _ = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    groups = heads // kv_heads
+    for band, band_kv in band_heads(pattern.bands):
+        for job in _backward_jobs(jobs(band, q_len, k_len, pattern.causal), pattern.causal):
+            allowed = allowed_mask(job, band, pattern.causal, q.device)
+            for head in band_kv:
+                query_heads = slice(head * groups, (head + 1) * groups)
+                for b in range(batch):
+                    _backward_job(
+                        (q[b, query_heads], k[b, head], v[b, head]),
+                        job,
+                        allowed,
+                        scale,
+                        (lse[b, query_heads], delta[b, query_heads], d_out[b, query_heads]),
+                        (grads[0][b, query_heads], grads[1][b, head], grads[2][b, head]),
+                    )
+
+
+def _backward_jobs(found: Iterator[Job], causal: bool) -> Iterator[Job]:
+    """Jobs cut along rows, then keys, then tiles until a rectangle's scores fit in cache."""
+    for job in found:
+        for row in range(0, job.rows, _BACKWARD_ROWS):
+            rows = min(_BACKWARD_ROWS, job.rows - row)
+            width = min(job.width, job.shift + row + rows) if causal else job.width
+            key_step = max(1, min(width, _SCORES // rows))
+            for key in range(0, width, key_step):
+                part_width = min(key_step, width - key)
+                most = max(1, _SCORES // (rows * part_width))
+                for first in range(0, job.count, most):
+                    move = first * job.step
+                    yield Job(
+                        job.row + row + move,
+                        job.key + key + move,
+                        job.step,
+                        min(most, job.count - first),
+                        rows,
+                        part_width,
+                        job.shift + row - key,
+                    )
+
+
+def _backward_job(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    job: Job,
+    allowed: Tensor | None,
+    scale: float,
+    rows_of: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """One KV head and its ``G`` query heads: ``q [G, Lq, D]``, ``k, v [Lk, *]``."""
+    acc = accumulator_dtype(qkv[0].dtype)
+    groups = qkv[0].shape[0]
+
+    def by_tile(x: Tensor) -> Tensor:
+        tiles = _tiles(
+            x.unsqueeze(-1) if x.dim() == 2 else x, job.row, job.step, job.count, job.rows
+        )
+        return tiles.to(acc).reshape(job.count, groups * job.rows, tiles.shape[-1])
+
+    def keys_by_tile(x: Tensor) -> Tensor:
+        return _tiles(x.unsqueeze(0), job.key, job.step, job.count, job.width)[:, 0].to(acc)
+
+    q, (lse, delta, d_out) = by_tile(qkv[0]), (by_tile(x) for x in rows_of)
+    k, v = keys_by_tile(qkv[1]), keys_by_tile(qkv[2])
+    probs = torch.baddbmm(-lse, q, k.transpose(1, 2), alpha=scale).exp_()
+    if allowed is not None:
+        probs.view(job.count, groups, job.rows, job.width).masked_fill_(~allowed, 0.0)
+    _overlap_add(grads[2], probs.transpose(1, 2) @ d_out, job)
+    d_scores = torch.bmm(d_out, v.transpose(1, 2)).sub_(delta).mul_(probs).mul_(scale)
+    _overlap_add(grads[1], d_scores.transpose(1, 2) @ q, job)
+    d_q = (d_scores @ k).view(job.count, groups, job.rows, -1)
+    for tile in range(job.count):
+        row = job.row + tile * job.step
+        grads[0][:, row : row + job.rows] += d_q[tile]
+
+
+def _overlap_add(target: Tensor, tiles: Tensor, job: Job) -> None:
+    """Adds ``tiles [count, width, D]`` to ``target [Lk, D]`` at ``key + i * step``."""
+    for start in range(0, job.width, job.step):
+        length = min(job.step, job.width - start)
+        first = job.key + start
+        if job.count == 1:
+            target[first : first + length] += tiles[0, start : start + length]
+            continue
+        view = target.as_strided(
+            (job.count, length, target.shape[1]),
+            (job.step * target.stride(0), target.stride(0), target.stride(1)),
+            target.storage_offset() + first * target.stride(0),
+        )
+        view += tiles[:, start : start + length]

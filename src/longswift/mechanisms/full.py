@@ -1,0 +1,34 @@
+"""Full attention, computed blockwise: exact, quadratic time, linear memory.
+
+Every query sees every key (causal: every key up to its own position).
+
+| | time | memory beyond inputs and output |
+|---|---|---|
+| forward, backward | O(Lq * Lk * D) | O(Lq) |
+
+FlashAttention's tiling (Dao et al., 2022, arXiv 2205.14135) is what makes the memory linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from longswift.core.pattern import Band, BlockPattern
+from longswift.mechanisms.patterned import Patterned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Patterned):
+    """Exact softmax attention over all keys; the judge of every other mechanism."""
+
+    name: ClassVar[str] = "full"
+    mode: ClassVar[str] = "dense"
+
+    def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
+        return full_pattern(k_len, kv_heads, causal)
+
+
+def full_pattern(k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
+    """One tile that holds every position."""
+    return BlockPattern(causal=causal, bands=(Band(tile=k_len, left=0),) * kv_heads)

@@ -1,0 +1,36 @@
+"""THE table of selectors: which tokens outside the window a block of queries asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longswift.core.errors import ConfigError, problem
+from longswift.core.registry import Registry
+from longswift.mechanisms.selectors.base import Selector
+
+SELECTORS: Registry[Selector] = Registry(
+    "selector",
+    {
+        "bounds": "longswift.mechanisms.selectors.bounds:Bounds",
+        "antidiagonal": "longswift.mechanisms.selectors.antidiagonal:Antidiagonal",
+    },
+    entry_point_group="longswift.selectors",
+)
+
+
+def make_selector(value: str | dict[str, Any] | Selector) -> Selector:
+    """A selector from its name, its saved configuration, or itself."""
+    if isinstance(value, Selector):
+        return value
+    if isinstance(value, str):
+        return SELECTORS.build(value, {})
+    if isinstance(value, dict) and "name" in value:
+        return SELECTORS.build(value["name"], {k: v for k, v in value.items() if k != "name"})
+    raise ConfigError(
+        problem(
+            "selector",
+            expected="a name, a Selector, or a dictionary with a 'name'",
+            got=repr(value),
+            fix=f"Use one of {', '.join(SELECTORS.names())}.",
+        )
+    )

@@ -1,0 +1,170 @@
+"""The contract of a selector, and what every selector shares."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, block_runs
+from longswift.core.errors import ConfigError, problem
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import band_edges
+from longswift.core.summary import KeySummary
+
+# Score elements a selector holds at once: 8 MiB in fp32.
+STEP_SCORES = 1 << 21
+EMPTY = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a selector is asked for, in an unpadded batch.
+
+    Attributes:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        scale: Factor on the scores.
+        pattern: Bands and blocks; candidates lie outside the bands, in causal attention before.
+        band_lse: ``[B, Hq, Lq]`` log-sum-exp over the band, part of every probability.
+        sinks: Leading tokens that are seen anyway and never selected.
+        budget: Most tokens per block.
+        coverage: Stop earlier once every row's captured mass reaches this, or None.
+        strict: Row i may only see what rows ``<= i`` asked for.
+        summary: Page summaries of ``k``, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    pattern: BlockPattern
+    band_lse: Tensor
+    sinks: int
+    budget: int
+    coverage: float | None
+    strict: bool
+    summary: KeySummary | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    def runs(self, width: int) -> list[BlockRun]:
+        """Runs of blocks whose ``rows x width`` scores fit ``STEP_SCORES``."""
+        per_block = self.q.shape[0] * self.q.shape[1] * self.pattern.block * max(width, 1)
+        most = max(1, STEP_SCORES // per_block)
+        return list(block_runs(self.q.shape[2], self.k.shape[2], self.pattern.block, most))
+
+
+class Selection(NamedTuple):
+    """Chosen tokens.
+
+    Attributes:
+        tokens: int32 ``[B, Hkv, N, C]`` positions, -1 for an empty slot.
+        visible_from: int32 like ``tokens``, first query position that sees the slot, or None.
+    """
+
+    tokens: Tensor
+    visible_from: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selector(ABC):
+    """Chooses tokens by content, per KV head and query block, shared by the GQA group.
+
+    Attributes:
+        key_block: Keys are scored in blocks of this many; edges of windows and pools lie on it.
+    """
+
+    name: ClassVar[str]
+
+    key_block: int = 32
+
+    def grain(self, q_len: int) -> int:
+        """Granularity of window edges this selector needs for ``q_len`` queries."""
+        return self.key_block
+
+    @abstractmethod
+    def select(self, request: Request) -> Selection:
+        """Tokens for every block; O(n) memory, cost stated by each selector."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and fields, JSON-ready."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    def _check_power(self, **values: int) -> None:
+        for field_name, value in values.items():
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ConfigError(
+                    problem(
+                        f"{type(self).__name__}.{field_name}",
+                        expected="a power of two",
+                        got=repr(value),
+                        fix="Use 1, 2, 4, 8, 16, 32, ...",
+                    )
+                )
+
+
+def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[Tensor, int]:
+    """Key blocks outside the bands.
+
+    Returns:
+        bool ``[Hkv, N, W]`` on the device of ``q``, and ``W``, the number of leading key blocks
+        that can matter.
+    """
+    k_len = request.k.shape[2]
+    start, end = band_edges(request.pattern, run, k_len)
+    blocks = -(-k_len // key_block)
+    width = int(start.max()) // key_block if request.pattern.causal else blocks
+    block = torch.arange(width)
+    outside = block < (start // key_block)[..., None]
+    if not request.pattern.causal:
+        outside = outside | (block >= -(-end // key_block)[..., None])
+    return outside.to(request.q.device), width
+
+
+def fill(tokens: Tensor, budget: int) -> Tensor:
+    """Pads ``[..., C]`` to ``[..., budget]`` with empty slots, as int32."""
+    missing = budget - tokens.shape[-1]
+    tokens = tokens.to(torch.int32)
+    return torch.nn.functional.pad(tokens, (0, missing), value=EMPTY) if missing else tokens
+
+
+def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills a budget row by row, so that what a row sees depends on no later row.
+
+    Row 0 takes a quarter of the budget, the rest is spread evenly; each row takes the keys it wants
+    most among those not taken yet.
+
+    Args:
+        wanted: ``[Z, R, M]`` weight each row gives each key, ``<= 0`` for keys it must not take.
+        budget: Keys in all.
+        block: Rows of a complete block (the schedule must not depend on how many rows exist yet).
+
+    Returns:
+        ``index [Z, C]`` into ``M``, ``row [Z, C]`` that took it, ``taken [Z, C]`` False for slots
+        left empty.
+    """
+    problems, rows, keys = wanted.shape
+    free = torch.ones(problems, keys, dtype=torch.bool, device=wanted.device)
+    index, owner, taken = [], [], []
+    given = 0
+    for row in range(rows):
+        due = min(keys, budget // 4 + (budget - budget // 4) * (row + 1) // block)
+        quota = due - given
+        if quota <= 0:
+            continue
+        given = due
+        weight, choice = wanted[:, row].masked_fill(~free, 0.0).topk(quota, dim=-1)
+        free.scatter_(1, choice, False)
+        index.append(choice)
+        owner.append(torch.full_like(choice, row))
+        taken.append(weight > 0)
+    if not index:
+        none = torch.zeros(problems, 0, dtype=torch.long, device=wanted.device)
+        return none, none, none.bool()
+    return torch.cat(index, 1), torch.cat(owner, 1), torch.cat(taken, 1)

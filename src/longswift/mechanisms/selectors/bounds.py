@@ -1,0 +1,296 @@
+"""Two stages: upper bounds choose key blocks, exact probabilities choose tokens inside them.
+
+1. Keys in blocks of ``key_block`` have per-channel centre ``kc`` and radius ``kr``, query rows in
+   groups of ``row_group`` likewise ``qc`` and ``qr``. Every score between a group and a block is at
+   most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Softmax over
+   blocks, max over the query block's groups and the GQA group; the best
+   ``proposals * budget / key_block`` blocks are proposed.
+2. Inside the proposals every row scores every key. Probabilities, normalised together with the
+   window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
+
+Decoding (one query) uses pages of 16 keys, Quest's bounds (Tang et al., 2024, arXiv 2406.10774),
+taken from a cache's incremental summaries when it has them.
+
+Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/85 of
+full attention's scores at 8 x 32) and ``proposals * budget * D`` for the exact stage. In strict mode
+bounds are per row: ``2 D n / key_block``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.errors import ConfigError, problem
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import KeySummary
+from longswift.mechanisms.selectors.base import (
+    EMPTY,
+    Request,
+    Selection,
+    Selector,
+    candidate_blocks,
+    fill,
+    take_in_turn,
+)
+
+PAGE = 16
+_HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds(Selector):
+    """Bound, propose, re-rank exactly.
+
+    Attributes:
+        key_block: Keys per bound; a power of two.
+        row_group: Query rows per bound; a power of two.
+        proposals: Proposed tokens per token of the budget.
+    """
+
+    name: ClassVar[str] = "bounds"
+
+    row_group: int = 8
+    proposals: int = 8
+
+    def __post_init__(self) -> None:
+        self._check_power(key_block=self.key_block, row_group=self.row_group)
+        if not isinstance(self.proposals, int) or self.proposals < 1:
+            raise ConfigError(
+                problem(
+                    "Bounds.proposals",
+                    expected="an integer >= 1",
+                    got=repr(self.proposals),
+                    fix="8 equals an exact search on the texts we measured; 4 is faster.",
+                )
+            )
+
+    def grain(self, q_len: int) -> int:
+        """Decoding scores pages of 16 keys, everything else blocks of ``key_block``."""
+        return min(PAGE, self.key_block) if q_len == 1 else self.key_block
+
+    def select(self, request: Request) -> Selection:
+        """See the module docstring."""
+        return _Pass(self, request).run()
+
+
+class _Pass:
+    """One selection: the tables it needs and the buffers it reuses."""
+
+    def __init__(self, selector: Bounds, request: Request) -> None:
+        self._selector, self._request = selector, request
+        self._key_block = selector.grain(request.q.shape[2])
+        self._acc = accumulator_dtype(request.q.dtype)
+        self._table = TokenTable(request.k)
+        self._centre, self._radius = self._key_boxes()
+        if request.strict:
+            features = [self._centre, self._radius]
+        else:
+            features = [self._centre, self._radius, self._centre.abs()]
+        self._features = torch.cat(features, -1)
+        self._space = Workspace(request.q.device)
+        # Blocks that hold sinks are always proposed, so that a sink is normalised over exactly once.
+        self._sink_blocks = min(-(-request.sinks // self._key_block), self._centre.shape[2])
+
+    def _key_boxes(self) -> tuple[Tensor, Tensor]:
+        """Centre and radius of every key block, ``[B, Hkv, W, D]``; an incomplete last one too."""
+        request, size = self._request, self._key_block
+        summary = request.summary
+        if summary is not None and size % summary.page == 0:
+            known = summary.coarsen(size // summary.page)
+        else:
+            known = KeySummary.build(request.k, request.k[..., :1], size)
+        low, high = known.k_min, known.k_max
+        if request.k.shape[2] % size:
+            tail = request.k[:, :, request.k.shape[2] // size * size :]
+            low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
+            high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
+        low, high = low.to(self._acc), high.to(self._acc)
+        return (low + high) / 2, (high - low) / 2
+
+    def run(self) -> Selection:
+        request = self._request
+        width = (self._wanted_blocks() + self._sink_blocks) * self._key_block + 1
+        tokens, since = [], []
+        for run in request.runs(width):
+            if request.strict:
+                chosen, rows = self._strict(run)
+                since.append(rows)
+            else:
+                chosen = self._shared(run)
+            tokens.append(fill(chosen, request.budget))
+        return Selection(
+            torch.cat(tokens, 2),
+            torch.cat([fill(s, request.budget) for s in since], 2) if request.strict else None,
+        )
+
+    def _wanted_blocks(self) -> int:
+        wanted = -(-self._selector.proposals * self._request.budget // self._key_block)
+        return min(wanted, self._centre.shape[2])
+
+    def _shared(self, run: BlockRun) -> Tensor:
+        """Tokens ``[B, Hkv, N, <= budget]``."""
+        request = self._request
+        batch, kv_heads = request.k.shape[:2]
+        outside, width = candidate_blocks(request, run, self._key_block)
+        if not bool(outside.any()):
+            return self._nothing(run)
+        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
+        scores = self._block_scores(self._group_features(q, run), outside, width)
+        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
+        rank[..., : self._sink_blocks] = float(EMPTY)
+        proposed, valid = _best(rank, self._wanted_blocks())
+        proposed, valid = self._with_sink_blocks(proposed, valid, outside)
+        probs = self._probabilities(q, run, proposed, valid)
+        tokens = self._tokens(proposed)
+        rank = probs[..., :-1].amax(1).view(*proposed.shape[:3], -1)
+        rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
+        best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
+        chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
+        if request.coverage is not None:
+            chosen = self._cover(chosen, best, taken, probs, tokens)
+        return chosen
+
+    def _nothing(self, run: BlockRun) -> Tensor:
+        batch, kv_heads = self._request.k.shape[:2]
+        device = self._request.k.device
+        return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+
+    def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
+        """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
+        size = self._selector.row_group
+        by_head = q.unflatten(3, (self._request.groups, run.rows))
+        if run.rows % size:
+            last = by_head[..., -1:, :].expand(*by_head.shape[:4], -run.rows % size, -1)
+            by_head = torch.cat([by_head, last], 4)
+        boxes = by_head.unflatten(4, (-1, size))
+        low, high = boxes.amin(5), boxes.amax(5)
+        centre, radius = (low + high) / 2, (high - low) / 2
+        features = torch.cat([centre, centre.abs() + radius, radius], -1)
+        return features.flatten(3, 4)
+
+    def _block_scores(self, features: Tensor, outside: Tensor, width: int) -> Tensor:
+        """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows, W]``."""
+        keys = self._features[:, :, :width]
+        bound = features.flatten(2, 3) @ keys.transpose(2, 3)
+        bound = bound.view(*features.shape[:4], width)
+        bound.masked_fill_(~outside.unsqueeze(2), _HIDDEN)
+        return torch.softmax(bound, -1)
+
+    def _with_sink_blocks(
+        self, proposed: Tensor, valid: Tensor, outside: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Appends the blocks that hold sinks, as far as the band does not cover them."""
+        sinks = min(self._sink_blocks, outside.shape[-1])
+        block = torch.arange(sinks, device=proposed.device)
+        shape = (*proposed.shape[:3], sinks)
+        return (
+            torch.cat([proposed, block.expand(shape)], 3),
+            torch.cat([valid, outside[..., :sinks].expand(shape)], 3),
+        )
+
+    def _tokens(self, blocks: Tensor) -> Tensor:
+        """Positions of every token of ``blocks [B, Hkv, N, M]``, ``[B, Hkv, N, M * key_block]``."""
+        inside = torch.arange(self._key_block, device=blocks.device)
+        return (blocks.unsqueeze(-1) * self._key_block + inside).flatten(3)
+
+    def _barred(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Tokens that must not be chosen: sinks, invalid proposals, beyond the end."""
+        barred = ~valid.repeat_interleave(self._key_block, 3)
+        return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
+
+    def _probabilities(
+        self,
+        q: Tensor,
+        run: BlockRun,
+        proposed: Tensor,
+        valid: Tensor,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Exact probabilities of proposed tokens and, last, of the band: ``[Z, G * rows, M + 1]``."""
+        request = self._request
+        tokens = self._tokens(proposed)
+        width = tokens.shape[3]
+        problems = tokens.shape[0] * tokens.shape[1] * tokens.shape[2]
+        keys = self._space.get("keys", (*tokens.shape, request.k.shape[3]), request.k.dtype)
+        self._table.gather(tokens.clamp(max=request.k.shape[2] - 1), keys)
+        keys = keys.view(problems, width, -1).to(self._acc)
+        q = q.flatten(0, 2)
+        scores = self._space.get("scores", (problems, q.shape[1], width + 1), self._acc)
+        torch.bmm(q, keys.transpose(1, 2), out=scores[..., :width])
+        lse = stack_queries(request.band_lse, run, request.k.shape[1])
+        scores[..., width] = lse.flatten(0, 2)
+        hidden = ~valid.repeat_interleave(self._key_block, 3) | (tokens >= request.k.shape[2])
+        if bool(hidden.any()):
+            scores[..., :width].masked_fill_(hidden.view(problems, 1, width), _HIDDEN)
+        if visible is not None:
+            scores[..., :width].masked_fill_(~visible, _HIDDEN)
+        return torch.softmax(scores, -1)
+
+    def _cover(
+        self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """Empties the slots that no row needs to reach the coverage; the crossing token stays."""
+        request = self._request
+        assert request.coverage is not None
+        problems, rows = probs.shape[:2]
+        is_sink = (tokens < request.sinks).view(problems, 1, -1)
+        known = probs[..., -1:] + probs[..., :-1].mul(is_sink).sum(-1, keepdim=True)
+        picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
+        picked = picked * taken.view(problems, 1, -1)
+        before = known + picked.cumsum(2) - picked
+        needed = (before < request.coverage).any(1).view(best.shape)
+        return chosen.masked_fill(~needed, EMPTY)
+
+    def _strict(self, run: BlockRun) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, Hkv, N, <= budget]`` and the query position each is visible from."""
+        request = self._request
+        kv_heads, block = request.k.shape[1], request.pattern.block
+        outside, width = candidate_blocks(request, run, self._key_block)
+        if not bool(outside.any()):
+            nothing = self._nothing(run)
+            return nothing, nothing
+        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
+        scores = self._block_scores(torch.cat([q, q.abs()], -1), outside, width)
+        wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
+        wanted[..., : self._sink_blocks] = 0.0
+        index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
+        shape = (*q.shape[:3], -1)
+        proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
+        owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
+        owner = owner.repeat_interleave(self._key_block, 1)
+        rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
+        visible = owner[:, None] <= rows[:, None]
+        tokens = self._tokens(proposed)
+        probs = self._probabilities(q, run, proposed, valid, visible)
+        if request.coverage is not None:
+            probs = _needed(probs, request.coverage)
+        probs = probs[..., :-1].view(*q.shape[:4], -1)
+        probs = probs.masked_fill_(self._barred(tokens, valid).unsqueeze(3), 0.0)
+        wanted = self._best_of_group(probs)
+        index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
+        chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
+        first = run.position + torch.arange(run.count, device=q.device) * run.rows
+        return chosen, owner.view(shape) + first[:, None]
+
+    def _best_of_group(self, weights: Tensor) -> Tensor:
+        """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""
+        return weights.unflatten(3, (self._request.groups, -1)).amax(3)
+
+
+def _best(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
+    """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
+    value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
+    return index, value > EMPTY
+
+
+def _needed(probs: Tensor, coverage: float) -> Tensor:
+    """Zeroes what a row does not need to reach the coverage by itself; the band comes last."""
+    ordered, order = probs[..., :-1].sort(-1, descending=True)
+    before = probs[..., -1:] + ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probs[..., :-1]).scatter_(-1, order, (before < coverage).to(probs))
+    return torch.cat([probs[..., :-1] * kept, probs[..., -1:]], -1)
