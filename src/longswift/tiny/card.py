@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -184,3 +182,129 @@ def evaluate(
     result["parameters"] = sum(p.numel() for p in model.parameters())
     return result
 
+
+def _hardware(threads: int) -> str:
+    names = Path("/proc/cpuinfo")
+    model = platform.processor() or platform.machine()
+    if names.exists():
+        for line in names.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return f"{model}, {threads} CPU thread{'s' if threads > 1 else ''}, no GPU"
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    found = {"python": platform.python_version()}
+    return found | {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+
+
+_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# longswift tiny
+
+A demonstration model with {parameters:.2f} M parameters. It exists so that long-context attention
+can be tried and tested in seconds on a CPU: it finds numbers hidden in long texts and continues
+Python documentation and source passably. It is of no use for anything else.
+
+Even layers attend to the last {window} tokens and use rotary positions; odd layers attend to
+everything and know no positions, so nothing in the model ends at the trained length
+({trained} tokens). The tokenizer has {vocabulary} byte-level pieces, one for each digit.
+
+## Measured
+
+Full attention. A secret is a sentence such as ` The secret number of plimtea is 48213.` inside
+held-out text; it counts as found if all five digits are right. The words have syllables that
+training never drew.
+
+| tokens | secrets in the text | documents | found |
+|---:|---:|---:|---:|
+{rows}
+
+Perplexity per token on held-out text, in windows of {perplexity_window} tokens: **{prose}** on
+documentation (`pydoc_data.topics`), **{source}** on the standard library's source.
+
+## Reproduce
+
+```python
+from longswift import tiny
+from longswift.tiny import card, train
+
+train.train("run")                      # trains, or goes on after an interruption
+{command}
+```
+
+Training read {tokens:.1f} M tokens of text that comes with Python {python}: about a quarter of
+the documentation topics and {held:.0%} of the source files are held out, chosen by a hash of
+their names. Another version of Python gives slightly different text, another processor slightly
+different rounding. Seed of the training {seed}, of the measurement {measured_seed}.
+
+Measured with {versions} on {hardware}, in {seconds:.0f} s.
+"""
+
+
+def write(
+    model_dir: str | Path, result: dict[str, Any], *, command: str, threads: int = 1
+) -> dict[str, Any]:
+    """Write ``MODEL_CARD.md`` and ``card.json`` next to the model.
+
+    Args:
+        model_dir: Directory of the model.
+        result: What :func:`evaluate` returned, for the held-out split.
+        command: The Python statement that gave ``result``.
+        threads: CPU threads it ran with.
+
+    Returns:
+        The content of ``card.json``.
+
+    Raises:
+        ValueError: If the result lacks the perplexity, as with a text of the caller's.
+    """
+    from longswift.tiny.config import Config
+
+    if "perplexity" not in result:
+        raise ValueError("expected a result with perplexity, got none; evaluate without text=")
+    target = Path(model_dir)
+    shape = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = Config()
+    content = result | {
+        "command": command,
+        "hardware": _hardware(threads),
+        "versions": _versions(),
+        "training_seed": config.seed,
+        "training_tokens": sum(s.steps * s.rows * s.length for s in config.stages),
+    }
+    rows = [(n, 1, result["single_trials"], found) for n, found in result["single"].items()]
+    rows += [
+        (n, result["multi_keys"], result["multi_trials"], found)
+        for n, found in result["multi"].items()
+    ]
+    text = _CARD.format(
+        parameters=result["parameters"] / 1e6,
+        window=shape["sliding_window"],
+        trained=max(stage.length for stage in config.stages),
+        vocabulary=shape["vocab_size"],
+        rows="\n".join(f"| {n} | {k} | {d} | {found:.1%} |" for n, k, d, found in rows),
+        perplexity_window=_PERPLEXITY_WINDOW,
+        prose=result["perplexity"]["prose"],
+        source=result["perplexity"]["source"],
+        command=command,
+        tokens=content["training_tokens"] / 1e6,
+        python=content["versions"]["python"],
+        held=corpus.FILES_HELD_OUT,
+        seed=config.seed,
+        measured_seed=result["seed"],
+        versions=", ".join(f"{k} {v}" for k, v in content["versions"].items()),
+        hardware=content["hardware"],
+        seconds=result["seconds"],
+    )
+    (target / "MODEL_CARD.md").write_text(text, encoding="utf-8")
+    (target / "card.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content

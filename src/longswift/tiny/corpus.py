@@ -11,12 +11,11 @@ __all__ = ["SPLITS", "documents", "text"]
 
 SPLITS = ("train", "heldout")
 
-_SKIPPED = frozenset(
-    "test tests idle_test idlelib site-packages dist-packages __pycache__ lib2to3 turtledemo "
-    "pydoc_data encodings".split()
-)
+_NO_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "lib2to3", "encodings")
+_NO_PROSE = ("test", "tests", "idle_test", "idlelib", "turtledemo", "pydoc_data")
+_SKIPPED = frozenset(_NO_LIBRARY + _NO_PROSE)
 _TOPICS_HELD_OUT = 0.25
-_FILES_HELD_OUT = 0.06
+FILES_HELD_OUT = 0.06
 
 
 def _fraction(name: str) -> float:
@@ -59,7 +58,7 @@ def documents(split: str) -> list[tuple[str, str]]:
     chosen = []
     for kind, docs, share in (
         ("topic", _topics(), _TOPICS_HELD_OUT),
-        ("file", _files(), _FILES_HELD_OUT),
+        ("file", _files(), FILES_HELD_OUT),
     ):
         for name, body in docs:
             if (_fraction(f"{kind}:{name}") < share) == held and body.strip():

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Pool", "make_batch", "make_pool"]
 
 ANSWER_WEIGHT = 4.0
+TEXT_WEIGHT = 1.0
 QUESTION_WEIGHT = 0.2
+# Only the first digit needs the word; the others also follow from the digits before them.
+_LONG_ANSWER_WEIGHTS = np.asarray([12.0] + [2.0] * (tasks.DIGITS - 1), dtype=np.float32)
 _TOPIC_SHARE = 0.25
 # Long rows score only this much of their text: the last layer then skips the rest.
 _LONG_ROW, _LONG_SCORED = 1600, 768
@@ -71,7 +74,8 @@ def make_pool(
         return np.asarray(ids, dtype=np.int32)
 
     end = np.asarray([END_ID], dtype=np.int32)
-    topics, files = [], []
+    topics: list[np.ndarray] = []
+    files: list[np.ndarray] = []
     seen: set[str] = set()
     for name, body in corpus.documents("train"):
         (topics if name.startswith("topic:") else files).extend([encode(body[:limit]), end])
@@ -80,15 +84,20 @@ def make_pool(
     known = sorted(w for w in seen if w.isascii() and w.isalpha() and 3 <= len(w) <= 12)
     known = rng.sample(known, min(len(known), words // 2))
     invented = {tasks.made_up_word(rng) for _ in range(words - len(known))}
-    encoded = tokenizer(
-        [f" {w}" for w in known + sorted(invented)], add_special_tokens=False
-    )["input_ids"]
+    encoded = tokenizer([f" {w}" for w in known + sorted(invented)], add_special_tokens=False)[
+        "input_ids"
+    ]
     stem = tasks.question("").removesuffix("  is")
     return Pool(
         topics=np.concatenate(topics),
         files=np.concatenate(files),
         words=[np.asarray(ids, dtype=np.int32) for ids in encoded],
-        parts={"stem": encode(stem), "is": encode(" is"), "space": encode(" "), "stop": encode(".")},
+        parts={
+            "stem": encode(stem),
+            "is": encode(" is"),
+            "space": encode(" "),
+            "stop": encode("."),
+        },
         digits=np.concatenate([encode(str(d)) for d in range(10)]),
         vocab_size=len(tokenizer),
     )
@@ -176,8 +185,10 @@ def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
     """Hide secrets in real text and ask for some of them at the end."""
     most = max(1, min(96, size // 44))
     # Both few and many secrets at every length: one alone in a long text is a task of its own.
-    keys = int(np.exp(rng.uniform(0, np.log(most + 1))))
-    asked = min(max(1, size // 60), 40)
+    long = size > _LONG_ROW
+    fewest = min(8, most) if long and rng.random() < 0.7 else 1
+    keys = int(np.exp(rng.uniform(np.log(fewest), np.log(most + 1))))
+    asked = min(max(1, size // 60), 128)
     words = _words(pool, keys, rng, hard=size > _EASY_ROW)
     numbers = pool.digits[rng.integers(0, 10, (keys, tasks.DIGITS))]
     parts = pool.parts
@@ -207,14 +218,14 @@ def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
     for word, number, cut in zip(words, numbers, cuts, strict=True):
         row.add(filler[last:cut], text_weights[last:cut])
         for ids in (parts["stem"], word, parts["is"], parts["space"], number, parts["stop"]):
-            row.add(ids, 0.0 if ids is number or ids is word else 0.1)
+            row.add(ids, 0.0 if long or ids is number or ids is word else 0.1)
         last = cut
     row.add(filler[last:], text_weights[last:])
     for i in order:
         for ids in (parts["stem"], words[i], parts["is"]):
             row.add(ids, QUESTION_WEIGHT if ids is not words[i] else 0.0)
         row.add(parts["space"], QUESTION_WEIGHT)
-        row.add(numbers[i], ANSWER_WEIGHT)
+        row.add(numbers[i], _LONG_ANSWER_WEIGHTS if long else ANSWER_WEIGHT)
         row.add(parts["stop"], QUESTION_WEIGHT)
     return row.close(size)
 
@@ -230,8 +241,8 @@ def make_batch(pool: Pool, rows: int, length: int, seed: int, step: int) -> Batc
         step: Number of the step.
     """
     rng = np.random.default_rng([seed, step])
-    ids = np.full((rows, length + 1), END_ID, dtype=np.int64)
-    weights = np.zeros((rows, length + 1), dtype=np.float32)
+    ids: np.ndarray = np.full((rows, length + 1), END_ID, dtype=np.int64)
+    weights: np.ndarray = np.zeros((rows, length + 1), dtype=np.float32)
     # The mix is stratified over steps, because a long step has only one or two rows.
     for i in range(rows):
         turn = (step * rows + i) % 6

@@ -40,21 +40,21 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Apply one update to every matrix that has a gradient."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Apply one update to every matrix."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
+                by_shape.setdefault(p.shape, []).append(p)
             for (rows, columns), params in by_shape.items():
                 looks = []
                 for p in params:
                     state = self.state[p]
                     if not state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    looks.append(p.grad.lerp(state["momentum"], group["momentum"]))
+                    grad = p.grad if p.grad is not None else torch.zeros_like(p)
+                    state["momentum"].lerp_(grad, 1 - group["momentum"])
+                    looks.append(grad.lerp(state["momentum"], group["momentum"]))
                 turned = _orthogonal(torch.stack(looks))
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for p, update in zip(params, turned, strict=True):

@@ -12,9 +12,10 @@ __all__ = ["DIGITS", "Hidden", "hide_secrets", "made_up_word", "question", "stat
 DIGITS = 5
 
 _STEM = " The secret number of"
-_ONSETS = "b c d f g h j k l m n p r s t v w z bl br ch cl cr dr fl gr pl pr sh st th tr".split()
-_VOWELS = "a e i o u a e i o ai ea ee oo ou".split()
-_CODAS = ["", "", "", "l", "m", "n", "r", "s", "t", "x", "nd", "rk"]
+_CLUSTERS = ("bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "st", "th", "tr")
+_ONSETS = (*"bcdfghjklmnprstvwz", *_CLUSTERS)
+_VOWELS = (*"aeiouaeio", "ai", "ea", "ee", "oo", "ou")
+_CODAS = ("", "", "", *"lmnrstx", "nd", "rk")
 # The trainer never draws these words, so a score shows look-up and not memory.
 HELD_OUT_SYLLABLES = ("zor", "quib", "vex", "jun", "plim", "drax", "wob", "fyn", "kelt", "mur")
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
-__all__ = ["Config", "Stage", "export", "load_checkpoint", "train"]
+__all__ = ["export", "load_checkpoint", "train"]
 
 _CACHED_TOKENS = 1600
 
@@ -75,7 +76,7 @@ def _gradients(model: SmolLM3ForCausalLM, batch: data.Batch) -> dict[str, float]
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         loss = (each * weights).sum() / total
         loss.backward()
-        answers = weights == data.ANSWER_WEIGHT
+        answers = weights > data.TEXT_WEIGHT
         right = (logits.detach()[answers].argmax(-1) == wanted[answers]).float()
         sums["loss"][0] += loss.item()
         for name, values in (
@@ -139,6 +140,16 @@ def _model(config: Config) -> SmolLM3ForCausalLM:
     )
 
 
+def _plain_settings(file: Path) -> None:
+    """Keep of the tokenizer's settings only what every version of Transformers understands."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def export(out_dir: str | Path, model_dir: str | Path, config: Config | None = None) -> int:
     """Write the latest checkpoint as a directory that Transformers loads.
 
@@ -153,8 +164,6 @@ def export(out_dir: str | Path, model_dir: str | Path, config: Config | None = N
     Raises:
         ValueError: If the run has no checkpoint yet.
     """
-    import tempfile
-
     from transformers import PreTrainedTokenizerFast
 
     state = load_checkpoint(out_dir)
@@ -167,7 +176,9 @@ def export(out_dir: str | Path, model_dir: str | Path, config: Config | None = N
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         model.save_pretrained(folder)
         PreTrainedTokenizerFast.from_pretrained(Path(out_dir) / "tokenizer").save_pretrained(folder)
+        _plain_settings(Path(folder) / "tokenizer_config.json")
         for file in Path(folder).iterdir():
+            file.chmod(0o644)
             os.replace(file, target / file.name)
     return int(state["step"])
 
