@@ -81,8 +81,7 @@ class RopeScaling:
             base = self.ntk_base(dim, base)
         elif self.kind == "dynamic":
             ratio = max(length or 0, self.original_length) / self.original_length
-            stretch = self.factor * ratio - (self.factor - 1)
-            base = base * stretch ** (dim / (dim - 2))
+            base = _stretched(base, self.factor * ratio - (self.factor - 1), dim)
         inv_freq = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
         if self.kind == "linear":
             return inv_freq / self.factor, 1.0
@@ -99,7 +98,7 @@ class RopeScaling:
 
     def ntk_base(self, dim: int, base: float) -> float:
         """The base that stretches the slowest channel ``factor`` times."""
-        return base * math.pow(self.factor, dim / (dim - 2))
+        return _stretched(base, self.factor, dim)
 
     def parameters(self, dim: int, base: float) -> dict[str, Any]:
         """The ``rope_parameters`` entries that make Transformers compute these frequencies."""
@@ -127,3 +126,17 @@ class RopeScaling:
         high = min(math.ceil(channel(self.beta_slow)), dim - 1)
         width = high - low if high != low else 0.001
         return ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
+
+
+def _stretched(base: float, factor: float, dim: int) -> float:
+    """The base that stretches the slowest of ``dim / 2`` channels ``factor`` times."""
+    if dim <= 2:
+        raise ConfigError(
+            problem(
+                "rope",
+                expected="at least 4 rotated channels for 'ntk' and 'dynamic'",
+                got=dim,
+                fix="Use 'linear' or 'yarn' for this model.",
+            )
+        )
+    return base * math.pow(factor, dim / (dim - 2))

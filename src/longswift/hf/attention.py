@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
@@ -16,6 +17,12 @@ from longswift.hf.masks import KeyMask, Rule
 from longswift.hf.settings import resolve
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.sliding_window import SlidingWindow
+
+try:
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    # Not public; without it only layers that are told about it refuse attention weights.
+    _active_collector = None
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -64,14 +71,19 @@ def make_attention(name: str) -> AttentionFunction:
         seen = _what_is_seen(module, query, key, attention_mask, kwargs)
         mechanism = _mechanism(module, name, seen, query.shape[2])
         summary = _summary(mechanism, key, query.shape[2], seen)
+        real = seen.real
         if seen.length < key.shape[2]:
             key, value = key[:, :, : seen.length], value[:, :, : seen.length]
+        if real is not None and _is_cross_attention(module, seen.rule):
+            # One hidden key more: equal lengths would mean that queries are padded like keys.
+            key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
+            real = pad(real, (0, 1))
         result = mechanism(
             query,
             key,
             value,
             causal=seen.rule.causal,
-            key_mask=seen.real,
+            key_mask=real,
             scale=scaling,
             # A recomputed layer must make the choice it made before, gradients on or off.
             training=True if module.training else None,
@@ -88,12 +100,15 @@ def _mechanism(module: nn.Module, name: str, seen: _Seen, queries: int) -> Mecha
     rule = seen.rule
     if rule.window is not None:
         return SlidingWindow(window=rule.window + 1 if rule.causal else 2 * rule.window)
-    if not rule.causal and (queries != seen.length or _is_cross_attention(module)):
+    if _is_cross_attention(module, rule) or not rule.causal and queries != seen.length:
         return Full()
     return resolve(module, name)
 
 
-def _is_cross_attention(module: nn.Module) -> bool:
+def _is_cross_attention(module: nn.Module, rule: Rule) -> bool:
+    """Whether queries and keys belong to different sequences, as far as a module tells."""
+    if rule.causal:
+        return False
     if "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
         return True
     return bool(getattr(module, "is_decoder", False)) and not getattr(module, "is_causal", True)
@@ -188,6 +203,12 @@ def _summary(mechanism: Mechanism, key: Tensor, queries: int, seen: _Seen) -> Ke
     return None if pages is None else pages.summary(seen.starts)
 
 
+def _weights_are_collected() -> bool:
+    """Whether the model was asked for attention weights; many layers are not told."""
+    collected = None if _active_collector is None else _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
 def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise for anything that changes the result and that no mechanism computes."""
     got = next((what for k, what in _REFUSED.items() if kwargs.get(k) is not None), None)
@@ -195,7 +216,7 @@ def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any
     if dropout:
         got = f"dropout {dropout}"
         fix = "Set config.attention_dropout (attn_pdrop, attention_probs_dropout_prob) to 0."
-    elif kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+    elif kwargs.get("output_attentions") or _weights_are_collected():
         got = "output_attentions=True"
         fix = "There are no attention weights to return; use attn_implementation='eager'."
     if got is not None:

@@ -59,7 +59,7 @@ def mechanism_for(config: PreTrainedConfig, name: str) -> Mechanism:
     """The mechanism ``name`` with the settings stored in ``config``, or with its defaults."""
     stored = read_settings(config).get("attention")
     if isinstance(stored, dict) and stored.get("name") == name:
-        return from_dict({key: _tuples(value) for key, value in stored.items()})
+        return from_dict(stored)
     return get_mechanism(name)
 
 
@@ -116,8 +116,3 @@ def set_attention(model: PreTrainedModel, mechanism: Mechanism | str) -> None:
     key = next((k for k in model.config.sub_configs if getattr(model.config, k) is config), None)
     model.set_attn_implementation(name if key is None else {key: name})
     write_settings(config, attention=mechanism.to_dict())
-
-
-def _tuples(value: Any) -> Any:
-    """JSON knows only lists; options that are sequences are tuples."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

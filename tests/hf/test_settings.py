@@ -1,0 +1,125 @@
+"""Registration, settings in the configuration, and how they travel."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.hf.models import batch, build
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+
+from longswift import Full, MSSwift, SlidingWindow, UnsupportedError, list_mechanisms
+from longswift.core.errors import ConfigError
+from longswift.hf import attention_of, implementation_names, set_attention
+
+
+def test_every_mechanism_has_a_safe_name_and_a_mask_function() -> None:
+    names = implementation_names()
+    assert {"ms_swift", "ms-swift", "longswift_full", "longswift_ms_swift"} <= set(names)
+    assert {f"longswift_{name}" for name in list_mechanisms()} <= set(names)
+    for name in names:
+        assert name in AttentionInterface()
+        assert name in AttentionMaskInterface()
+        assert not any(word in name for word in ("flash", "sdpa", "flex_attention", "/"))
+
+
+def test_importing_adds_names_and_changes_nothing_else() -> None:
+    code = """
+import transformers, torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as M
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as D, STATIC_LAYER_TYPE_MAPPING as S
+before = [dict(x) for x in (A, M, D, S)]
+import longswift.hf
+for x, old in zip((A, M, D, S), before):
+    new = dict(x)
+    assert all(new[k] is old[k] for k in old)
+    assert all("swift" in k for k in new.keys() - old.keys()), new.keys() - old.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_settings_survive_save_and_load(tmp_path: Path) -> None:
+    model = build("gemma3")
+    mechanism = MSSwift(
+        windows=(32, 64), sinks=2, key_tokens=32, block=32, remainder=None, dense_below=16
+    )
+    set_attention(model, mechanism)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["longswift"]["attention"]["name"] == "ms_swift"
+    for name in ("ms_swift", "ms-swift", "longswift_ms_swift"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert attention_of(again) == mechanism
+    inputs = batch(200, "left")
+    with torch.no_grad():
+        again.eval()
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert attention_of(plain) is None
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="longswift_full")
+    assert attention_of(other) == Full()
+
+
+def test_a_loaded_configuration_alone_carries_the_settings(tmp_path: Path) -> None:
+    model = build("llama")
+    set_attention(model, SlidingWindow(window=9))
+    model.config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    name = "longswift_sliding_window"
+    again = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+    assert attention_of(again) == SlidingWindow(window=9)
+
+
+def test_changed_settings_take_effect_at_once() -> None:
+    model, inputs = build("llama"), batch(32, "none")
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        set_attention(model, SlidingWindow(window=4))
+        narrow = model(**inputs).logits
+        set_attention(model, SlidingWindow(window=32))
+        wide = model(**inputs).logits
+        # Edited in place, as a user might.
+        model.config.longswift["attention"]["window"] = 4
+        edited = model(**inputs).logits
+    torch.testing.assert_close(wide, dense, rtol=1e-4, atol=1e-4)
+    assert (narrow - dense).abs().max() > 1e-2
+    torch.testing.assert_close(edited, narrow)
+
+
+def test_two_models_share_nothing() -> None:
+    first, inputs = build("llama"), batch(32, "none")
+    second = copy.deepcopy(first)
+    set_attention(first, SlidingWindow(window=4))
+    set_attention(second, SlidingWindow(window=32))
+    with torch.no_grad():
+        a, b = first(**inputs).logits, second(**inputs).logits
+        assert (a - b).abs().max() > 1e-2
+        torch.testing.assert_close(first(**inputs).logits, a)
+    assert attention_of(first) == SlidingWindow(window=4)
+    assert attention_of(second) == SlidingWindow(window=32)
+
+
+def test_spoiled_settings_are_named() -> None:
+    model = build("llama")
+    model.set_attn_implementation("ms_swift")
+    model.config.longswift = "fast please"
+    with pytest.raises(ConfigError, match="config.longswift"):
+        model(**batch())
+    model.config.longswift = {"attention": {"name": "ms_swift", "windowz": 3}}
+    with pytest.raises(ConfigError, match="windowz"):
+        model(**batch())
+
+
+def test_architectures_with_their_own_attention_are_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(UnsupportedError, match="AttentionInterface"):
+        set_attention(model, Full())
