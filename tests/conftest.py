@@ -1,0 +1,52 @@
+"""Fixtures of every test: one thread, fixed seeds, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = make(*args, **kwargs)
+        if x.is_meta or x.dtype == torch.bool:
+            return x
+        with torch.no_grad():
+            huge = float("nan") if x.is_floating_point() or x.is_complex() else 1 << 6
+            return x.fill_(huge)
+
+    return poison
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from ``torch.empty`` and its kin holds NaN, so that reading it first fails a test."""
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """Every test starts from the same random state and leaves none behind."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

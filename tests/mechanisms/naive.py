@@ -1,0 +1,279 @@
+"""MS-SWIFT once more, from its description alone: one row, one head, one key at a time.
+
+Nothing here calls the library. Slow, for one unpadded sequence of a hundred tokens or so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaiveSwift:
+    """The options of ``MSSwift`` and of its ``bounds`` selector that decide what is seen."""
+
+    windows: tuple[int, ...]
+    overlap: float = 0.5
+    sinks: int = 4
+    key_tokens: int = 16
+    coverage: float | None = None
+    block: int = 16
+    dense_below: int = 0
+    key_block: int = 8
+    row_group: int = 4
+    proposals: int = 2
+    remainder: int | None = None
+    strict: bool = False
+    causal: bool = True
+
+    def scale_order(self) -> list[int]:
+        """Windows in the order in which heads take them: the middle one, then the next wider."""
+        middle = len(self.windows) // 2
+        order = sorted(range(len(self.windows)), key=lambda i: (abs(i - middle), -i))
+        return [self.windows[i] for i in order]
+
+    def shape(self, window: int) -> tuple[int, int]:
+        """Tile and reach beyond it of a window."""
+        tile = max(self.block, int(round((1 - self.overlap) * window)) // self.block * self.block)
+        beyond = max(window - tile, round(self.overlap * window))
+        if not self.causal:
+            beyond = math.ceil(beyond / 2)
+        return tile, math.ceil(beyond / self.key_block) * self.key_block
+
+    def band(self, window: int, position: int, n: int) -> tuple[int, int]:
+        """First and one-past-last key of the window of the query at ``position``."""
+        tile, beyond = self.shape(window)
+        start = position // tile * tile
+        return max(0, start - beyond), min(n, start + tile + (0 if self.causal else beyond))
+
+    def dense_until(self, n: int, kv_heads: int) -> int:
+        """Position of the first row that is not computed exactly."""
+        windows = [self.scale_order()[h % len(self.windows)] for h in range(kv_heads)]
+        seen = self.sinks + self.key_tokens
+        if not self.causal:
+            reach = min(self.shape(w)[0] + 2 * self.shape(w)[1] for w in windows) + seen
+            return n if n < self.dense_below or n <= reach else 0
+        covered = []
+        for window in windows:
+            tile, beyond = self.shape(window)
+            position = 0
+            while position // tile * tile - beyond <= seen:
+                position += tile
+            covered.append(position)
+        return max(min(covered), math.ceil(self.dense_below / self.block) * self.block)
+
+    def visible(self, q: Array, k: Array, scale: float) -> NDArray[np.bool_]:
+        """Which keys each query sees: ``q [Hq, Lq, D]``, ``k [Hkv, Lk, D]`` to ``[Hq, Lq, Lk]``."""
+        heads, q_len, _ = q.shape
+        kv_heads, n, _ = k.shape
+        groups = heads // kv_heads
+        offset = n - q_len
+        seen = np.zeros((heads, q_len, n), dtype=bool)
+        dense = self.dense_until(n, kv_heads)
+        for row in range(q_len):
+            if offset + row < dense:
+                seen[:, row, : offset + row + 1 if self.causal else n] = True
+        first_row = max(0, dense - offset)
+        for kv in range(kv_heads):
+            window = self.scale_order()[kv % len(self.windows)]
+            own = slice(kv * groups, (kv + 1) * groups)
+            for rows in self.row_blocks(first_row, q_len, offset):
+                start, end = self.band(window, offset + rows[0], n)
+                since = self.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
+                for row in rows:
+                    position = offset + row
+                    keys = [j for j in range(n) if start <= j < end or j < self.sinks]
+                    keys += [j for j, first in since.items() if first <= position]
+                    for j in keys:
+                        if not self.causal or j <= position:
+                            seen[own, row, j] = True
+        return seen
+
+    def row_blocks(self, first_row: int, q_len: int, offset: int) -> list[list[int]]:
+        blocks: dict[int, list[int]] = {}
+        for row in range(first_row, q_len):
+            blocks.setdefault((offset + row) // self.block, []).append(row)
+        return list(blocks.values())
+
+    def choose(
+        self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
+    ) -> dict[int, int]:
+        """Key tokens of one block and KV head, and the first query position that sees each.
+
+        Args:
+            q: ``[G, rows, D]``, scaled.
+            k: ``[Lk, D]``.
+            rows: Query rows of the block.
+            offset: Position of query row 0.
+            start: First key of the window.
+            end: One past its last key.
+        """
+        if self.key_tokens == 0:
+            return {}
+        n = len(k)
+        blocks = [k[b : b + self.key_block] for b in range(0, n, self.key_block)]
+        outside = [b for b in range(len(blocks)) if (b + 1) * self.key_block <= start]
+        if not self.causal:
+            outside += [b for b in range(len(blocks)) if b * self.key_block >= end]
+        if not outside:
+            return {}
+        sink_blocks = [b for b in outside if b * self.key_block < self.sinks]
+        wanted = min(math.ceil(self.proposals * self.key_tokens / self.key_block), len(blocks))
+        # What the window already holds takes part in every probability.
+        window = np.empty(q.shape[:2])
+        for g in range(q.shape[0]):
+            for i, row in enumerate(rows):
+                last = min(end, offset + row + 1) if self.causal else end
+                scores = k[start:last] @ q[g, i]
+                window[g, i] = np.logaddexp.reduce(scores)
+        if self.strict and self.causal:
+            return self.choose_strictly(q, k, rows, offset, outside, sink_blocks, wanted, window)
+
+        rank = {b: -math.inf for b in outside}
+        for g in range(q.shape[0]):
+            for i in range(0, len(rows), self.row_group):
+                part = q[g, i : i + self.row_group]
+                bounds = np.array([self.bound(part, blocks[b]) for b in outside])
+                for b, p in zip(outside, softmax(bounds), strict=True):
+                    rank[b] = max(rank[b], p)
+        proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
+        tokens = self.tokens_of([*proposed, *sink_blocks], n)
+        probs = self.probabilities(q, k, tokens, window)
+        best = probs.max((0, 1))
+        free = [i for i, t in enumerate(tokens) if t >= self.sinks]
+        chosen = sorted(free, key=lambda i: -best[i])[: self.key_tokens]
+        if self.coverage is not None:
+            chosen = self.cover(chosen, tokens, probs, q, k, window)
+        return {tokens[i]: 0 for i in chosen}
+
+    def bound(self, q: Array, keys: Array) -> float:
+        """Upper bound of every score between two boxes."""
+        qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
+        kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
+        return float(qc @ kc + abs(qc) @ kr + qr @ abs(kc) + qr @ kr)
+
+    def tokens_of(self, blocks: list[int], n: int) -> list[int]:
+        size = self.key_block
+        return [j for b in blocks for j in range(b * size, min((b + 1) * size, n))]
+
+    def probabilities(self, q: Array, k: Array, tokens: list[int], window: Array) -> Array:
+        """Exact probabilities of ``tokens``, normalised with the window, ``[G, rows, tokens]``."""
+        scores = q @ k[tokens].T
+        total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
+        return np.exp(scores - total[..., None])
+
+    def cover(
+        self,
+        chosen: list[int],
+        tokens: list[int],
+        probs: Array,
+        q: Array,
+        k: Array,
+        window: Array,
+    ) -> list[int]:
+        """The best tokens until every row has the coverage; the one that crosses it stays."""
+        assert self.coverage is not None
+        scores = q @ k[tokens].T
+        total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
+        have = np.exp(window - total)
+        have = have + probs[..., [i for i, t in enumerate(tokens) if t < self.sinks]].sum(-1)
+        kept = []
+        for i in chosen:
+            if (have < self.coverage).any():
+                kept.append(i)
+            have = have + probs[..., i]
+        return kept
+
+    def choose_strictly(
+        self,
+        q: Array,
+        k: Array,
+        rows: list[int],
+        offset: int,
+        outside: list[int],
+        sink_blocks: list[int],
+        wanted: int,
+        window: Array,
+    ) -> dict[int, int]:
+        """First come, first served: every row adds what it wants to what earlier rows took."""
+        groups = q.shape[0]
+        size = self.key_block
+        candidates = [b for b in outside if b not in sink_blocks]
+        asked = np.zeros((len(rows), len(candidates)))
+        for g in range(groups):
+            for i in range(len(rows)):
+                row = q[g, i : i + 1]
+                bounds = [self.bound(row, k[b * size : (b + 1) * size]) for b in outside]
+                shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
+                asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
+        width = max(outside) + 1
+        limit = min(math.ceil(self.proposals * self.key_tokens / size), width)
+        turns = self.in_turn(asked, limit, width)
+        proposed = {candidates[c]: row for c, row in turns.items()}
+        order = [*proposed, *sink_blocks]
+        tokens = self.tokens_of(order, len(k))
+        since = {t: proposed.get(t // size, 0) for t in tokens}
+        want = np.zeros((len(rows), len(tokens)))
+        for i in range(len(rows)):
+            shown = [c for c, t in enumerate(tokens) if since[t] <= i]
+            now = slice(i, i + 1)
+            probs = self.probabilities(q[:, now], k, [tokens[c] for c in shown], window[:, now])
+            for c, p in zip(shown, probs[:, 0].max(0), strict=True):
+                want[i, c] = 0.0 if tokens[c] < self.sinks else p
+        # Slots exist for every proposal of the block, taken or not, and for sinks.
+        slots = (limit + min(math.ceil(self.sinks / size), width)) * size
+        chosen = self.in_turn(want, self.key_tokens, slots)
+        return {tokens[c]: offset + rows[row] for c, row in chosen.items()}
+
+    def in_turn(self, want: Array, budget: int, slots: int) -> dict[int, int]:
+        """Column to the row that took it: a quarter of the budget at once, the rest evenly."""
+        taken: dict[int, int] = {}
+        given = 0
+        for row in range(len(want)):
+            due = min(slots, budget // 4 + (budget - budget // 4) * (row + 1) // self.block)
+            quota, given = max(0, due - given), max(due, given)
+            free = [c for c in range(want.shape[1]) if c not in taken and want[row, c] > 0]
+            for c in sorted(free, key=lambda c: -want[row, c])[:quota]:
+                taken[c] = row
+        return taken
+
+    def attend(self, q: Array, k: Array, v: Array, scale: float) -> tuple[Array, Array]:
+        """Output and log-sum-exp under ``visible``, the remainder's pools by explicit loops."""
+        heads, q_len, _ = q.shape
+        kv_heads, n, _ = k.shape
+        seen = self.visible(q, k, scale)
+        dense = self.dense_until(n, kv_heads)
+        out, lse = np.zeros((heads, q_len, v.shape[-1])), np.zeros((heads, q_len))
+        for h in range(heads):
+            kv = h * kv_heads // heads
+            window = self.scale_order()[kv % len(self.windows)]
+            for row in range(q_len):
+                position = n - q_len + row
+                exact = np.flatnonzero(seen[h, row])
+                scores, values = [k[kv, exact] @ q[h, row] * scale], [v[kv, exact]]
+                if self.remainder is not None and position >= dense:
+                    start, end = self.band(window, position, n)
+                    rest = [j for j in range(n) if not seen[h, row, j]]
+                    for pool in range(math.ceil(n / self.remainder)):
+                        in_pool = [j for j in rest if j // self.remainder == pool]
+                        right = [] if self.causal else [j for j in in_pool if j >= end]
+                        for members in ([j for j in in_pool if j < start], right):
+                            if members:
+                                mean = k[kv, members].mean(0) @ q[h, row] * scale
+                                scores.append(np.array([mean + math.log(len(members))]))
+                                values.append(v[kv, members].mean(0, keepdims=True))
+                every = np.concatenate(scores)
+                lse[h, row] = np.logaddexp.reduce(every)
+                out[h, row] = softmax(every) @ np.concatenate(values)
+        return out, lse
