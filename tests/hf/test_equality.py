@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.models import DECODERS, ENCODERS, batch, build, shared, with_attention
 
 from longswift.hf import SwiftCache, set_attention
+from tests.hf.models import DECODERS, ENCODERS, batch, build, with_attention
 
 IMPLEMENTATIONS = ["longswift_full", "ms_swift"]
 
@@ -130,11 +130,11 @@ def test_training_gradients(implementation: str, padding: str, checkpointing: st
 
 
 def test_switching_at_run_time_and_back() -> None:
-    inputs = batch()
+    model, inputs = build("llama"), batch(40)
     with torch.no_grad():
-        first = with_attention("llama", "sdpa")(**inputs).logits
-        with_attention("llama", "longswift_sliding_window")
-        with_attention("llama", "ms-swift")
-        again = with_attention("llama", "sdpa")(**inputs).logits
-    assert torch.equal(first, again)
-    assert shared("llama").config._attn_implementation == "sdpa"
+        first = model(**inputs).logits
+        for name in ("longswift_sliding_window", "ms-swift", "longswift_full", "sdpa"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+            last = model(**inputs).logits
+    assert torch.equal(last, first)

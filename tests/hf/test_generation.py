@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.models import DECODERS, batch, build, with_attention
 from transformers import DynamicCache
 
 from longswift.hf import SwiftCache
+from tests.hf.models import DECODERS, batch, build, recent, with_attention
 
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
 BEAMS = {"do_sample": False, "num_beams": 3, "max_new_tokens": 10}
@@ -44,6 +44,7 @@ def test_prefill_in_chunks_and_static_caches(
     assert torch.equal(_generate(name, "ms_swift", inputs, **GREEDY, **options), expected)
 
 
+@recent
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("cache", [None, SwiftCache])
 def test_assisted_generation_crops_the_cache(name: str, cache: Any) -> None:
@@ -59,6 +60,7 @@ def test_assisted_generation_crops_the_cache(name: str, cache: Any) -> None:
     assert torch.equal(got, expected)
 
 
+@recent
 def test_prompt_lookup() -> None:
     inputs = {key: value[:1].repeat(1, 3) for key, value in batch(12, "none").items()}
     expected = _generate("llama", "sdpa", inputs, **GREEDY)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.models import batch, build, with_attention
 from torch import nn
 from transformers import masking_utils as hf
 
@@ -14,6 +13,7 @@ from longswift import UnsupportedError
 from longswift.core.errors import LongSwiftError
 from longswift.hf.attention import make_attention
 from longswift.hf.masks import KeyMask, Rule, read_rule, swift_mask
+from tests.hf.models import batch, build, recent, with_attention
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ def test_chunked_attention_is_honoured_in_one_chunk_and_refused_beyond() -> None
         model(**batch(9, "none"))
 
 
+@recent
 @torch.no_grad()
 def test_prefix_masks_are_refused_and_empty_overlays_are_not() -> None:
     model = build("llama")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.hf.models import batch, build
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from longswift import Full, MSSwift, SlidingWindow, UnsupportedError, list_mechanisms
 from longswift.core.errors import ConfigError
 from longswift.hf import attention_of, implementation_names, set_attention
+from tests.hf.models import batch, build
 
 
 def test_every_mechanism_has_a_safe_name_and_a_mask_function() -> None:
@@ -31,13 +31,13 @@ def test_every_mechanism_has_a_safe_name_and_a_mask_function() -> None:
 
 def test_importing_adds_names_and_changes_nothing_else() -> None:
     code = """
-import transformers, torch
+from transformers import cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as M
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as D, STATIC_LAYER_TYPE_MAPPING as S
-before = [dict(x) for x in (A, M, D, S)]
+tables = [A, M] + [v for k, v in vars(cache_utils).items() if k.endswith("_TYPE_MAPPING")]
+before = [dict(table) for table in tables]
 import longswift.hf
-for x, old in zip((A, M, D, S), before):
+for x, old in zip(tables, before):
     new = dict(x)
     assert all(new[k] is old[k] for k in old)
     assert all("swift" in k for k in new.keys() - old.keys()), new.keys() - old.keys()
@@ -104,6 +104,24 @@ def test_two_models_share_nothing() -> None:
         torch.testing.assert_close(first(**inputs).logits, a)
     assert attention_of(first) == SlidingWindow(window=4)
     assert attention_of(second) == SlidingWindow(window=32)
+
+
+def test_single_layers_may_differ(tmp_path: Path) -> None:
+    model, inputs = build("llama"), batch(32, "none")
+    with torch.no_grad():
+        set_attention(model, SlidingWindow(window=4), layers={1: Full()})
+        mixed = model(**inputs).logits
+        set_attention(model, SlidingWindow(window=4))
+        assert "layers" not in model.config.longswift
+        narrow = model(**inputs).logits
+        set_attention(model, SlidingWindow(window=4), layers={0: Full(), 1: Full()})
+        torch.testing.assert_close(model(**inputs).logits, build("llama")(**inputs).logits)
+        set_attention(model, SlidingWindow(window=4), layers={1: Full()})
+        model.save_pretrained(tmp_path)
+        name = "longswift_sliding_window"
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name).eval()
+        torch.testing.assert_close(again(**inputs).logits, mixed)
+    assert (mixed - narrow).abs().max() > 1e-2
 
 
 def test_spoiled_settings_are_named() -> None:

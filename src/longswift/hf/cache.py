@@ -22,7 +22,10 @@ def pages_of(key: Tensor) -> PagedKV | None:
     can never describe other keys than these.
     """
     pages = getattr(key, _MARK, None)
-    return pages if isinstance(pages, PagedKV) and pages.length == key.shape[2] else None
+    if not isinstance(pages, PagedKV) or pages.keys is None:
+        return None
+    same = key.shape == pages.keys.shape and key.data_ptr() == pages.keys.data_ptr()
+    return pages if same else None
 
 
 class SwiftLayer(DynamicLayer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -51,21 +52,27 @@ def read_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_settings(config: PreTrainedConfig, **values: Any) -> None:
-    """Merge ``values`` into what is stored; the stored dictionary itself is replaced."""
-    setattr(config, KEY, {**read_settings(config), **values})
+    """Merge ``values`` into what is stored, in a new dictionary; empty ones are left out."""
+    merged = {**read_settings(config), **values}
+    setattr(config, KEY, {name: value for name, value in merged.items() if value != {}})
 
 
-def mechanism_for(config: PreTrainedConfig, name: str) -> Mechanism:
-    """The mechanism ``name`` with the settings stored in ``config``, or with its defaults."""
-    stored = read_settings(config).get("attention")
-    if isinstance(stored, dict) and stored.get("name") == name:
-        return from_dict(stored)
-    return get_mechanism(name)
+def mechanism_for(config: PreTrainedConfig, name: str, layer: int | None = None) -> Mechanism:
+    """The mechanism ``name`` with the settings stored in ``config``, or with its defaults.
+
+    A layer may have settings of its own; they count only together with the stored mechanism.
+    """
+    settings = read_settings(config)
+    stored = settings.get("attention")
+    if not isinstance(stored, dict) or stored.get("name") != name:
+        return get_mechanism(name)
+    # JSON knows only strings as keys.
+    return from_dict(settings.get("layers", {}).get(str(layer), stored))
 
 
 class _Resolved(NamedTuple):
     name: str
-    stored: Any
+    settings: dict[str, Any]
     mechanism: Mechanism
 
 
@@ -75,27 +82,36 @@ _RESOLVED: WeakKeyDictionary[nn.Module, _Resolved] = WeakKeyDictionary()
 def resolve(module: nn.Module, name: str) -> Mechanism:
     """``mechanism_for`` the module's configuration, built again only when that changed."""
     config: Any = module.config
-    stored = read_settings(config).get("attention")
+    settings = read_settings(config)
     known = _RESOLVED.get(module)
-    if known is None or known.name != name or known.stored != stored:
-        known = _Resolved(name, copy.deepcopy(stored), mechanism_for(config, name))
+    if known is None or known.name != name or known.settings != settings:
+        mechanism = mechanism_for(config, name, getattr(module, "layer_idx", None))
+        known = _Resolved(name, copy.deepcopy(settings), mechanism)
         _RESOLVED[module] = known
     return known.mechanism
 
 
 def attention_of(model: PreTrainedModel) -> Mechanism | None:
-    """The mechanism in force in the model's text layers; None when it runs another attention."""
+    """The mechanism in force in the model's text layers; None when it runs another attention.
+
+    Single layers may run another one, see ``set_attention``.
+    """
     config = text_config(model)
     name = implementation_names().get(str(config._attn_implementation))
     return None if name is None else mechanism_for(config, name)
 
 
-def set_attention(model: PreTrainedModel, mechanism: Mechanism | str) -> None:
+def set_attention(
+    model: PreTrainedModel,
+    mechanism: Mechanism | str,
+    layers: Mapping[int, Mechanism] | None = None,
+) -> None:
     """Run ``mechanism`` in the text layers of ``model`` and store its settings in the config.
 
     Args:
         model: Any Transformers model whose layers use the ``AttentionInterface``.
         mechanism: A mechanism, or a name for its defaults.
+        layers: Other mechanisms (or other settings) for single layers, by layer index.
 
     Raises:
         UnsupportedError: The architecture computes attention in code of its own.
@@ -115,4 +131,5 @@ def set_attention(model: PreTrainedModel, mechanism: Mechanism | str) -> None:
     name = implementation_of(mechanism)
     key = next((k for k in model.config.sub_configs if getattr(model.config, k) is config), None)
     model.set_attn_implementation(name if key is None else {key: name})
-    write_settings(config, attention=mechanism.to_dict())
+    others = {str(layer): other.to_dict() for layer, other in (layers or {}).items()}
+    write_settings(config, attention=mechanism.to_dict(), layers=others)
