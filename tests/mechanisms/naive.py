@@ -217,9 +217,7 @@ class NaiveSwift:
                 bounds = [self.bound(row, k[b * size : (b + 1) * size]) for b in outside]
                 shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
                 asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
-        width = max(outside) + 1
-        limit = min(math.ceil(self.proposals * self.key_tokens / size), width)
-        turns = self.in_turn(asked, limit, width)
+        turns = self.in_turn(asked, math.ceil(self.proposals * self.key_tokens / size))
         proposed = {candidates[c]: row for c, row in turns.items()}
         order = [*proposed, *sink_blocks]
         tokens = self.tokens_of(order, len(k))
@@ -231,18 +229,16 @@ class NaiveSwift:
             probs = self.probabilities(q[:, now], k, [tokens[c] for c in shown], window[:, now])
             for c, p in zip(shown, probs[:, 0].max(0), strict=True):
                 want[i, c] = 0.0 if tokens[c] < self.sinks else p
-        # Slots exist for every proposal of the block, taken or not, and for sinks.
-        slots = (limit + min(math.ceil(self.sinks / size), width)) * size
-        chosen = self.in_turn(want, self.key_tokens, slots)
+        chosen = self.in_turn(want, self.key_tokens)
         return {tokens[c]: offset + rows[row] for c, row in chosen.items()}
 
-    def in_turn(self, want: Array, budget: int, slots: int) -> dict[int, int]:
+    def in_turn(self, want: Array, budget: int) -> dict[int, int]:
         """Column to the row that took it: a quarter of the budget at once, the rest evenly."""
         taken: dict[int, int] = {}
         given = 0
         for row in range(len(want)):
-            due = min(slots, budget // 4 + (budget - budget // 4) * (row + 1) // self.block)
-            quota, given = max(0, due - given), max(due, given)
+            due = budget // 4 + (budget - budget // 4) * (row + 1) // self.block
+            quota, given = due - given, due
             free = [c for c in range(want.shape[1]) if c not in taken and want[row, c] > 0]
             for c in sorted(free, key=lambda c: -want[row, c])[:quota]:
                 taken[c] = row

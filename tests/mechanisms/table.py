@@ -43,6 +43,9 @@ class Case:
     bidirectional: bool = True
     cross: bool = False
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"Case({self.label})")
+
     @property
     def trainings(self) -> tuple[bool, ...]:
         """Values of ``training`` that a call may pass."""

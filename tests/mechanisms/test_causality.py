@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.mechanisms.drawing import Inputs, inputs
+from tests.mechanisms.drawing import Inputs, inputs, tolerance
 from tests.mechanisms.table import CASES, Case
 
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -61,6 +61,25 @@ def test_shared_mode_moves_nothing_before_the_block(case: Case, data: st.DataObj
         rows = max(0, block - offset)
         assert torch.equal(before.out[row, :, :rows], after.out[row, :, :rows])
         assert torch.equal(before.lse[row, :, :rows], after.lse[row, :, :rows])
+
+
+@case_of
+@settings(max_examples=15)
+@given(st.data())
+def test_a_longer_text_does_not_change_its_beginning(case: Case, data: st.DataObject) -> None:
+    """Strict mode: what follows may even be missing."""
+    if not case.strict:
+        pytest.skip("has no strict mode")
+    x = data.draw(inputs(case, causal=True, chunked=False, masks=("none",)))
+    end = data.draw(st.integers(1, x.k.shape[2]))
+    # A single query is decoding, where content is chosen from smaller pages.
+    assume(end > 1 or not case.content)
+    mechanism = case.build()
+    whole = x.run(mechanism, training=True)
+    q, k, v = (t[:, :, :end] for t in x.tensors)
+    part = replace(x, q=q, k=k, v=v).run(mechanism, training=True)
+    torch.testing.assert_close(part.out, whole.out[:, :, :end], **tolerance(x.q.dtype))
+    torch.testing.assert_close(part.lse, whole.lse[:, :, :end], **tolerance(x.q.dtype))
 
 
 @case_of
