@@ -1,0 +1,7 @@
+"""``python -m longswift``."""
+
+from __future__ import annotations
+
+from longswift.cli.main import main
+
+main()

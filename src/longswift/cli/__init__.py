@@ -1,0 +1,1 @@
+"""The ``longswift`` command: one file a command, no logic; what they run lives in ``eval``."""

@@ -1,0 +1,60 @@
+"""``longswift generate``: ask a model about a long text file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+
+def generate(
+    model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
+    file: Annotated[Path, Option(help="UTF-8 text the model reads first.")],
+    prompt: Annotated[str, Option(help="What to ask, or how to go on.")] = "",
+    attention: Annotated[
+        str, Option(help="A mechanism, or 'model' for the model's own attention.")
+    ] = "ms_swift",
+    settings: Annotated[
+        list[str] | None, Option("--set", help="NAME.OPTION=VALUE of the mechanism.")
+    ] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer.")] = 256,
+    max_length: Annotated[
+        str | None, Option(help="Extend the model's positions to this many tokens.")
+    ] = None,
+    rope: Annotated[
+        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
+    ] = "yarn",
+    chat: Annotated[bool, Option(help="Use the model's chat template, if it has one.")] = True,
+    chunk: Annotated[int, Option(help="Tokens per forward pass while reading.")] = 1024,
+    dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
+    device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, Option("--trust-remote-code", help="Let the model run Python code of its own.")
+    ] = False,
+) -> None:
+    """Read a long file with sparse attention, then stream the answer."""
+    from longswift.cli import render
+    from longswift.eval import answering, options
+
+    asked = answering.Question(
+        model=model,
+        file=str(file),
+        prompt=prompt,
+        mechanism=answering.mechanism(attention, settings or ()),
+        max_new_tokens=max_new_tokens,
+        max_length=None if max_length is None else options.length(max_length),
+        rope=None if rope == "none" else rope,
+        chat=chat,
+        chunk=chunk,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    answer = answering.Answer(asked)
+    render.remark(answer.describe())
+    for piece in answer.stream():
+        typer.echo(piece, nl=False)
+    typer.echo()
+    render.remark(answer.account())

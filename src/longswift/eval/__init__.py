@@ -1,0 +1,1 @@
+"""Measuring: attention alone, and models reading long documents; results are typed JSON."""

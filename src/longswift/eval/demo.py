@@ -1,0 +1,368 @@
+"""One long document, read three ways: full attention, a window of equal cost, MS-SWIFT."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longswift.core.errors import ConfigError, InputError, problem
+from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.types import AttentionResult
+from longswift.eval import memory, options, reading
+from longswift.eval import text as text_of
+from longswift.eval.documents import read_text
+from longswift.eval.models import TINY, Loaded, load
+from longswift.eval.progress import Bar, bar
+from longswift.eval.results import Progress, Result, writable
+
+FULL, WINDOW, SWIFT = "full", "sliding_window", "ms_swift"
+_WARM_UP = 2048
+_NOTES = {
+    "full": "the model's own attention (sdpa), as Transformers runs it",
+    "window": "sliding window whose mean number of keys per query is the one MS-SWIFT scored "
+    "while reading; like MS-SWIFT it replaces only the model's full-attention layers",
+    "reading": "the same chunks and the same kind of cache for all three; seconds are those of "
+    "the decoder, without the scoring of the text",
+    "memory": "rise of the process's resident high-water mark above the loaded model while "
+    "reading and answering, cache included; the mark is reset before each reading",
+    "found": "questions appended to the read document one at a time, decoded greedily; found "
+    "means every digit right",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """What to show.
+
+    Attributes:
+        length: Tokens of the document, secrets included.
+        secrets: How many are hidden and asked.
+        file: Text to hide them in; held-out Python documentation by default.
+        model: ``tiny``, a directory or a name on the hub.
+        mechanism: The MS-SWIFT configuration, as ``Mechanism.to_dict`` gives it.
+        chunk: Tokens per forward pass.
+        decoded: Tokens decoded to time decoding.
+        seed: Chooses words, numbers and places.
+    """
+
+    mechanism: dict[str, Any]
+    length: int = 32768
+    secrets: int = 12
+    file: str | None = None
+    model: str = TINY
+    chunk: int = 1024
+    decoded: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "demo",
+            length=self.length,
+            secrets=self.secrets,
+            chunk=self.chunk,
+            decoded=self.decoded,
+        )
+        if self.chunk % 64:
+            raise ConfigError(
+                problem("demo.chunk", expected="a multiple of 64", got=self.chunk, fix="Try 1024.")
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRow:
+    """One way of reading.
+
+    Attributes:
+        name: Mechanism.
+        label: What to call it in tables.
+        length: Tokens read.
+        prefill_seconds: Time to read the document.
+        decode_tokens_per_second: Greedy decoding behind the document.
+        peak_bytes: Memory above the loaded model, or None where it cannot be measured.
+        found: Secrets with every digit right.
+        asked: Secrets asked.
+        right: The same per secret.
+        depths: Where each secret lies, 0 start, 1 end.
+        answers: What the model said.
+        perplexity: Of the document, per token.
+        keys_per_query: Keys scored per query in the full-attention layers, averaged.
+        density: The same as a share of what full attention scores.
+    """
+
+    name: str
+    label: str
+    length: int
+    prefill_seconds: float
+    decode_tokens_per_second: float
+    peak_bytes: int | None
+    found: int
+    asked: int
+    right: list[bool]
+    depths: list[float]
+    answers: list[str]
+    perplexity: float
+    keys_per_query: float
+    density: float
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """The document and the questions, as token ids."""
+
+    document: list[int]
+    questions: list[list[int]]
+    answers: tuple[str, ...]
+    lengths: list[int]
+    depths: tuple[float, ...]
+
+
+def _source(demo: Demo) -> str:
+    if demo.file is not None:
+        return read_text(demo.file)
+    from longswift.tiny import corpus
+
+    return corpus.text("heldout")
+
+
+def _exam(demo: Demo, loaded: Loaded, text: str) -> _Exam:
+    """Hide the secrets so that the whole document has exactly ``demo.length`` tokens."""
+    from longswift.tiny import tasks
+
+    begin, whole = loaded.begin(), loaded.encode(text)
+    room = demo.length - len(begin)
+    hidden = tasks.hide_secrets([], demo.secrets, seed=demo.seed, encode=loaded.encode)
+    room -= len(hidden.document)
+    if room < len(hidden.document):
+        raise InputError(
+            problem(
+                "--length",
+                expected=f"at least {demo.length - room + len(hidden.document)} tokens, so that "
+                f"{demo.secrets} secrets fit",
+                got=demo.length,
+                fix="Raise --length or lower --secrets.",
+            )
+        )
+    if len(whole) < room:
+        raise InputError(
+            problem(
+                "document",
+                expected=f"at least {room} tokens",
+                got=f"{len(whole)}",
+                fix=f"Use --length {len(whole)} or a longer --file.",
+            )
+        )
+    hidden = tasks.hide_secrets(whole[:room], demo.secrets, seed=demo.seed, encode=loaded.encode)
+    return _Exam(
+        document=[*begin, *hidden.document],
+        # The space before the number belongs to the question: models predict the digits alone.
+        questions=[loaded.encode(q) + loaded.encode(" ") for q in hidden.questions],
+        answers=hidden.answers,
+        lengths=[len(loaded.encode(a)) for a in hidden.answers],
+        depths=hidden.depths,
+    )
+
+
+def equal_cost_window(keys_per_query: float, length: int) -> int:
+    """The causal window that scores ``keys_per_query`` keys a query on average over a text.
+
+    The first ``w`` queries see fewer than ``w`` keys: the mean over ``n`` queries is
+    ``w - w (w - 1) / 2n``, solved for ``w``.
+    """
+    n = length
+    wanted = min(keys_per_query, (n + 1) / 2)
+    window = n + 0.5 - ((n + 0.5) ** 2 - 2 * n * wanted) ** 0.5
+    return max(1, min(n, round(window)))
+
+
+@dataclass
+class _Scored:
+    """Keys scored by one mechanism, weighted by queries."""
+
+    queries: int = 0
+    keys: float = 0.0
+    dense_keys: float = 0.0
+
+
+@contextmanager
+def _count_keys(mechanism: Mechanism) -> Iterator[_Scored]:
+    """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
+    scored, original = _Scored(), Mechanism.__call__
+
+    def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
+        result = original(self, q, k, v, **options)
+        if self == mechanism:
+            queries, stats = q.shape[2], result.stats
+            scored.queries += queries
+            scored.keys += queries * stats.keys_per_query
+            scored.dense_keys += queries * (k.shape[2] - (queries - 1) / 2)
+        return result
+
+    Mechanism.__call__ = counted  # type: ignore[method-assign]
+    try:
+        yield scored
+    finally:
+        Mechanism.__call__ = original  # type: ignore[method-assign]
+
+
+def _read(
+    demo: Demo, loaded: Loaded, exam: _Exam, name: str, mechanism: Mechanism | None, step: Bar
+) -> DemoRow:
+    """Read, decode and answer with one attention."""
+    from longswift.hf import SwiftCache, set_attention
+
+    model = loaded.model
+    if mechanism is None:
+        model.set_attn_implementation("sdpa")
+    else:
+        set_attention(model, mechanism)
+    warm = SwiftCache(model.config)
+    reading.read(model, exam.document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
+    del warm
+    dense = (demo.length + 1) / 2
+    keys = dense
+    with memory.watch(model.device) as peak:
+        cache = SwiftCache(model.config)
+        if mechanism is None:
+            told = reading.read(
+                model, exam.document, cache, chunk=demo.chunk, score=True, step=step
+            )
+        else:
+            with _count_keys(mechanism) as scored:
+                told = reading.read(
+                    model, exam.document, cache, chunk=demo.chunk, score=True, step=step
+                )
+            keys = scored.keys / max(1, scored.queries)
+        step(text=f"{name}: answering")
+        speed = reading.decode_speed(model, exam.questions[0], cache, demo.decoded)
+        answers = [
+            loaded.decode(reading.ask(model, question, cache, length)).strip()
+            for question, length in zip(exam.questions, exam.lengths, strict=True)
+        ]
+    right = [said == true for said, true in zip(answers, exam.answers, strict=True)]
+    label = {FULL: "full attention", SWIFT: "MS-SWIFT"}.get(name, "")
+    if name == WINDOW:
+        label = f"window of {mechanism.window:,}"  # type: ignore[union-attr]
+    return DemoRow(
+        name=name,
+        label=label,
+        length=demo.length,
+        prefill_seconds=told.seconds,
+        decode_tokens_per_second=speed,
+        peak_bytes=peak.bytes,
+        found=sum(right),
+        asked=len(right),
+        right=right,
+        depths=list(exam.depths),
+        answers=answers,
+        perplexity=told.perplexity,
+        keys_per_query=keys,
+        density=keys / dense,
+    )
+
+
+def _config(demo: Demo, loaded: Loaded, text: str) -> dict[str, Any]:
+    """Everything that changes the figures; contents by their hash, so that no path is kept."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(demo)))
+    content["file"] = None if demo.file is None else Path(demo.file).name
+    content["model"] = loaded.name
+    content["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    state = hashlib.sha256()
+    for name, tensor in loaded.model.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
+    content["model_sha256"] = state.hexdigest()
+    return content
+
+
+def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True) -> Result:
+    """Read the document three ways; finished readings of an interrupted run are reused.
+
+    Args:
+        demo: What to show.
+        output: Directory for ``demo.json``; rows are kept there as they finish.
+        fresh: Start over.
+        progress: Show a bar on stderr.
+
+    Returns:
+        Three rows (full attention, window, MS-SWIFT) and the verdict in the summary.
+
+    Raises:
+        InputError: The document is too short, or longer than the model can position.
+    """
+    from longswift.hf import check_length
+    from longswift.mechanisms import get_mechanism
+
+    target = writable(output / "demo.json")
+    text = _source(demo)
+    loaded = load(demo.model)
+    check_length(loaded.model, demo.length + 64)
+    exam = _exam(demo, loaded, text)
+    result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
+    kept = Progress(result, target, fresh=fresh)
+    swift = options.from_json(demo.mechanism)
+    with bar(3 * demo.length, "starting", shown=progress) as step:
+
+        def finish(name: str, mechanism: Mechanism | None) -> dict[str, Any]:
+            row = kept.find(name=name)
+            if row is None:
+                step(text=f"{name}: reading")
+                row = asdict(_read(demo, loaded, exam, name, mechanism, step))
+                kept.add(row)
+            else:
+                step(demo.length, f"{name}: measured before")
+            return row
+
+        finish(FULL, None)
+        scored = finish(SWIFT, swift)["keys_per_query"]
+        window = equal_cost_window(scored, demo.length)
+        finish(WINDOW, get_mechanism(WINDOW, window=window))
+    order = [FULL, WINDOW, SWIFT]
+    result.rows.sort(key=lambda row: order.index(row["name"]))
+    result.summary.update(verdict=verdict(rows(result)), how=_NOTES)
+    result.save(target)
+    kept.done()
+    return result
+
+
+def rows(result: Result) -> list[DemoRow]:
+    """The rows of a result, typed."""
+    return [DemoRow(**row) for row in result.rows]
+
+
+def verdict(found: list[DemoRow]) -> str:
+    """What the three rows say, in words."""
+    by_name = {row.name: row for row in found}
+    full, window, swift = (by_name[name] for name in (FULL, WINDOW, SWIFT))
+    faster = text_of.times_faster(full.prefill_seconds / swift.prefill_seconds)
+    return (
+        f"MS-SWIFT reads {swift.length:,} tokens in {swift.prefill_seconds:.1f} s, {faster} than "
+        f"full attention, scoring "
+        f"{100 * swift.density:.0f} % of the keys; it finds {swift.found} of {swift.asked} secrets "
+        f"(full attention {full.found}, a window of equal cost {window.found}) at perplexity "
+        f"{swift.perplexity:.2f} (full {full.perplexity:.2f}, window {window.perplexity:.2f})."
+    )
+
+
+def table(result: Result) -> text_of.Table:
+    """The result for people."""
+    columns = ("", "prefill", "decode", "peak memory", "secrets", "perplexity", "keys/query")
+    cells = [
+        (
+            row.label,
+            text_of.seconds(row.prefill_seconds),
+            f"{row.decode_tokens_per_second:.0f} tokens/s",
+            text_of.megabytes(row.peak_bytes),
+            f"{row.found} of {row.asked}",
+            f"{row.perplexity:.3f}",
+            f"{row.keys_per_query:,.0f} ({100 * row.density:.1f} %)",
+        )
+        for row in rows(result)
+    ]
+    config, threads = result.config, result.environment.threads
+    title = f"{config['model']} reads {config['length']:,} tokens, {threads} thread(s)"
+    return text_of.Table(title, columns, cells)

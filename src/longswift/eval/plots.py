@@ -1,0 +1,154 @@
+"""Pictures of results, drawn from their JSON; matplotlib is loaded only here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from longswift.eval import attention, demo, text
+from longswift.eval.results import Result, replace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#444444", "#d1495b", "#00798c", "#edae49", "#5b5f97", "#2e8b57", "#8d6a9f")
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure on the Agg canvas; no window system and no global state is touched.
+
+    Args:
+        width: Inches.
+        height: Inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    canvas = FigureCanvasAgg(Figure(figsize=(width, height), layout="constrained"))
+    return canvas.figure
+
+
+def save(fig: Figure, path: str | Path) -> Path:
+    """Write a PNG in one step, without date or software in its metadata."""
+    return replace(
+        path, lambda file: fig.savefig(file, dpi=150, format="png", metadata={"Software": None})
+    )
+
+
+def _length_axis(axis: Any, lengths: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [text.tokens(n) for n in lengths], minor=False)
+    axis.minorticks_off()
+    axis.set_xlabel("tokens")
+    axis.grid(True, which="major", alpha=0.3)
+
+
+def plot_attention(result: Result, path: str | Path) -> Path:
+    """Seconds and speed-up against length, with the fitted exponents in the legend."""
+    found = attention.series(result)
+    config = result.config
+    fig = figure(11, 4.8)
+    left, right = fig.subplots(1, 2)
+    lengths = sorted({row["length"] for row in result.rows})
+    for colour, (name, rows) in zip(COLOURS, found.items(), strict=False):
+        exponent = result.summary["exponents"].get(name)
+        label = name if exponent is None else f"{name}  (time ~ n^{exponent:.2f})"
+        x = [row.length for row in rows]
+        middle = [row.seconds for row in rows]
+        left.plot(x, middle, "o-", color=colour, label=label)
+        left.fill_between(
+            x,
+            [row.fastest for row in rows],
+            [row.slowest for row in rows],
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        if name == attention.BASELINE:
+            right.axhline(1, color=colour, linewidth=1.5)
+            continue
+        speedups = [row.speedup for row in rows]
+        right.plot(x, speedups, "o-", color=colour, label=name)
+        for n, speedup in zip(x, speedups, strict=True):
+            right.annotate(
+                f"{speedup:.1f}x",
+                (n, speedup),
+                textcoords="offset points",
+                xytext=(0, 7),
+                ha="center",
+                color=colour,
+            )
+    left.set_yscale("log")
+    left.set_ylabel("seconds a call (median, range shaded)")
+    left.legend(frameon=False)
+    right.set_yscale("log", base=2)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    right.set_ylabel("times faster than SDPA (line at 1)")
+    right.margins(y=0.15)
+    right.legend(frameon=False, loc="upper left")
+    for axis in (left, right):
+        _length_axis(axis, lengths)
+    direction = "causal" if config["causal"] else "bidirectional"
+    work = "forward + backward" if config["backward"] else "forward"
+    fig.suptitle(
+        f"Attention only, {direction}, {work}, {config['dtype']}, batch {config['batch']}, "
+        f"{config['heads']} heads ({config['kv_heads']} KV) of {config['head_dim']}, "
+        f"{result.environment.threads} thread(s), {config['device']}",
+        fontsize=11,
+    )
+    return save(fig, path)
+
+
+def plot_demo(result: Result, path: str | Path) -> Path:
+    """Time, memory, and which secret was found at which depth, for each way of reading."""
+    found = demo.rows(result)
+    colours = {demo.FULL: COLOURS[0], demo.WINDOW: COLOURS[3], demo.SWIFT: COLOURS[2]}
+    labels = [row.label.replace(" of ", "\nof ").replace("full ", "full\n") for row in found]
+    places = list(range(len(found)))[::-1]
+    fig = figure(12, 4.6)
+    time, memory, secrets = fig.subplots(1, 3, width_ratios=(1, 0.8, 1.9))
+
+    def bars(axis: Any, values: list[float], shown: list[str], title: str) -> None:
+        axis.barh(places, values, color=[colours[row.name] for row in found], height=0.6)
+        for place, value, words in zip(places, values, shown, strict=True):
+            axis.annotate(
+                words, (value, place), xytext=(5, 0), textcoords="offset points", va="center"
+            )
+        axis.set_xlim(0, 1.45 * max([*values, 1e-9]))
+        axis.set_ylim(-0.5, len(found) - 0.5)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_title(title, fontsize=11, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+
+    seconds = [row.prefill_seconds for row in found]
+    bars(time, seconds, [text.seconds(s) for s in seconds], "seconds to read")
+    sizes = [row.peak_bytes for row in found]
+    bars(memory, [(s or 0) / 2**20 for s in sizes], list(map(text.megabytes, sizes)), "peak MiB")
+    time.set_yticks(places, labels)
+    memory.set_yticks([])
+    for place, row in zip(places, found, strict=True):
+        for right, face in ((True, colours[row.name]), (False, "white")):
+            depths = [d for d, r in zip(row.depths, row.right, strict=True) if r is right]
+            secrets.scatter(
+                [100 * d for d in depths],
+                [place] * len(depths),
+                s=130,
+                facecolor=face,
+                edgecolor=colours[row.name],
+                linewidth=1.5,
+            )
+        secrets.annotate(
+            f"{row.found} of {row.asked}\nppl {row.perplexity:.2f}",
+            (104, place),
+            va="center",
+            annotation_clip=False,
+        )
+    secrets.set_xlim(-8, 128)
+    secrets.set_ylim(-0.5, len(found) - 0.5)
+    secrets.set_xticks([0, 25, 50, 75, 100], ["start", "25 %", "50 %", "75 %", "end"])
+    secrets.set_yticks([])
+    secrets.set_title("secrets found (filled) by their place", fontsize=11, loc="left")
+    secrets.spines[["top", "right", "left"]].set_visible(False)
+    fig.suptitle("\n".join(wrap(result.summary["verdict"], 125)), fontsize=11)
+    return save(fig, path)

@@ -1,0 +1,48 @@
+"""A progress bar on stderr for long work; stdout stays clean for results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """What measuring code tells about its progress."""
+
+    def __call__(self, advance: float = 0, text: str | None = None) -> None:
+        """Advance by some units and, if given, say what comes next."""
+
+
+def silent(advance: float = 0, text: str | None = None) -> None:
+    """A bar that shows nothing."""
+
+
+@contextmanager
+def bar(total: float, text: str, *, shown: bool = True) -> Iterator[Bar]:
+    """Show a bar while the work inside runs.
+
+    Args:
+        total: Units of work.
+        text: What is being done.
+        shown: False for a silent bar.
+    """
+    # Off a terminal a bar is noise in a log file.
+    if not shown or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+
+        def step(advance: float = 0, text: str | None = None) -> None:
+            if text is None:
+                progress.update(task, advance=advance)
+            else:
+                progress.update(task, advance=advance, description=text)
+
+        yield step

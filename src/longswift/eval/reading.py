@@ -1,0 +1,156 @@
+"""A model reads a long document in chunks, is scored on it, and is asked about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longswift.eval.progress import Bar, silent
+
+_SCORED_ROWS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What reading a document took and told.
+
+    Attributes:
+        tokens: Tokens read.
+        seconds: Time of the decoder over all chunks, without the scoring.
+        nll: Negative log-likelihood of every token after the first, summed, in nats; 0 if not
+            scored.
+    """
+
+    tokens: int
+    seconds: float
+    nll: float
+
+    @property
+    def perplexity(self) -> float:
+        """Token-weighted perplexity of the document."""
+        return float(torch.tensor(self.nll / max(1, self.tokens - 1), dtype=torch.float64).exp())
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _score(model: Any, hidden: Tensor, targets: Tensor) -> float:
+    """Summed negative log-likelihood of ``targets [T]`` after ``hidden [1, T, width]``."""
+    head = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    total = 0.0
+    for start in range(0, targets.shape[0], _SCORED_ROWS):
+        rows = slice(start, start + _SCORED_ROWS)
+        logits = head(hidden[0, rows][: targets[rows].shape[0]]).float()
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        total += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
+    return total
+
+
+@torch.inference_mode()
+def read(
+    model: Any,
+    ids: Sequence[int],
+    cache: Any,
+    *,
+    chunk: int,
+    score: bool = False,
+    step: Bar = silent,
+) -> Reading:
+    """Fill ``cache`` with a document, a chunk at a time.
+
+    Args:
+        model: A causal language model of Transformers.
+        ids: Token ids of the document.
+        cache: Empty cache; holds ``len(ids)`` tokens afterwards.
+        chunk: Tokens per forward pass; a multiple of the mechanism's block.
+        score: Also sum the log-likelihood; logits exist for a few hundred rows at a time.
+        step: Progress, in tokens.
+    """
+    decoder = model.get_decoder()
+    tokens = torch.tensor(ids, device=model.device)
+    seconds = nll = 0.0
+    for start in range(0, len(ids), chunk):
+        part = tokens[start : start + chunk]
+        _finish(tokens.device)
+        begin = time.perf_counter()
+        hidden = decoder(
+            input_ids=part[None], past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        _finish(tokens.device)
+        seconds += time.perf_counter() - begin
+        if score:
+            nll += _score(model, hidden, tokens[start + 1 : start + 1 + len(part)])
+        step(len(part))
+    return Reading(tokens=len(ids), seconds=seconds, nll=nll)
+
+
+@torch.inference_mode()
+def _next(model: Any, ids: Sequence[int], cache: Any) -> int:
+    """The likeliest token after ``ids``, which are added to the cache."""
+    part = torch.tensor([list(ids)], device=model.device)
+    logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return int(logits[0, -1].argmax())
+
+
+def decode(
+    model: Any, ids: Sequence[int], cache: Any, limit: int, stop: Collection[int] = ()
+) -> Iterator[int]:
+    """Greedy tokens after ``ids``, which are appended to what the cache holds.
+
+    Args:
+        model: A causal language model of Transformers.
+        ids: Prompt that follows the text in the cache; at least one token.
+        cache: The prefilled cache; it grows.
+        limit: Tokens to yield at most.
+        stop: Tokens that end the answer; they are not yielded.
+    """
+    for _ in range(limit):
+        token = _next(model, ids, cache)
+        if token in stop:
+            return
+        yield token
+        ids = [token]
+
+
+@contextmanager
+def bookmark(cache: Any) -> Iterator[None]:
+    """Whatever the work inside appends to the cache is removed again afterwards."""
+    # Sliding layers of newer Transformers forget what they need for this unless told not to.
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    length = cache.get_seq_length()
+    try:
+        yield
+    finally:
+        added = cache.get_seq_length() - length
+        if added:
+            cache.crop(-added)
+
+
+def ask(model: Any, ids: Sequence[int], cache: Any, limit: int) -> list[int]:
+    """Greedy answer to a question about the text in the cache, which is left as it was."""
+    with bookmark(cache):
+        return list(decode(model, ids, cache, limit))
+
+
+def decode_speed(model: Any, ids: Sequence[int], cache: Any, count: int) -> float:
+    """Tokens per second of greedy decoding behind the text in the cache, which is restored.
+
+    The first token, which also reads ``ids``, is not counted.
+    """
+    with bookmark(cache):
+        stream = decode(model, ids, cache, count + 1)
+        next(stream)
+        begin = time.perf_counter()
+        made = sum(1 for _ in stream)
+        return made / (time.perf_counter() - begin)

@@ -1,0 +1,202 @@
+"""Results as typed JSON: a schema, atomic writing, loading with validation, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from longswift.core.errors import InputError, problem
+from longswift.eval.environment import Environment, environment
+
+SCHEMA = 1
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measurement: what was asked, where it ran, what came out.
+
+    Attributes:
+        kind: What was measured, e.g. ``"attention"`` or ``"demo"``.
+        config: Every option that changes the figures.
+        seed: Seed of the data.
+        rows: One flat record per measured case.
+        summary: Figures and sentences derived from the rows.
+        environment: Versions, hardware and revision.
+        date: UTC time at which the result was made.
+        schema: Version of this layout.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    seed: int
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] = field(default_factory=dict)
+    environment: Environment = field(default_factory=environment)
+    date: str = field(default_factory=_now)
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary, ready for JSON."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write JSON under a temporary name and rename it, so that no half file is ever seen."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    def same_run(self, other: Result) -> bool:
+        """Whether rows of ``other`` may stand for rows of this run."""
+        mine, theirs = ((r.kind, r.config, r.seed, r.environment) for r in (self, other))
+        return mine == theirs
+
+
+def writable(path: str | Path) -> Path:
+    """Make the directory of ``path`` and check, before any long work, that it can be written.
+
+    Raises:
+        OSError: It cannot.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(
+            problem(
+                str(path), expected="a file to write", got="a directory", fix="Name a file in it."
+            )
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=target.parent):
+        return target
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Replace ``path`` by ``text`` in one step."""
+    return replace(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def replace(path: str | Path, write: Any) -> Path:
+    """Let ``write`` fill a temporary file beside ``path`` and rename it to ``path``."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
+    )
+    os.close(number)
+    try:
+        # mkstemp files are private; a result gets the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        write(Path(name))
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _invalid(path: Path, what: str) -> InputError:
+    return InputError(
+        problem(
+            str(path),
+            expected="a result written by longswift",
+            got=what,
+            fix="Measure again, or name another file.",
+        )
+    )
+
+
+def _build(path: Path, cls: type, content: Any) -> Any:
+    """An instance of a dataclass from JSON, with names and outer types checked."""
+    if not isinstance(content, dict):
+        raise _invalid(path, f"{type(content).__name__} where {cls.__name__} belongs")
+    known = {f.name for f in fields(cls)}
+    if known != set(content):
+        different = ", ".join(sorted(known ^ set(content)))
+        raise _invalid(path, f"missing or unknown fields ({different})")
+    hints = get_type_hints(cls)
+    for name, value in content.items():
+        hint = hints[name]
+        allowed = getattr(hint, "__args__", (hint,)) if not hasattr(hint, "__origin__") else (hint,)
+        outer = tuple(getattr(h, "__origin__", h) for h in allowed)
+        number = float in outer and isinstance(value, int) and not isinstance(value, bool)
+        if not number and not isinstance(value, outer):
+            raise _invalid(path, f"{name}={value!r}")
+    return cls(**content)
+
+
+def load(path: str | Path, kind: str | None = None) -> Result:
+    """Read a result back.
+
+    Args:
+        path: File written by ``Result.save``.
+        kind: Refuse results of any other kind.
+
+    Raises:
+        InputError: Not JSON, not a result, another schema or another kind.
+        OSError: The file cannot be read.
+    """
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _invalid(file, f"text that is not JSON ({error})") from None
+    if isinstance(content, dict) and content.get("schema") not in (None, SCHEMA):
+        raise _invalid(file, f"schema {content['schema']} instead of {SCHEMA}")
+    if isinstance(content, dict) and isinstance(content.get("environment"), dict):
+        content["environment"] = _build(file, Environment, content["environment"])
+    result: Result = _build(file, Result, content)
+    if not all(isinstance(row, dict) for row in result.rows):
+        raise _invalid(file, "rows that are not records")
+    if kind is not None and result.kind != kind:
+        raise _invalid(file, f"a result of kind {result.kind!r} instead of {kind!r}")
+    return result
+
+
+class Progress:
+    """Rows of an unfinished run, kept beside the result so that the next run continues.
+
+    Args:
+        result: The result without rows.
+        path: Where the finished result will go, or None to keep nothing.
+        fresh: Ignore rows that an earlier run left.
+    """
+
+    def __init__(self, result: Result, path: str | Path | None, *, fresh: bool = False) -> None:
+        self.result = result
+        self.file = None if path is None else Path(path).with_suffix(".partial.json")
+        self.reused = 0
+        if self.file is None or fresh or not self.file.exists():
+            return
+        try:
+            before = load(self.file, result.kind)
+        except InputError:
+            return
+        if result.same_run(before):
+            self.result.rows.extend(before.rows)
+            self.reused = len(before.rows)
+
+    def find(self, **wanted: Any) -> dict[str, Any] | None:
+        """The finished row with these values, or None."""
+        for row in self.result.rows:
+            if all(row.get(key) == value for key, value in wanted.items()):
+                return row
+        return None
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Keep finished rows."""
+        self.result.rows.extend(rows)
+        if self.file is not None:
+            self.result.save(self.file)
+
+    def done(self) -> None:
+        """Forget the unfinished run once the result itself is saved."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

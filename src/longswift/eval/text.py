@@ -1,0 +1,34 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """A table for people: a title, headings, and cells row by row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def megabytes(size: int | None) -> str:
+    """Bytes as MiB, ``-`` when unknown."""
+    return "-" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def seconds(value: float) -> str:
+    """Seconds with a unit that keeps three digits."""
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def tokens(n: float) -> str:
+    """A short length: 4096 is ``4k``."""
+    return f"{n / 1024:g}k" if n >= 1024 and n % 1024 == 0 else f"{n:g}"
+
+
+def times_faster(ratio: float) -> str:
+    """A ratio of times, in words."""
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"

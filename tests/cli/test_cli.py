@@ -1,0 +1,192 @@
+"""The command line: success at small sizes, and every user error in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from longswift.cli.main import app
+
+BENCH = ["bench", "attention", "--lengths", "256,512", "--repeats", "1", "--no-memory"]
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refuse(*arguments: object) -> str:
+    """Run a command that must fail in one line with exit code 2; returns the line."""
+    result = run(*arguments)
+    lines = result.output.strip().splitlines()
+    assert result.exit_code == 2, result.output
+    assert len(lines) == 1 and lines[0].startswith("longswift: "), result.output
+    return lines[0]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    file = tmp_path / "doc.txt"
+    file.write_text("The import statement finds a module. " * 20, encoding="utf-8")
+    return file
+
+
+def test_help_and_version() -> None:
+    assert "generate" in run().output and run().exit_code == 0
+    assert "bench" in run("--help").output
+    assert run("--version").output.startswith("longswift ")
+    for command in ("info", "generate", "demo", "bench", "tiny"):
+        assert run(command, "--help").exit_code == 0
+    assert "--kv-heads" in run("bench", "attention", "--help").output
+
+
+def test_info() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    assert "ms_swift" in result.output and "torch" in result.output and "eager" in result.output
+    assert json.loads(run("info", "--json").output)["environment"]["versions"]["longswift"]
+
+
+def test_bench_writes_json_and_a_picture(tmp_path: Path) -> None:
+    data, picture = tmp_path / "r.json", tmp_path / "r.png"
+    options = ["--mechanism", "sliding_window,ms_swift", "--set", "sliding_window.window=64"]
+    result = run(*BENCH, *options, "--json", data, "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert "than SDPA" in result.output and "sliding_window" in result.output
+    assert {row["length"] for row in json.loads(data.read_text())["rows"]} == {256, 512}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--lengths", "many"], "'many'"),
+        (["--lengths", ""], "at least one"),
+        (["--mechanism", "ms_swfit"], "Did you mean 'ms_swift'"),
+        (["--mechanism", "full", "--set", "full.size=3"], "size"),
+        (["--dtype", "int8"], "int8"),
+        (["--heads", "3", "--kv-heads", "2"], "multiple"),
+        (["--heads", "0"], "heads"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--repeats", "x"], "--repeats"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--mechanism", "full", "--json", "/proc/nowhere/r.json"], "/proc/nowhere"),
+        (["--mechanism", "full", "--plot", "/proc/nowhere/r.png"], "/proc/nowhere"),
+        (["--mechanism", "full", "--json", "."], "directory"),
+    ],
+)
+def test_bench_refuses(options: list[str], why: str) -> None:
+    assert why in refuse("bench", "attention", *options)
+
+
+def test_unknown_and_missing_commands() -> None:
+    assert "frobnicate" in refuse("frobnicate")
+    assert "Missing command" in refuse("bench")
+    assert "MODEL" in refuse("generate").upper()
+
+
+def test_generate_streams_an_answer(model_directory: Path, document: Path) -> None:
+    options = ["--file", document, "--prompt", "What?", "--max-new-tokens", "3", "--chunk", "128"]
+    result = run("generate", model_directory, *options)
+    assert result.exit_code == 0, result.output
+    assert "wrote 3 at" in result.output or "wrote" in result.output
+
+
+def test_generate_refuses(model_directory: Path, document: Path, tmp_path: Path) -> None:
+    binary, empty = tmp_path / "b.bin", tmp_path / "e.txt"
+    binary.write_bytes(b"\0\1\2")
+    empty.write_text("")
+    file = ["--file", document]
+    assert "no such file" in refuse("generate", model_directory, "--file", tmp_path / "none")
+    assert "binary" in refuse("generate", model_directory, "--file", binary)
+    assert "empty" in refuse("generate", model_directory, "--file", empty)
+    assert "no such directory" in refuse("generate", "./none", *file)
+    assert "config.json" in refuse("generate", tmp_path, *file)
+    assert "'x'" in refuse("generate", model_directory, *file, "--attention", "x")
+    assert "int8" in refuse("generate", model_directory, *file, "--dtype", "int8")
+    assert "block" in refuse("generate", model_directory, *file, "--chunk", "100")
+    assert "'far'" in refuse("generate", model_directory, *file, "--max-length", "far")
+
+
+def test_a_hub_name_without_a_hub_is_one_line(
+    document: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longswift.hf import loading
+
+    monkeypatch.setattr(loading, "_reachable", lambda name: False)
+    assert "cannot be reached" in refuse("generate", "nobody/nothing", "--file", document)
+
+
+def test_demo_writes_its_story(model_directory: Path, tmp_path: Path) -> None:
+    options = ["--model", model_directory, "--length", "1024", "--secrets", "2", "--chunk", "512"]
+    result = run("demo", *options, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("MS-SWIFT reads 1,024 tokens")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["demo.json", "demo.png"]
+
+
+def test_demo_refuses(model_directory: Path, tmp_path: Path) -> None:
+    options = ["demo", "--model", model_directory, "--output", tmp_path]
+    assert "'long'" in refuse(*options, "--length", "long")
+    assert "secrets" in refuse(*options, "--secrets", "0")
+    assert "64" in refuse(*options, "--chunk", "100")
+    assert "no such file" in refuse(*options, "--file", tmp_path / "none")
+    assert "/proc/nowhere" in refuse("demo", "--output", "/proc/nowhere/out")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert str(blocked) in refuse("demo", "--output", blocked / "out")
+
+
+def test_tiny_refuses(tmp_path: Path) -> None:
+    assert "config.json" in refuse("tiny", "card", tmp_path)
+    assert "--out" in refuse("tiny", "train")
+
+
+def test_tiny_train_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longswift.tiny import train
+
+    asked = []
+
+    def fake(out: Path, *, config: Any) -> Path:
+        asked.append((out, config.threads, config.seed, config.max_steps))
+        return out / "model"
+
+    monkeypatch.setattr(train, "train", fake)
+    options = ["--out", tmp_path, "--threads", "2", "--seed", "7", "--max-steps", "5"]
+    assert run("tiny", "train", *options).exit_code == 0
+    assert asked == [(tmp_path, 2, 7, 5)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: x")])
+def test_running_out_of_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longswift.eval import attention
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(attention, "run", fail)
+    assert "out of memory" in refuse(*BENCH)
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longswift.eval import attention
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(attention, "_measure", interrupt)
+    result = run(*BENCH, "--json", tmp_path / "r.json")
+    assert result.exit_code == 130
+    assert len(result.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGSWIFT_DEBUG", "1")
+    result = run("bench", "attention", "--dtype", "int8")
+    assert isinstance(result.exception, ValueError)

@@ -1,0 +1,126 @@
+"""The attention benchmark: rows, resuming, pictures, comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longswift.core.errors import ConfigError, InputError
+from longswift.eval import attention
+from longswift.eval.attention import AttentionBench
+from longswift.eval.compare import compare
+from longswift.eval.plots import plot_attention
+from longswift.eval.results import Result, load
+
+WINDOW = {"name": "sliding_window", "window": 64, "global_tokens": 0}
+
+
+def bench(**changes: Any) -> AttentionBench:
+    options = {
+        "lengths": (128, 256),
+        "mechanisms": (WINDOW,),
+        "dtype": "float32",
+        "repeats": 1,
+        "memory": False,
+    }
+    return AttentionBench(**{**options, **changes})
+
+
+def run(asked: AttentionBench, output: Path | None = None) -> Result:
+    return attention.run(asked, output, progress=False)
+
+
+def test_rows_hold_every_rival_at_every_length(tmp_path: Path) -> None:
+    result = run(bench(heads=4, kv_heads=2), tmp_path / "r.json")
+    assert load(tmp_path / "r.json", "attention") == result
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+    found = attention.series(result)
+    assert {name: [r.length for r in rows] for name, rows in found.items()} == {
+        "sdpa": [128, 256],
+        "sliding_window": [128, 256],
+    }
+    base, window = found["sdpa"][1], found["sliding_window"][1]
+    assert base.speedup == 1.0 and base.keys_per_query == 128.5
+    assert window.speedup == pytest.approx(base.seconds / window.seconds)
+    assert window.keys_per_query < base.keys_per_query
+    assert set(result.summary["exponents"]) == {"sdpa", "sliding_window"}
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_memory_is_measured_in_a_fresh_process() -> None:
+    result = run(bench(lengths=(256,), mechanisms=(), memory=True))
+    assert 0 <= result.rows[0]["extra_bytes"] < 2**26
+
+
+def test_gradients_can_be_timed_too() -> None:
+    result = run(bench(lengths=(128,), backward=True))
+    assert all(row["seconds"] > 0 for row in result.rows)
+    q, _, _ = attention.inputs(bench(backward=True), 8)
+    assert q.requires_grad
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, measure = tmp_path / "r.json", attention._measure
+    measured = []
+
+    def interrupt_at(length: int | None):
+        def step(asked: AttentionBench, n: int, bar: Any) -> Any:
+            if n == length:
+                raise KeyboardInterrupt
+            measured.append(n)
+            return measure(asked, n, bar)
+
+        return step
+
+    monkeypatch.setattr(attention, "_measure", interrupt_at(256))
+    with pytest.raises(KeyboardInterrupt):
+        run(bench(), file)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.partial.json"]
+    monkeypatch.setattr(attention, "_measure", interrupt_at(None))
+    result = run(bench(), file)
+    assert measured == [128, 256]
+    assert [row["length"] for row in result.rows] == [128, 128, 256, 256]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_the_same_seed_gives_the_same_data() -> None:
+    first, second = (attention.inputs(bench(seed=5), 32)[0] for _ in range(2))
+    assert first.equal(second)
+    assert not first.equal(attention.inputs(bench(seed=6), 32)[0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"heads": 3, "kv_heads": 2}, {"dtype": "int8"}, {"repeats": 0}, {"device": "nonsense"}],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        bench(**changes)
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    file = plot_attention(run(bench()), tmp_path / "p.png")
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
+    one_length = run(bench(lengths=(128,)))
+    plot_attention(one_length, tmp_path / "q.png")
+    assert attention.table(one_length).rows[0][-1] == "-"
+
+
+def test_comparison_finds_what_got_worse() -> None:
+    before = run(bench())
+    rows = [dict(row) for row in before.rows]
+    rows[0]["seconds"] *= 2
+    rows[1]["seconds"] *= 0.5
+    after = Result(kind="attention", config=before.config, seed=0, rows=rows)
+    changes = {(c.case, c.measure): c for c in compare(before, after)}
+    assert changes["sdpa 128", "seconds"].worse
+    assert changes["sdpa 128", "seconds"].ratio == pytest.approx(2)
+    assert sum(change.worse for change in changes.values()) == 1
+    assert not any(change.worse for change in compare(before, after, threshold=1.5))
+    with pytest.raises(InputError, match="in common"):
+        compare(before, Result(kind="attention", config={}, seed=0, rows=[]))
+    with pytest.raises(InputError, match="one kind"):
+        compare(before, Result(kind="demo", config={}, seed=0, rows=[]))
