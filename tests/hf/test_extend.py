@@ -99,13 +99,21 @@ def test_sliding_layers_keep_their_frequencies() -> None:
     assert rotary.full_attention_attention_scaling > 1.0
 
 
-def test_models_that_never_look_far_are_not_scaled() -> None:
-    model = build("mistral")
+@pytest.mark.parametrize("name", ["mistral", "smollm3"])
+def test_layers_that_never_look_far_are_not_scaled(name: str) -> None:
+    """All of Mistral's layers slide; SmolLM3's full layers know no positions."""
+    model = build(name)
     before = model.model.rotary_emb.inv_freq.clone()
     handle = extend(model, 4096)
     assert handle.rope is None
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
     check_length(model, 4096)
+
+
+def test_full_layers_with_positions_are_scaled() -> None:
+    model = build("smollm3")
+    model.config.no_rope_layers = [1, 1]
+    assert extend(model, 4096).rope == "yarn"
 
 
 def test_lengths_the_model_knows_change_no_position() -> None:

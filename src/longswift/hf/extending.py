@@ -150,7 +150,7 @@ def _extend_positions(
             )
         )
     applied = None
-    if rope is not None and modules and not rotary.all_layers_slide(config, trained):
+    if rope is not None and modules and not rotary.only_near_layers_rotate(config, trained):
         parameters, scalings = rotary.scaled_parameters(config, modules, rope, max_length, trained)
         if scalings:
             config.rope_parameters = parameters

@@ -14,6 +14,8 @@ from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.extend.rope import RopeScaling
 
 _FLAT = ""
+# Their code, not their configuration, leaves the full layers without positions.
+_PLAIN_FULL_LAYERS = ("cohere2", "exaone4")
 
 
 def rotary_modules(model: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
@@ -35,13 +37,22 @@ def parameter_sets(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in stored.items() if isinstance(value, dict)}
 
 
-def all_layers_slide(config: PreTrainedConfig, trained: int) -> bool:
-    """Whether no layer ever relates two tokens further apart than it was trained for."""
+def only_near_layers_rotate(config: PreTrainedConfig, trained: int) -> bool:
+    """Whether no rotated layer ever relates tokens further apart than it was trained for.
+
+    True of models whose layers all slide, and of those whose full layers know no positions.
+    """
     window = getattr(config, "sliding_window", None)
     if window is None or window > trained:
         return False
     kinds = getattr(config, "layer_types", None)
-    return kinds is None or all(kind == "sliding_attention" for kind in kinds)
+    if kinds is None or config.model_type in _PLAIN_FULL_LAYERS:
+        return True
+    # 1 marks a rotated layer, whatever the name suggests.
+    rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
+    return all(
+        kind == "sliding_attention" for kind, turns in zip(kinds, rotated, strict=True) if turns
+    )
 
 
 def scaled_parameters(
@@ -96,7 +107,17 @@ def rebuild(modules: list[nn.Module], applied: dict[str, RopeScaling]) -> None:
     """
     for module in modules:
         config: Any = module.config
-        fresh = type(module)(config)
+        try:
+            fresh = type(module)(config)
+        except TypeError as error:
+            raise UnsupportedError(
+                problem(
+                    type(module).__name__,
+                    expected="rotary embeddings made from the configuration alone",
+                    got=str(error),
+                    fix="Pass rope=None, or choose another architecture.",
+                )
+            ) from None
         for layer_type, scaling in applied.items():
             _check_followed(module, fresh, layer_type, scaling)
         device = next(b.device for _, b in module.named_buffers(recurse=False))
