@@ -24,7 +24,8 @@ class Question:
     Attributes:
         model: ``tiny``, a directory or a name on the hub.
         file: UTF-8 text.
-        prompt: Follows the text; may be empty.
+        prompt: Follows the text; may be empty. Without a chat template it continues the text, after
+            a space unless it begins with one.
         mechanism: Attention of the model's full layers, or None for the model's own.
         max_new_tokens: Longest answer.
         max_length: Extend the model's positions to this many tokens.
@@ -143,12 +144,15 @@ class Answer:
 
 def _encode(loaded: Loaded, text: str, question: Question) -> list[int]:
     """Token ids of the text and the prompt, in the chat template if there is one."""
-    whole = f"{text.rstrip()}\n\n{question.prompt}" if question.prompt else text
+    prompt = question.prompt
     if question.chat and getattr(loaded.tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": whole}]
+        content = f"{text.rstrip()}\n\n{prompt}" if prompt else text
         return loaded.encode(
             loaded.tokenizer.apply_chat_template(
-                message, tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
             )
         )
-    return [*loaded.begin(), *loaded.encode(whole)]
+    if prompt:
+        # The prompt goes on from the text; words after a space are other tokens than bare ones.
+        text = text.rstrip() + ("" if prompt[0].isspace() else " ") + prompt
+    return [*loaded.begin(), *loaded.encode(text)]

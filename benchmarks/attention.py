@@ -1,0 +1,32 @@
+"""Attention alone, the cases docs/benchmarks.md reports: JSON, PNG and table under results/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CASES = {
+    "attention-bf16": ["--dtype", "bfloat16", "--lengths", "4096,8192,16384,32768,65536,131072"],
+    "attention-fp32": ["--dtype", "float32", "--lengths", "4096,8192,16384,32768,65536"],
+    "attention-bf16-training": ["--dtype", "bfloat16", "--lengths", "4096,16384", "--backward"],
+}
+
+
+def main() -> int:
+    """Run every case, or those named on the command line."""
+    unknown = set(sys.argv[1:]) - set(CASES)
+    if unknown:
+        print(f"expected cases among {', '.join(CASES)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    for name in sys.argv[1:] or CASES:
+        files = ["--json", f"results/{name}.json", "--plot", f"results/{name}.png"]
+        rivals = ["--mechanism", "ms_swift,sliding_window"]
+        command = [sys.executable, "-m", "longswift", "bench", "attention", *rivals]
+        code = subprocess.run([*command, *CASES[name], *files], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
