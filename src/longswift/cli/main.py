@@ -58,9 +58,10 @@ class Program(TyperGroup):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse and run; usage errors are one line too."""
-        standalone_mode = extra.pop("standalone_mode", True)
+        standalone_mode = extra.get("standalone_mode", True)
+        extra["standalone_mode"] = False
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **extra)
         except _ClickError as error:
             if not standalone_mode:
                 raise

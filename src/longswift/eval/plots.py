@@ -78,6 +78,7 @@ def plot_attention(result: Result, path: str | Path) -> Path:
                 xytext=(0, 7),
                 ha="center",
                 color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
             )
     left.set_yscale("log")
     left.set_ylabel("seconds a call (median, range shaded)")
