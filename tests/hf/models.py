@@ -12,11 +12,15 @@ import transformers as hf
 from torch import Tensor
 
 import longswift.hf  # noqa: F401  (registers the attention functions)
+from longswift import MSSwift
 
 # What older versions cannot do themselves is not tested there.
 recent = pytest.mark.skipif(
     not hasattr(hf.DynamicCache, "get_max_length"), reason="needs a recent version of Transformers"
 )
+
+# Small enough to leave keys out of 150 tokens.
+SPARSE = MSSwift(windows=(32, 64), sinks=4, key_tokens=8, block=32, remainder=64, dense_below=32)
 
 VOCAB = 97
 PAD = 0

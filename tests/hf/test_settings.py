@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    cache_utils,
+    masking_utils,
+    modeling_utils,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 from longswift import Full, MSSwift, SlidingWindow, UnsupportedError, list_mechanisms
@@ -30,19 +36,16 @@ def test_every_mechanism_has_a_safe_name_and_a_mask_function() -> None:
 
 
 def test_importing_adds_names_and_changes_nothing_else() -> None:
-    code = """
-from transformers import cache_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as A
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as M
-tables = [A, M] + [v for k, v in vars(cache_utils).items() if k.endswith("_TYPE_MAPPING")]
-before = [dict(table) for table in tables]
-import longswift.hf
-for x, old in zip(tables, before):
-    new = dict(x)
-    assert all(new[k] is old[k] for k in old)
-    assert all("swift" in k for k in new.keys() - old.keys()), new.keys() - old.keys()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    """Whatever in Transformers comes from this library is an entry under one of its names."""
+    modules = (cache_utils, masking_utils, modeling_utils, transformers)
+    spaces = {f"{m.__name__}.{name}": value for m in modules for name, value in vars(m).items()}
+    tables = {name: value for name, value in spaces.items() if name.endswith("_MAPPING")}
+    tables |= {"attention": dict(AttentionInterface()), "masks": dict(AttentionMaskInterface())}
+    classes = {name: vars(value) for name, value in spaces.items() if isinstance(value, type)}
+    for owner, entries in {"modules": spaces, **tables, **classes}.items():
+        for name, value in entries.items():
+            if str(getattr(value, "__module__", "")).startswith("longswift"):
+                assert owner in ("attention", "masks") and name in implementation_names(), name
 
 
 def test_settings_survive_save_and_load(tmp_path: Path) -> None:
