@@ -75,6 +75,12 @@ def test_finished_readings_are_reused(
     assert [p.name for p in tmp_path.iterdir()] == ["demo.partial.json"]
     demo.run(asked(model_directory), tmp_path, progress=False)
     assert done == ["full", "ms_swift", "ms_swift", "sliding_window"]
+    finished = demo.run(asked(model_directory), tmp_path, progress=False)
+    assert len(done) == 4 and finished.summary["reused"] == 3
+    demo.run(asked(model_directory, seed=1), tmp_path, progress=False)
+    assert len(done) == 7
+    demo.run(asked(model_directory, seed=1), tmp_path, fresh=True, progress=False)
+    assert len(done) == 10
 
 
 def test_every_secret_is_in_the_document_and_the_length_is_exact(model_directory: Path) -> None:

@@ -44,4 +44,9 @@ def demo(
     result = shown.run(asked, output, fresh=fresh)
     typer.echo(result.summary["verdict"])
     render.table(*shown.table(result))
+    if result.summary["reused"]:
+        render.remark(
+            f"{result.summary['reused']} of {len(result.rows)} readings are from an earlier run "
+            "of the same options; --fresh measures them again"
+        )
     render.wrote(output / "demo.json", plot_demo(result, output / "demo.png"))

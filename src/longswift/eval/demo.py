@@ -280,7 +280,7 @@ def _config(demo: Demo, loaded: Loaded, text: str) -> dict[str, Any]:
 
 
 def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True) -> Result:
-    """Read the document three ways; finished readings of an interrupted run are reused.
+    """Read the document three ways; finished readings of the same run are reused.
 
     Args:
         demo: What to show.
@@ -303,7 +303,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     check_length(loaded.model, demo.length + 64)
     exam = _exam(demo, loaded, text)
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
-    kept = Progress(result, target, fresh=fresh)
+    kept = Progress(result, target, fresh=fresh, finished=True)
     swift = options.from_json(demo.mechanism)
     with bar(3 * demo.length, "starting", shown=progress) as step:
 
@@ -323,7 +323,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
         finish(WINDOW, get_mechanism(WINDOW, window=window))
     order = [FULL, WINDOW, SWIFT]
     result.rows.sort(key=lambda row: order.index(row["name"]))
-    result.summary.update(verdict=verdict(rows(result)), how=_NOTES)
+    result.summary.update(verdict=verdict(rows(result)), how=_NOTES, reused=kept.reused)
     result.save(target)
     kept.done()
     return result

@@ -167,21 +167,31 @@ class Progress:
         result: The result without rows.
         path: Where the finished result will go, or None to keep nothing.
         fresh: Ignore rows that an earlier run left.
+        finished: Rows of a finished result of the same run are reused, too.
+
+    Attributes:
+        reused: How many rows came from an earlier run.
     """
 
-    def __init__(self, result: Result, path: str | Path | None, *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        result: Result,
+        path: str | Path | None,
+        *,
+        fresh: bool = False,
+        finished: bool = False,
+    ) -> None:
         self.result = result
         self.file = None if path is None else Path(path).with_suffix(".partial.json")
         self.reused = 0
-        if self.file is None or fresh or not self.file.exists():
+        if path is None or self.file is None or fresh:
             return
-        try:
-            before = load(self.file, result.kind)
-        except InputError:
-            return
-        if result.same_run(before):
-            self.result.rows.extend(before.rows)
-            self.reused = len(before.rows)
+        for earlier in (self.file, Path(path)) if finished else (self.file,):
+            before = _same_run(result, earlier)
+            if before is not None:
+                self.result.rows.extend(before.rows)
+                self.reused = len(before.rows)
+                return
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
         """The finished row with these values, or None."""
@@ -200,3 +210,12 @@ class Progress:
         """Forget the unfinished run once the result itself is saved."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
+
+
+def _same_run(result: Result, file: Path) -> Result | None:
+    """The result in ``file`` if its rows may stand for rows of ``result``."""
+    try:
+        before = load(file, result.kind)
+    except (InputError, OSError):
+        return None
+    return before if result.same_run(before) else None
