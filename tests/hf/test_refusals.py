@@ -145,9 +145,10 @@ def test_a_layers_own_window_is_honoured_without_a_mask() -> None:
     attention = make_attention("full")
     pos = torch.arange(12)
     gap = pos[:, None] - pos
-    for causal, seen in ((True, (gap >= 0) & (gap < 4)), (False, gap.abs() < 4)):
+    for causal, window in ((True, 4), (False, 4), (True, 1), (False, 1)):
         layer = _Layer(is_causal=causal)
-        got, _ = attention(layer, q, q, q, None, sliding_window=4)
+        seen = (gap.abs() < window) & ((gap >= 0) | (not causal))
+        got, _ = attention(layer, q, q, q, None, sliding_window=window)
         expected = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen)
         torch.testing.assert_close(got.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
     mask = swift_mask(1, 12, 12, mask_function=hf.sliding_window_causal_mask_function(6))

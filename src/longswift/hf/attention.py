@@ -99,7 +99,7 @@ def _mechanism(module: nn.Module, name: str, seen: _Seen, queries: int) -> Mecha
     """The configured mechanism, except where the model's own architecture decides."""
     rule = seen.rule
     if rule.window is not None:
-        return SlidingWindow(window=rule.window + 1 if rule.causal else 2 * rule.window)
+        return SlidingWindow(window=rule.window + 1 if rule.causal else max(1, 2 * rule.window))
     if _is_cross_attention(module, rule) or not rule.causal and queries != seen.length:
         return Full()
     return resolve(module, name)
