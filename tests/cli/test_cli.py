@@ -15,7 +15,8 @@ BENCH = ["bench", "attention", "--lengths", "256,512", "--repeats", "1", "--no-m
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    plain = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
+    return CliRunner().invoke(app, [str(a) for a in arguments], env=plain)
 
 
 def refuse(*arguments: object) -> str:

@@ -138,3 +138,16 @@ def test_the_verdict_names_a_slowdown() -> None:
     result = Result(kind="demo", config={"model": "m", "length": 8}, seed=0, rows=rows)
     assert "2.0x slower than full attention" in demo.verdict(demo.rows(result))
     assert demo.table(result).rows[0][3] == "-"
+
+
+def test_the_packaged_model_reads_sparsely_almost_as_well_as_fully(tmp_path: Path) -> None:
+    from longswift import tiny
+
+    if not (tiny.path() / "model.safetensors").is_file():
+        pytest.skip("the packaged model's weights are not in this checkout")
+    swift = longswift.MSSwift(**{**SMALL, "key_tokens": 128})
+    asked = Demo(mechanism=swift.to_dict(), length=2048, secrets=4, decoded=2)
+    full, window, sparse = demo.rows(demo.run(asked, tmp_path, progress=False))
+    assert sparse.density < 0.5
+    assert abs(sparse.perplexity - full.perplexity) < 0.05 * full.perplexity
+    assert sparse.found >= max(window.found, full.found - 1)
