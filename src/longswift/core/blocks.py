@@ -21,7 +21,7 @@ class BlockRun(NamedTuple):
     """
 
     first: int
-    count: int
+    count: int  # type: ignore[assignment]
     row: int
     rows: int
     position: int
@@ -64,7 +64,7 @@ def stack_queries(x: Tensor, run: BlockRun, kv_heads: int) -> Tensor:
 
 
 def unstack_queries(x: Tensor, run: BlockRun, heads: int) -> Tensor:
-    """Inverse of ``stack_queries``: ``[B, Hkv, count, G * rows, *]`` to ``[B, Hq, count * rows, *]``."""
+    """Inverse of ``stack_queries``, to ``[B, Hq, count * rows, *]``."""
     batch, kv_heads = x.shape[:2]
     tail = x.shape[4:]
     part = x.reshape(batch, kv_heads, run.count, heads // kv_heads, run.rows, *tail)
@@ -106,7 +106,7 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor; the content of an earlier one of this name is lost."""
+        """An uninitialised contiguous tensor; an earlier one of this name is overwritten."""
         size = 1
         for extent in shape:
             size *= extent

@@ -91,16 +91,39 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
             )
         )
     if key_mask is not None and (
-        key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, k_len)
+        not isinstance(key_mask, Tensor)
+        or key_mask.dtype != torch.bool
+        or tuple(key_mask.shape) != (batch, k_len)
     ):
+        mask_dtype = getattr(key_mask, "dtype", type(key_mask).__name__)
         raise InputError(
             problem(
                 "key_mask",
                 expected=f"a bool tensor of shape {(batch, k_len)}, True for real tokens",
-                got=f"{key_mask.dtype} {tuple(key_mask.shape)}",
+                got=f"{mask_dtype} {tuple(getattr(key_mask, 'shape', ()))}",
                 fix="Convert an HF attention_mask with attention_mask.bool().",
             )
         )
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on the scores, ``head_dim ** -0.5`` when None.
+
+    Raises:
+        InputError: Not a finite number.
+    """
+    if scale is None:
+        return max(head_dim, 1) ** -0.5
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise InputError(
+            problem(
+                "scale",
+                expected="a finite number, or None for head_dim ** -0.5",
+                got=repr(scale),
+                fix="Pass the model's own scaling.",
+            )
+        )
+    return float(scale)
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.inputs import RowGroup, check_finite, check_inputs, split_padding
+from longswift.core.inputs import (
+    RowGroup,
+    check_finite,
+    check_inputs,
+    check_scale,
+    split_padding,
+)
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import AttentionResult, AttentionStats
@@ -82,19 +88,25 @@ class Mechanism(ABC):
         """
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
+        scale = check_scale(scale, q.shape[-1])
         check_finite(q=q, k=k, v=v)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if training is None:
             training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         call = Call(
             causal=causal,
-            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            scale=scale,
             backend=backend,
             training=training,
             summary=summary,
         )
-        if key_mask is None or bool(key_mask.all()):
-            return self._forward(q, k, v, call)
-        return self._forward_padded(q, k, v, key_mask, call)
+        # Autocast would round scores and selections that the contract keeps in fp32.
+        with torch.autocast(q.device.type, enabled=False):
+            if q.numel() == 0 or k.numel() == 0:
+                return self._nothing(q, k, v)
+            if key_mask is None or bool(key_mask.all()):
+                return self._forward(q, k, v, call)
+            return self._forward_padded(q, k, v, key_mask, call)
 
     def visible(
         self,
@@ -114,9 +126,11 @@ class Mechanism(ABC):
         seen = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.bool, device=q.device)
         call = Call(
             causal=causal,
-            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            scale=check_scale(scale, q.shape[-1]),
             training=training,
         )
+        if q.numel() == 0 or k.numel() == 0:
+            return seen
         if key_mask is None:
             return self._visible(q, k, call).expand_as(seen).clone()
         for group in self._groups(q, k, key_mask, causal):
@@ -215,9 +229,15 @@ class Mechanism(ABC):
             lse = lse.index_put(place, part.lse)
             all_stats.extend([part.stats] * len(group.rows))
         if not all_stats:
-            # Nothing but padding: zeros that still belong to the graph of the inputs.
-            out = out + 0 * (q.sum() + k.sum() + v.sum())
+            return self._nothing(q, k, v)
         return AttentionResult(out, lse, _mean_stats(self.name, all_stats))
+
+    def _nothing(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionResult:
+        """No query sees any key: zeros that still belong to the graph of the inputs."""
+        out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
+        acc = accumulator_dtype(q.dtype)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
+        return AttentionResult(out, lse, _mean_stats(self.name, []))
 
 
 def _with_summary(call: Call, summary: KeySummary | None) -> Call:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """Contiguous keys of one KV head: a tile ``[t, t + tile)`` sees ``[t - left, t + tile + right)``.
+    """Contiguous keys of one KV head.
 
+    The tile of queries ``[t, t + tile)`` sees keys ``[t - left, t + tile + right)``;
     ``reach = (a, b)`` narrows it to ``p - a <= j <= p + b`` for the query at ``p``.
     """
 

@@ -47,7 +47,7 @@ class PoolColumns(NamedTuple):
         pools: ``P``, the whole pools that any block of the run can see.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     cut_k: Tensor
     cut_v: Tensor
     grain: Tensor
@@ -59,8 +59,9 @@ def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
     """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``, the incomplete last one included."""
     acc = accumulator_dtype(x.dtype)
     whole = x.shape[2] // grain
-    sums = [known]
-    if known is None or known.shape[2] != whole:
+    if known is not None and known.shape[2] == whole:
+        sums = [known]
+    else:
         sums = [x[:, :, : whole * grain].unflatten(2, (whole, grain)).sum(3, dtype=acc)]
     if x.shape[2] % grain:
         sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))

@@ -40,7 +40,7 @@ def merge(*parts: Partial) -> Partial:
 
 
 def softmax_partial(scores: Tensor, v: Tensor) -> Partial:
-    """Softmax attention from explicit scores ``[..., L, K]`` (``-inf`` = hidden), ``v [..., K, Dv]``."""
+    """Attention from scores ``[..., L, K]`` (``-inf`` = hidden) over ``v [..., K, Dv]``."""
     lse = torch.logsumexp(scores, dim=-1)
     weights = safe_exp_difference(scores, lse.unsqueeze(-1))
     return Partial(weights @ v, lse)

@@ -1,4 +1,4 @@
-"""Which backend computes a pattern. An explicit name never falls back; ``"auto"`` says its choice."""
+"""Which backend computes a pattern; an explicit name never falls back."""
 
 from __future__ import annotations
 

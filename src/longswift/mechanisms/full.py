@@ -26,9 +26,14 @@ class Full(Patterned):
     mode: ClassVar[str] = "dense"
 
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
-        return full_pattern(k_len, kv_heads, causal)
+        return full_pattern(k_len, kv_heads, causal, q_len=q_len)
 
 
-def full_pattern(k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
-    """One tile that holds every position."""
-    return BlockPattern(causal=causal, bands=(Band(tile=k_len, left=0),) * kv_heads)
+def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:
+    """One tile that sees every key; cross attention may have more queries than keys."""
+    if causal:
+        band = Band(tile=k_len, left=0)
+    else:
+        extent = max(q_len, k_len)
+        band = Band(tile=extent, left=extent, right=extent)
+    return BlockPattern(causal=causal, bands=(band,) * kv_heads)

@@ -3,9 +3,9 @@
 For each KV head and block of queries the keys are, without double counting,
 
 * **sinks**: the first ``sinks`` real tokens;
-* **a window at the head's scale**: with window ``w``, tiles of about ``(1 - overlap) * w`` queries see
-  the ``w`` keys that end with the tile (causal) or are centred on it (bidirectional). Exact nested
-  windows add up to the widest one, so scales belong to KV heads;
+* **a window at the head's scale**: with window ``w``, tiles of about ``(1 - overlap) * w`` queries
+  see the ``w`` keys that end with the tile (causal) or are centred on it (bidirectional). Exact
+  nested windows add up to the widest one, so scales belong to KV heads;
 * **key tokens**: the keys outside the window that the content of the block asks for, chosen by a
   ``selector``, shared by the GQA group;
 * **a coarse remainder**: the unselected tokens of every pool of ``remainder`` tokens, seen once
@@ -20,13 +20,13 @@ Causal, one head (``#`` window, ``s`` sink, ``k`` key token, ``-`` seen through 
     s - k # # # . .
     s k - - # # # .
 
-Rounding: tiles are multiples of ``block``; a window's far edge moves outwards to a multiple of the
-selector's ``key_block``.
+Rounding: tiles are multiples of ``block`` (a window shorter than a block still sees the whole
+block); a window's far edge moves outwards to a multiple of the selector's ``key_block``.
 
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 85 + 8 key_tokens D) | O(n) |
+| selection (``bounds``) | O(n D / 85 + 4 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 
@@ -47,8 +47,8 @@ from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.full import full_pattern
 from longswift.mechanisms.patterned import blend_stats, pattern_stats
-from longswift.mechanisms.selectors import Selector, make_selector
-from longswift.mechanisms.selectors.base import EMPTY, Request, Selection
+from longswift.mechanisms.selectors import make_selector
+from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class MSSwift(Mechanism):
         remainder: Pool size of the coarse remainder, or None to drop what was not selected.
         block: Queries that share a choice.
         scale_of_head: Index into ``windows`` for each KV head; None spreads the scales over the
-            heads in turn, starting with the middle one, then the next wider.
+            heads in turn, starting with the middle one, then the next narrower.
         causality: ``"shared"``: a block's choice depends on all its rows, nothing before the block
             of a token moves. ``"strict"``: row i sees only what rows ``<= i`` asked for, nothing
             before a token moves. ``"auto"``: strict while training, shared otherwise.
@@ -83,7 +83,7 @@ class MSSwift(Mechanism):
     coverage: float | None = None
     selector: str | dict[str, Any] | Selector = "bounds"
     remainder: int | None = 256
-    block: int = 64
+    block: int = 128
     scale_of_head: tuple[int, ...] | None = None
     causality: str = "auto"
     dense_below: int = 4096
@@ -92,31 +92,34 @@ class MSSwift(Mechanism):
         check_positive("MSSwift", block=self.block)
         for name in ("sinks", "key_tokens", "dense_below"):
             self._require(
-                isinstance(getattr(self, name), int) and getattr(self, name) >= 0,
+                type(getattr(self, name)) is int and getattr(self, name) >= 0,
                 name,
                 "an integer >= 0",
                 "Use 0 to turn it off.",
             )
         object.__setattr__(self, "selector", make_selector(self.selector))
-        if isinstance(self.windows, list):
-            object.__setattr__(self, "windows", tuple(self.windows))
-        if isinstance(self.scale_of_head, list):
-            object.__setattr__(self, "scale_of_head", tuple(self.scale_of_head))
+        for name in ("windows", "scale_of_head"):
+            # JSON knows lists only.
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         windows = self.windows
         self._require(
             isinstance(windows, tuple)
             and len(windows) > 0
-            and all(isinstance(w, int) and w >= self.block for w in windows)
+            and all(type(w) is int and w > 0 for w in windows)
             and list(windows) == sorted(set(windows)),
             "windows",
-            f"distinct ascending window sizes of at least block={self.block} tokens",
+            "a tuple of distinct ascending window sizes in tokens",
             "For example windows=(128, 512, 2048).",
         )
         self._require(
-            0.0 < self.overlap < 1.0, "overlap", "a share between 0 and 1", "Use 0.2 to 0.5."
+            _is_share(self.overlap) and self.overlap < 1.0,
+            "overlap",
+            "a share between 0 and 1",
+            "Use 0.2 to 0.5.",
         )
         self._require(
-            self.coverage is None or 0.0 < self.coverage <= 1.0,
+            self.coverage is None or _is_share(self.coverage),
             "coverage",
             "None or a share in (0, 1]",
             "For example coverage=0.95.",
@@ -132,7 +135,7 @@ class MSSwift(Mechanism):
             self.block % key_block == 0,
             "block",
             f"a multiple of the selector's key_block={key_block}",
-            "Use block=64, or a selector with smaller key blocks.",
+            "Use block=128, or a selector with smaller key blocks.",
         )
         self._require(
             self.remainder is None
@@ -144,7 +147,8 @@ class MSSwift(Mechanism):
         )
         self._require(
             self.scale_of_head is None
-            or all(isinstance(s, int) and 0 <= s < len(windows) for s in self.scale_of_head),
+            or isinstance(self.scale_of_head, tuple)
+            and all(isinstance(s, int) and 0 <= s < len(windows) for s in self.scale_of_head),
             "scale_of_head",
             f"one index below {len(windows)} per KV head",
             "Leave it None to spread the scales over the heads.",
@@ -168,7 +172,7 @@ class MSSwift(Mechanism):
         """Window of each KV head, in tokens."""
         if self.scale_of_head is None:
             middle = len(self.windows) // 2
-            order = sorted(range(len(self.windows)), key=lambda s: (abs(s - middle), -s))
+            order = sorted(range(len(self.windows)), key=lambda s: (abs(s - middle), s))
             return tuple(self.windows[order[head % len(order)]] for head in range(kv_heads))
         if len(self.scale_of_head) != kv_heads:
             raise ConfigError(
@@ -218,7 +222,7 @@ class MSSwift(Mechanism):
         )
 
     def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
-        """Leading query rows to compute exactly: below the crossover, or with every key in reach."""
+        """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
         bands = self.bands(q_len, kv_heads, causal)
         if not causal:
             reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self.key_tokens
@@ -346,3 +350,7 @@ def _without_empty_slots(found: Selection) -> Selection:
     used = int(busy[-1]) + 1 if len(busy) else 0
     since = None if found.visible_from is None else found.visible_from[..., :used]
     return Selection(found.tokens[..., :used], since)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0.0 < value <= 1.0

@@ -53,7 +53,7 @@ class SlidingWindow(Patterned):
 
     def __post_init__(self) -> None:
         check_positive("SlidingWindow", window=self.window)
-        if not isinstance(self.global_tokens, int) or self.global_tokens < 0:
+        if type(self.global_tokens) is not int or self.global_tokens < 0:
             raise ConfigError(
                 problem(
                     "SlidingWindow.global_tokens",

@@ -100,9 +100,10 @@ class _Attend(torch.autograd.Function):
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        grads = tuple(torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        band_kernel.backward(q, k, v, pattern, scale, lse, delta, d_out, grads)
-        if pattern.tokens is not None or pattern.pool is not None:
-            Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
-        d_q, d_k, d_v = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
-        return d_q, d_k, d_v, None, None, None
+        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        grads = (d_q, d_k, d_v)
+        with torch.autocast(q.device.type, enabled=False):
+            band_kernel.backward(q, k, v, pattern, scale, lse, delta, d_out, grads)
+            if pattern.tokens is not None or pattern.pool is not None:
+                Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None

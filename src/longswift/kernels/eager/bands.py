@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longswift.core.parallel import for_each
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import Partial
@@ -30,7 +31,7 @@ class Job(NamedTuple):
     row: int
     key: int
     step: int
-    count: int
+    count: int  # type: ignore[assignment]
     rows: int
     width: int
     shift: int
@@ -67,14 +68,12 @@ def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
 
 def allowed_mask(job: Job, band: Band, causal: bool, device: torch.device) -> Tensor | None:
     """bool ``[rows, width]``, or None when the whole rectangle is visible."""
-    reach_back = band.reach[0] if band.reach is not None else None
-    reach_ahead = band.reach[1] if band.reach is not None else None
-    if causal:
-        reach_ahead = 0 if reach_ahead is None else min(0, reach_ahead)
     furthest_back = job.shift + job.rows - 1
     furthest_ahead = job.width - 1 - job.shift
-    cut_back = reach_back is not None and furthest_back > reach_back
-    cut_ahead = reach_ahead is not None and furthest_ahead > reach_ahead
+    reach_back, reach_ahead = band.reach or (furthest_back, furthest_ahead)
+    if causal:
+        reach_ahead = min(0, reach_ahead)
+    cut_back, cut_ahead = furthest_back > reach_back, furthest_ahead > reach_ahead
     if not cut_back and not cut_ahead:
         return None
     distance = (
@@ -146,22 +145,23 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
     acc = accumulator_dtype(q.dtype)
     out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
-    for band, band_kv in band_heads(pattern.bands):
-        for job in _cut(jobs(band, q_len, k_len, pattern.causal)):
-            rows = slice(job.row, job.row + (job.count - 1) * job.step + job.rows)
-            for query_heads, key_heads in _head_slices(band_kv, groups):
-                for b in range(batch):
-                    part = _forward_job(
-                        q[b, query_heads],
-                        k[b, key_heads],
-                        v[b, key_heads],
-                        job,
-                        band,
-                        pattern.causal,
-                        scale,
-                    )
-                    out[b, query_heads, rows] = part.out.transpose(0, 1).flatten(1, 2)
-                    lse[b, query_heads, rows] = part.lse.transpose(0, 1).flatten(1, 2)
+    pieces = [
+        (band, job, heads_of, b)
+        for band, band_kv in band_heads(pattern.bands)
+        for job in _cut(jobs(band, q_len, k_len, pattern.causal))
+        for heads_of in _head_slices(band_kv, groups)
+        for b in range(batch)
+    ]
+
+    def attend(piece: tuple[Band, Job, tuple[slice, slice], int], _: None) -> None:
+        band, job, (query_heads, key_heads), b = piece
+        rows = slice(job.row, job.row + (job.count - 1) * job.step + job.rows)
+        qkv = q[b, query_heads], k[b, key_heads], v[b, key_heads]
+        part = _forward_job(*qkv, job, band, pattern.causal, scale)
+        out[b, query_heads, rows] = part.out.transpose(0, 1).flatten(1, 2)
+        lse[b, query_heads, rows] = part.lse.transpose(0, 1).flatten(1, 2)
+
+    for_each(pieces, lambda: None, attend, q.device)
     return Partial(out, lse)
 
 

@@ -52,6 +52,10 @@ def rectangle(
         ``out [N, H, L, Dv]``, ``lse [N, H, L]``, both in the accumulator dtype.
     """
     acc = accumulator_dtype(q.dtype)
+    if q.numel() == 0 or k.numel() == 0:
+        # The fused kernel divides by these extents.
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
+        return Partial(lse.new_zeros(*q.shape[:3], v.shape[3]), lse)
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         mask = None
         if allowed is not None:

@@ -24,8 +24,8 @@ from longswift.mechanisms.selectors.base import (
     Request,
     Selection,
     Selector,
+    by_run,
     candidate_blocks,
-    fill,
 )
 
 _HIDDEN = float("-inf")
@@ -71,11 +71,11 @@ class Antidiagonal(Selector):
         missing = -request.k.shape[2] % self.key_block
         keys = torch.nn.functional.pad(request.k, (0, 0, 0, missing)).to(acc)
         keys = keys.unflatten(2, (-1, self.stride)).flatten(3)
-        tokens = [
-            fill(self._choose(request, run, keys, acc), request.budget)
-            for run in request.runs(request.k.shape[2] // self.stride)
-        ]
-        return Selection(torch.cat(tokens, 2), None)
+        return by_run(
+            request,
+            request.k.shape[2] // self.stride,
+            lambda run, _: Selection(self._choose(request, run, keys, acc), None),
+        )
 
     def _choose(self, request: Request, run: BlockRun, keys: Tensor, acc: torch.dtype) -> Tensor:
         """Tokens ``[B, Hkv, N, <= budget]``."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, block_runs
+from longswift.core.blocks import BlockRun, Workspace, block_runs
 from longswift.core.errors import ConfigError, problem
+from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import band_edges
 from longswift.core.summary import KeySummary
 
-# Score elements a selector holds at once: 8 MiB in fp32.
+# Score elements a selector's thread holds at once: 8 MiB in fp32.
 STEP_SCORES = 1 << 21
 EMPTY = -1
 
@@ -82,7 +84,7 @@ class Selector(ABC):
 
     name: ClassVar[str]
 
-    key_block: int = 32
+    key_block: int = 16
 
     def grain(self, q_len: int) -> int:
         """Granularity of window edges this selector needs for ``q_len`` queries."""
@@ -127,6 +129,32 @@ def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[T
     return outside.to(request.q.device), width
 
 
+def by_run(
+    request: Request, width: int, choose: Callable[[BlockRun, Workspace], Selection]
+) -> Selection:
+    """A selection made run by run, on several threads; ``choose`` returns at most ``budget`` slots.
+
+    Args:
+        request: The request.
+        width: Scores a query row holds while choosing.
+        choose: Tokens (and rows) of one run, in the buffers of its thread.
+    """
+    runs = request.runs(width)
+    found: list[Selection | None] = [None] * len(runs)
+
+    def piece(index: int, space: Workspace) -> None:
+        found[index] = choose(runs[index], space)
+
+    device = request.q.device
+    for_each(range(len(runs)), lambda: Workspace(device), piece, device)
+    done = [f for f in found if f is not None]
+    tokens = torch.cat([fill(f.tokens, request.budget) for f in done], 2)
+    if not request.strict:
+        return Selection(tokens, None)
+    since = [f.visible_from for f in done if f.visible_from is not None]
+    return Selection(tokens, torch.cat([fill(s, request.budget) for s in since], 2))
+
+
 def fill(tokens: Tensor, budget: int) -> Tensor:
     """Pads ``[..., C]`` to ``[..., budget]`` with empty slots, as int32."""
     missing = budget - tokens.shape[-1]
@@ -152,15 +180,15 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
     problems, rows, keys = wanted.shape
     free = torch.ones(problems, keys, dtype=torch.bool, device=wanted.device)
     index, owner, taken = [], [], []
-    given = 0
+    given, head_start = 0, max(1, budget // 4)
     for row in range(rows):
-        due = min(keys, budget // 4 + (budget - budget // 4) * (row + 1) // block)
-        quota = due - given
+        due = head_start + (budget - head_start) * (row + 1) // block
+        quota, given = min(due - given, keys), due
         if quota <= 0:
             continue
-        given = due
         weight, choice = wanted[:, row].masked_fill(~free, 0.0).topk(quota, dim=-1)
-        free.scatter_(1, choice, False)
+        # A key nobody wanted yet stays free for a later row.
+        free.scatter_(1, choice, weight <= 0)
         index.append(choice)
         owner.append(torch.full_like(choice, row))
         taken.append(weight > 0)

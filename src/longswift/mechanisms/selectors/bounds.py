@@ -12,8 +12,8 @@ Decoding (one query) uses pages of 16 keys, Quest's bounds (Tang et al., 2024, a
 taken from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/85 of
-full attention's scores at 8 x 32) and ``proposals * budget * D`` for the exact stage. In strict mode
-bounds are per row: ``2 D n / key_block``.
+full attention's scores at 16 x 16) and ``proposals * budget * D`` for the exact stage. In strict
+mode bounds are per row: ``2 D n / key_block``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
 from longswift.core.errors import ConfigError, problem
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import KeySummary
 from longswift.mechanisms.selectors.base import (
     EMPTY,
     Request,
     Selection,
     Selector,
+    by_run,
     candidate_blocks,
-    fill,
     take_in_turn,
 )
 
@@ -54,8 +53,8 @@ class Bounds(Selector):
 
     name: ClassVar[str] = "bounds"
 
-    row_group: int = 8
-    proposals: int = 8
+    row_group: int = 16
+    proposals: int = 4
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
@@ -65,7 +64,7 @@ class Bounds(Selector):
                     "Bounds.proposals",
                     expected="an integer >= 1",
                     got=repr(self.proposals),
-                    fix="8 equals an exact search on the texts we measured; 4 is faster.",
+                    fix="4 is the measured default; more finds more and costs more.",
                 )
             )
 
@@ -91,61 +90,49 @@ class _Pass:
             features = [self._centre, self._radius]
         else:
             features = [self._centre, self._radius, self._centre.abs()]
-        self._features = torch.cat(features, -1)
-        self._space = Workspace(request.q.device)
-        # Blocks that hold sinks are always proposed, so that a sink is normalised over exactly once.
+        # Heads flattened once: a slice of columns then stays a view.
+        self._features = torch.cat(features, -1).flatten(0, 1)
+        # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
         self._sink_blocks = min(-(-request.sinks // self._key_block), self._centre.shape[2])
 
     def _key_boxes(self) -> tuple[Tensor, Tensor]:
         """Centre and radius of every key block, ``[B, Hkv, W, D]``; an incomplete last one too."""
-        request, size = self._request, self._key_block
-        summary = request.summary
+        k, size, summary = self._request.k, self._key_block, self._request.summary
         if summary is not None and size % summary.page == 0:
             known = summary.coarsen(size // summary.page)
+            low, high = known.k_min, known.k_max
         else:
-            known = KeySummary.build(request.k, request.k[..., :1], size)
-        low, high = known.k_min, known.k_max
-        if request.k.shape[2] % size:
-            tail = request.k[:, :, request.k.shape[2] // size * size :]
+            whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
+            low, high = whole.aminmax(dim=3)
+        if k.shape[2] % size:
+            tail = k[:, :, k.shape[2] // size * size :]
             low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
             high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
         low, high = low.to(self._acc), high.to(self._acc)
         return (low + high) / 2, (high - low) / 2
 
     def run(self) -> Selection:
-        request = self._request
-        width = (self._wanted_blocks() + self._sink_blocks) * self._key_block + 1
-        tokens, since = [], []
-        for run in request.runs(width):
-            if request.strict:
-                chosen, rows = self._strict(run)
-                since.append(rows)
-            else:
-                chosen = self._shared(run)
-            tokens.append(fill(chosen, request.budget))
-        return Selection(
-            torch.cat(tokens, 2),
-            torch.cat([fill(s, request.budget) for s in since], 2) if request.strict else None,
-        )
+        blocks = min(self._wanted_blocks() + self._sink_blocks, self._centre.shape[2])
+        width = blocks * self._key_block + 1
+        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
 
     def _wanted_blocks(self) -> int:
-        wanted = -(-self._selector.proposals * self._request.budget // self._key_block)
-        return min(wanted, self._centre.shape[2])
+        return -(-self._selector.proposals * self._request.budget // self._key_block)
 
-    def _shared(self, run: BlockRun) -> Tensor:
-        """Tokens ``[B, Hkv, N, <= budget]``."""
+    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens a block."""
         request = self._request
         batch, kv_heads = request.k.shape[:2]
         outside, width = candidate_blocks(request, run, self._key_block)
         if not bool(outside.any()):
-            return self._nothing(run)
+            return Selection(self._nothing(run), None)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(self._group_features(q, run), outside, width)
+        scores = self._block_scores(self._group_features(q, run), outside, width, space)
         rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
         rank[..., : self._sink_blocks] = float(EMPTY)
         proposed, valid = _best(rank, self._wanted_blocks())
         proposed, valid = self._with_sink_blocks(proposed, valid, outside)
-        probs = self._probabilities(q, run, proposed, valid)
+        probs = self._probabilities(q, run, proposed, valid, space)
         tokens = self._tokens(proposed)
         rank = probs[..., :-1].amax(1).view(*proposed.shape[:3], -1)
         rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
@@ -153,7 +140,7 @@ class _Pass:
         chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
         if request.coverage is not None:
             chosen = self._cover(chosen, best, taken, probs, tokens)
-        return chosen
+        return Selection(chosen, None)
 
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
@@ -173,13 +160,19 @@ class _Pass:
         features = torch.cat([centre, centre.abs() + radius, radius], -1)
         return features.flatten(3, 4)
 
-    def _block_scores(self, features: Tensor, outside: Tensor, width: int) -> Tensor:
+    def _block_scores(
+        self, features: Tensor, outside: Tensor, width: int, space: Workspace
+    ) -> Tensor:
         """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows, W]``."""
-        keys = self._features[:, :, :width]
-        bound = features.flatten(2, 3) @ keys.transpose(2, 3)
-        bound = bound.view(*features.shape[:4], width)
-        bound.masked_fill_(~outside.unsqueeze(2), _HIDDEN)
-        return torch.softmax(bound, -1)
+        batch, kv_heads, count, rows = features.shape[:4]
+        keys = self._features[:, :width]
+        bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
+        torch.bmm(features.flatten(2, 3).flatten(0, 1), keys.transpose(1, 2), out=bound)
+        bound = bound.view(batch, kv_heads, count, rows, width)
+        # Causal candidates form a prefix: only the columns where some block ends need a mask.
+        common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
+        bound[..., common:].masked_fill_(~outside[..., common:].unsqueeze(2), _HIDDEN)
+        return torch.softmax(bound, -1, out=bound)
 
     def _with_sink_blocks(
         self, proposed: Tensor, valid: Tensor, outside: Tensor
@@ -209,27 +202,32 @@ class _Pass:
         run: BlockRun,
         proposed: Tensor,
         valid: Tensor,
+        space: Workspace,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """Exact probabilities of proposed tokens and, last, of the band: ``[Z, G * rows, M + 1]``."""
+        """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
         request = self._request
         tokens = self._tokens(proposed)
         width = tokens.shape[3]
         problems = tokens.shape[0] * tokens.shape[1] * tokens.shape[2]
-        keys = self._space.get("keys", (*tokens.shape, request.k.shape[3]), request.k.dtype)
-        self._table.gather(tokens.clamp(max=request.k.shape[2] - 1), keys)
-        keys = keys.view(problems, width, -1).to(self._acc)
+        beyond = not request.pattern.causal and request.k.shape[2] % self._key_block > 0
+        if beyond:
+            tokens = tokens.clamp(max=request.k.shape[2] - 1)
+        keys = space.get("keys", (*tokens.shape, request.k.shape[3]), request.k.dtype)
+        keys = self._table.gather(tokens, keys).view(problems, width, -1).to(self._acc)
         q = q.flatten(0, 2)
-        scores = self._space.get("scores", (problems, q.shape[1], width + 1), self._acc)
+        scores = space.get("scores", (problems, q.shape[1], width + 1), self._acc)
         torch.bmm(q, keys.transpose(1, 2), out=scores[..., :width])
         lse = stack_queries(request.band_lse, run, request.k.shape[1])
         scores[..., width] = lse.flatten(0, 2)
-        hidden = ~valid.repeat_interleave(self._key_block, 3) | (tokens >= request.k.shape[2])
-        if bool(hidden.any()):
+        if beyond or not bool(valid.all()):
+            hidden = ~valid.repeat_interleave(self._key_block, 3)
+            if beyond:
+                hidden |= self._tokens(proposed) >= request.k.shape[2]
             scores[..., :width].masked_fill_(hidden.view(problems, 1, width), _HIDDEN)
         if visible is not None:
             scores[..., :width].masked_fill_(~visible, _HIDDEN)
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1, out=scores)
 
     def _cover(
         self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
@@ -246,36 +244,37 @@ class _Pass:
         needed = (before < request.coverage).any(1).view(best.shape)
         return chosen.masked_fill(~needed, EMPTY)
 
-    def _strict(self, run: BlockRun) -> tuple[Tensor, Tensor]:
-        """Tokens ``[B, Hkv, N, <= budget]`` and the query position each is visible from."""
+    def _strict(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens a block and the query position each is visible from."""
         request = self._request
         kv_heads, block = request.k.shape[1], request.pattern.block
         outside, width = candidate_blocks(request, run, self._key_block)
         if not bool(outside.any()):
             nothing = self._nothing(run)
-            return nothing, nothing
+            return Selection(nothing, nothing)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(torch.cat([q, q.abs()], -1), outside, width)
+        scores = self._block_scores(torch.cat([q, q.abs()], -1), outside, width, space)
         wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
         wanted[..., : self._sink_blocks] = 0.0
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
-        shape = (*q.shape[:3], -1)
+        shape = (*q.shape[:3], index.shape[1])
         proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
         owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
         owner = owner.repeat_interleave(self._key_block, 1)
         rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
         visible = owner[:, None] <= rows[:, None]
         tokens = self._tokens(proposed)
-        probs = self._probabilities(q, run, proposed, valid, visible)
+        probs = self._probabilities(q, run, proposed, valid, space, visible)
         if request.coverage is not None:
             probs = _needed(probs, request.coverage)
         probs = probs[..., :-1].view(*q.shape[:4], -1)
         probs = probs.masked_fill_(self._barred(tokens, valid).unsqueeze(3), 0.0)
         wanted = self._best_of_group(probs)
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
+        shape = (*q.shape[:3], index.shape[1])
         chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
         first = run.position + torch.arange(run.count, device=q.device) * run.rows
-        return chosen, owner.view(shape) + first[:, None]
+        return Selection(chosen, owner.view(shape) + first[:, None])
 
     def _best_of_group(self, weights: Tensor) -> Tensor:
         """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""

@@ -1,0 +1,174 @@
+"""One run of blocks with everything its queries see outside their band, gathered.
+
+With scores ``s`` of the gathered tokens, a remainder column of ``c`` tokens whose sums are ``K``
+and ``V`` has the score ``(q.K - sum of s over its gathered tokens) / c + log c`` and the value
+``(V - sum of its gathered values) / c``; so every row only needs products with shared sums, minus
+a scatter over its few gathered tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import (
+    PoolColumns,
+    Pools,
+    band_edges,
+    build_pools,
+    pool_columns,
+    token_columns,
+)
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import KeySummary
+
+HIDDEN = float("-inf")
+
+
+class Step(NamedTuple):
+    """One run of blocks, gathered. ``Z = B * Hkv * N`` problems of ``R`` queries."""
+
+    run: BlockRun
+    tokens: Tensor  # [B, Hkv, N, C] positions, empty slots point at key 0
+    shown: Tensor  # [Z, R or 1, C]
+    complete: bool  # every slot is shown to every row
+    q: Tensor  # [Z, R, D], scaled
+    k: Tensor  # [Z, C, D]
+    v: Tensor  # [Z, C, Dv]
+    columns: PoolColumns | None
+    column_of: Tensor | None  # [Z, 1, C]
+    count: Tensor | None  # type: ignore[assignment]  # [Z, R or 1, P + 2]
+
+
+class StepTable:
+    """The tables of one batch from which steps are gathered; shared by both passes."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: BlockPattern,
+        scale: float,
+        summary: KeySummary | None = None,
+    ) -> None:
+        self.q, self.k, self.v, self.pattern, self.scale = q, k, v, pattern, scale
+        self.acc = accumulator_dtype(q.dtype)
+        self._keys, self._values = TokenTable(k), TokenTable(v)
+        self.pools: Pools | None = None
+        if pattern.pool is not None:
+            self.pools = build_pools(k, v, pattern, summary)
+
+    def load(self, run: BlockRun, space: Workspace) -> Step:
+        """Gather what one run needs."""
+        pattern, (batch, kv_heads) = self.pattern, self.k.shape[:2]
+        q = stack_queries(self.q, run, kv_heads).flatten(0, 2).to(self.acc).mul(self.scale)
+        problems = batch * kv_heads * run.count
+        if pattern.tokens is None:
+            slots = torch.empty(
+                batch, kv_heads, run.count, 0, dtype=torch.long, device=self.q.device
+            )
+        else:
+            slots = pattern.tokens[:, :, run.first : run.first + run.count].to(self.q.device)
+            slots = slots.long().expand(batch, -1, -1, -1)
+        real = slots >= 0
+        tokens = slots.clamp(min=0)
+        shown = real.reshape(problems, 1, -1)
+        if pattern.visible_from is not None:
+            since = pattern.visible_from[:, :, run.first : run.first + run.count, None]
+            since = since.to(self.q.device)
+            position = run.position + torch.arange(run.count * run.rows, device=self.q.device).view(
+                1, 1, run.count, run.rows, 1
+            )
+            by_row = real[:, :, :, None] & (since <= position)
+            groups = self.q.shape[1] // kv_heads
+            shown = by_row.repeat(1, 1, 1, groups, 1).flatten(0, 2)
+        complete = bool(shown.all())
+        k = self._gather(self._keys, "k", tokens, space)
+        v = self._gather(self._values, "v", tokens, space)
+        if self.pools is None:
+            return Step(run, tokens, shown, complete, q, k, v, None, None, None)
+        columns = pool_columns(self.pools, pattern, run)
+        edges = torch.stack(band_edges(pattern, run, self.k.shape[2]), -1).to(self.q.device)
+        column_of = token_columns(tokens, columns, self.pools, edges).view(problems, 1, -1)
+        count = columns.count.expand(batch, -1, -1, -1, -1).flatten(0, 2)
+        taken = torch.zeros(
+            problems, shown.shape[1], count.shape[-1], dtype=self.acc, device=self.q.device
+        )
+        taken.scatter_add_(2, column_of.expand_as(shown), shown.to(self.acc))
+        count = count - taken
+        return Step(run, tokens, shown, complete, q, k, v, columns, column_of, count)
+
+    def _gather(self, table: TokenTable, name: str, tokens: Tensor, space: Workspace) -> Tensor:
+        dim = (self.k if name == "k" else self.v).shape[3]
+        out = space.get(name, (*tokens.shape, dim), self.q.dtype)
+        return table.gather(tokens, out).flatten(0, 2).to(self.acc)
+
+    def products(self, step: Step, rows: Tensor, tokens: Tensor, sums: str) -> Tensor:
+        """Products of ``rows [Z, R, *]`` with each column's ungathered sum over its count.
+
+        Args:
+            step: The run.
+            rows: Queries (with keys) or output gradients (with values).
+            tokens: ``[Z, R, C]`` products with the gathered tokens.
+            sums: ``"k"`` or ``"v"``.
+        """
+        assert self.pools is not None and step.columns is not None and step.count is not None
+        whole = self.pools.k_sum if sums == "k" else self.pools.v_sum
+        cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
+        batch, kv_heads = whole.shape[:2]
+        whole = whole[:, :, : step.columns.pools]
+        stacked = rows.view(batch, kv_heads, -1, rows.shape[2])
+        total = torch.cat(
+            [
+                (stacked @ whole.transpose(2, 3)).view(*rows.shape[:2], whole.shape[2]),
+                rows @ cut.flatten(0, 2).transpose(1, 2),
+            ],
+            -1,
+        )
+        assert step.column_of is not None
+        total.scatter_add_(
+            2, step.column_of.expand_as(tokens), tokens.masked_fill(~step.shown, 0.0).neg_()
+        )
+        return total.div_(step.count.clamp(min=1.0))
+
+    def rows(self, step: Step) -> int:
+        """Query rows of the run per KV head, its group's included."""
+        return step.run.count * step.q.shape[1]
+
+    def weights(
+        self, step: Step, token_part: Tensor, column_part: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Coefficients on gathered tokens and on column sums, given weights per key and column."""
+        if column_part is None or step.count is None or step.column_of is None:
+            return token_part, None
+        per_sum = column_part / step.count.clamp(min=1.0)
+        taken_back = per_sum.gather(2, step.column_of.expand_as(token_part))
+        return token_part - taken_back.masked_fill_(~step.shown, 0.0), per_sum
+
+    def combine(
+        self, step: Step, tokens: Tensor, columns: Tensor | None, values: Tensor, sums: str
+    ) -> Tensor:
+        """``tokens @ values + columns @ sums``, ``[Z, R, *]``."""
+        result = torch.bmm(tokens, values)
+        if columns is None or step.columns is None or self.pools is None:
+            return result
+        whole = self.pools.k_sum if sums == "k" else self.pools.v_sum
+        cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
+        pools = step.columns.pools
+        stacked = columns[..., :pools].reshape(*whole.shape[:2], self.rows(step), pools)
+        result += (stacked @ whole[:, :, :pools]).view_as(result)
+        return result.baddbmm_(columns[..., pools:], cut.flatten(0, 2))
+
+    def scores(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Scores of tokens ``[Z, R, C]`` and of remainder columns ``[Z, R, P + 2]``."""
+        token_scores = torch.bmm(step.q, step.k.transpose(1, 2))
+        column_scores = None
+        if step.count is not None:
+            column_scores = self.products(step, step.q, token_scores, "k")
+            column_scores.add_(step.count.clamp(min=0.0).log())
+        return token_scores.masked_fill_(~step.shown, HIDDEN), column_scores
