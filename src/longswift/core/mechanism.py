@@ -89,7 +89,9 @@ class Mechanism(ABC):
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])
-        check_finite(q=q, k=k, v=v)
+        # With a cache's summaries the older keys were checked when they came in.
+        new = slice(k.shape[2] - q.shape[2], None) if summary is not None else slice(None)
+        check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if training is None:
             training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

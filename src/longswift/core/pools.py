@@ -14,22 +14,22 @@ from longswift.core.summary import KeySummary
 
 
 class Pools(NamedTuple):
-    """Sums over pools and, inside each pool, over what precedes each grain.
+    """Sums over pools, and over the grains they are made of.
 
     Attributes:
         k_sum: ``[B, Hkv, P, D]`` fp32 sums of the keys of each pool.
         v_sum: ``[B, Hkv, P, Dv]``.
-        k_before: ``[B, Hkv, E + 1, D]``, entry ``e`` sums the keys of grain ``e``'s pool before it.
-        v_before: ``[B, Hkv, E + 1, Dv]``.
+        k_grain: ``[B, Hkv, E, D]`` sums of the keys of each grain, the incomplete last included.
+        v_grain: ``[B, Hkv, E, Dv]``.
         size: Tokens per pool.
-        grain: Tokens per grain.
+        grain: Tokens per grain; divides ``size``.
         k_len: Tokens in all.
     """
 
     k_sum: Tensor
     v_sum: Tensor
-    k_before: Tensor
-    v_before: Tensor
+    k_grain: Tensor
+    v_grain: Tensor
     size: int
     grain: int
     k_len: int
@@ -42,16 +42,16 @@ class PoolColumns(NamedTuple):
         count: ``[1, Hkv, N, 1, P + 2]`` tokens of each column outside the band.
         cut_k: ``[B, Hkv, N, 2, D]`` key sums of the pools cut by the band's left and right edge.
         cut_v: ``[B, Hkv, N, 2, Dv]``.
-        grain: ``[Hkv, N, 2]`` grain index of the two edges.
-        right_pool: ``[Hkv, N]`` pool cut by the right edge.
+        cut_grains: ``[Hkv, N, 2, E']`` grains of the two cut pools.
+        cut_members: Like ``cut_grains``, 1.0 for grains outside the band, else 0.0.
         pools: ``P``, the whole pools that any block of the run can see.
     """
 
     count: Tensor  # type: ignore[assignment]
     cut_k: Tensor
     cut_v: Tensor
-    grain: Tensor
-    right_pool: Tensor
+    cut_grains: Tensor
+    cut_members: Tensor
     pools: int
 
 
@@ -79,20 +79,17 @@ def build_pools(
         coarse = summary.coarsen(grain // summary.page)
         known_k, known_v = coarse.k_sum, coarse.v_sum
 
-    def sums(x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        grains = _grain_sums(x, grain, known)
+    def pooled(grains: Tensor) -> Tensor:
         per_pool = size // grain
-        missing = -grains.shape[2] % per_pool
-        padded = torch.cat([grains, grains.new_zeros(*grains.shape[:2], missing, x.shape[3])], 2)
-        padded = padded.unflatten(2, (-1, per_pool))
-        before = padded.cumsum(3) - padded
-        before = before.flatten(2, 3)[:, :, : grains.shape[2]]
-        tail = before.new_zeros(*before.shape[:2], 1, before.shape[3])
-        return padded.sum(3), torch.cat([before, tail], 2)
+        whole = grains.shape[2] // per_pool
+        sums = grains[:, :, : whole * per_pool].unflatten(2, (whole, per_pool)).sum(3)
+        if grains.shape[2] % per_pool:
+            last = grains[:, :, whole * per_pool :].sum(2, keepdim=True)
+            sums = torch.cat([sums, last], 2)
+        return sums
 
-    k_sum, k_before = sums(k, known_k)
-    v_sum, v_before = sums(v, known_v)
-    return Pools(k_sum, v_sum, k_before, v_before, size, grain, k.shape[2])
+    k_grain, v_grain = _grain_sums(k, grain, known_k), _grain_sums(v, grain, known_v)
+    return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
 
 
 def band_edges(pattern: BlockPattern, run: BlockRun, k_len: int) -> tuple[Tensor, Tensor]:
@@ -108,14 +105,12 @@ def band_edges(pattern: BlockPattern, run: BlockRun, k_len: int) -> tuple[Tensor
 def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColumns:
     """Which columns the blocks of a run see, how many tokens each stands for, and the cut ones."""
     start, end = band_edges(pattern, run, pools.k_len)
-    device = pools.k_sum.device
-    size = pools.size
-    left_pool = start // size
+    device, size = pools.k_sum.device, pools.size
+    left_pool, right_pool = start // size, end // size
     total = pools.k_sum.shape[2]
     shown = int(left_pool.max()) if pattern.causal else total
     pool = torch.arange(shown)
     whole = pool < left_pool[..., None]
-    right_pool = end // size
     right_cut = torch.zeros_like(end)
     if not pattern.causal:
         whole = whole | (pool * size >= end[..., None])
@@ -125,26 +120,25 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     count = torch.cat(
         [torch.where(whole, tokens, 0), (start % size)[..., None], right_cut[..., None]], -1
     )
-    grain = torch.stack([start, end], -1).div(pools.grain, rounding_mode="floor")
-    grain[..., 1] = torch.where(right_cut > 0, grain[..., 1], pools.k_before.shape[2] - 1)
-    right_pool = right_pool.clamp(max=total - 1)
-    heads = torch.arange(start.shape[0], device=device)[:, None]
+    per_pool, grains = size // pools.grain, pools.k_grain.shape[2]
+    grain = torch.stack([left_pool, right_pool], -1)[..., None] * per_pool + torch.arange(per_pool)
+    edge = torch.stack([start, end], -1)[..., None] // pools.grain
+    before = grain[..., :1, :] < edge[..., :1, :]
+    after = (grain[..., 1:, :] >= edge[..., 1:, :]) & (right_cut > 0)[..., None, None]
+    members = torch.cat([before, after & (grain[..., 1:, :] < grains)], -2)
+    members = members.to(device=device, dtype=pools.k_sum.dtype)
+    grain = grain.clamp(max=grains - 1).to(device)
+    heads = torch.arange(start.shape[0], device=device)[:, None, None, None]
 
-    def cut_sums(total_sum: Tensor, before: Tensor) -> Tensor:
-        left = before[:, heads, grain[..., 0].to(device)]
-        right = (
-            total_sum[:, heads, right_pool.to(device)] - before[:, heads, grain[..., 1].to(device)]
-        )
-        shown_right = (right_cut > 0).to(device)[None, ..., None]
-        shown_left = (start % size > 0).to(device)[None, ..., None]
-        return torch.stack([left * shown_left, right * shown_right], 3)
+    def cut_sums(sums: Tensor) -> Tensor:
+        return torch.einsum("bhnced,hnce->bhncd", sums[:, heads, grain], members)
 
     return PoolColumns(
         count=count[None, :, :, None].to(device=device, dtype=pools.k_sum.dtype),
-        cut_k=cut_sums(pools.k_sum, pools.k_before),
-        cut_v=cut_sums(pools.v_sum, pools.v_before),
-        grain=grain.to(device),
-        right_pool=right_pool.to(device),
+        cut_k=cut_sums(pools.k_grain),
+        cut_v=cut_sums(pools.v_grain),
+        cut_grains=grain,
+        cut_members=members,
         pools=shown,
     )
 

@@ -209,7 +209,7 @@ class Gathered(StepTable):
         target.view(-1, target.shape[3]).index_add_(0, flat, rows.reshape(-1, rows.shape[2]))
 
     def _add_pools(
-        self, step: Step, columns: Tensor, rows: Tensor, whole: Tensor, before: Tensor
+        self, step: Step, columns: Tensor, rows: Tensor, whole: Tensor, grains: Tensor
     ) -> None:
         """Gradient of the pool sums: ``columns^T @ rows``, cut pools through their grains."""
         assert step.columns is not None
@@ -222,26 +222,15 @@ class Gathered(StepTable):
         cut = (columns[..., pools:].transpose(1, 2) @ rows).view(
             batch, kv_heads, step.run.count, 2, -1
         )
+        spread = torch.einsum("bhncd,hnce->bhnced", cut, step.columns.cut_members)
         for head in range(kv_heads):
-            grain = step.columns.grain[head]
-            before[:, head].index_add_(1, grain[:, 0], cut[:, head, :, 0])
-            before[:, head].index_add_(1, grain[:, 1], -cut[:, head, :, 1])
-            whole[:, head].index_add_(1, step.columns.right_pool[head], cut[:, head, :, 1])
+            index = step.columns.cut_grains[head].flatten()
+            grains[:, head].index_add_(1, index, spread[:, head].flatten(1, 3))
 
 
-def _spread(whole: Tensor, before: Tensor, target: Tensor, pools: Pools | None) -> None:
-    """Every token receives its pool's gradient plus that of the partial sums it is part of."""
+def _spread(whole: Tensor, grains: Tensor, target: Tensor, pools: Pools | None) -> None:
+    """Every token receives the gradient of its pool's sum and of its grain's."""
     assert pools is not None
-    per_pool = pools.size // pools.grain
-    grains = before.shape[2] - 1
-    padded = torch.cat(
-        [
-            before[:, :, :grains],
-            before.new_zeros(*before.shape[:2], -grains % per_pool, before.shape[3]),
-        ],
-        2,
-    ).unflatten(2, (-1, per_pool))
-    after = padded.flip(3).cumsum(3).flip(3) - padded
-    per_grain = (after + whole.unsqueeze(3)).flatten(2, 3)[:, :, :grains]
-    length = target.shape[2]
-    target += per_grain.repeat_interleave(pools.grain, 2)[:, :, :length]
+    per_grain = whole.repeat_interleave(pools.size // pools.grain, 2)[:, :, : grains.shape[2]]
+    per_grain = per_grain + grains
+    target += per_grain.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]

@@ -188,7 +188,7 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
             continue
         weight, choice = wanted[:, row].masked_fill(~free, 0.0).topk(quota, dim=-1)
         # A key nobody wanted yet stays free for a later row.
-        free.scatter_(1, choice, weight <= 0)
+        free.scatter_(1, choice, free.gather(1, choice) & (weight <= 0))
         index.append(choice)
         owner.append(torch.full_like(choice, row))
         taken.append(weight > 0)

@@ -85,18 +85,22 @@ class _Pass:
         self._key_block = selector.grain(request.q.shape[2])
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
-        self._centre, self._radius = self._key_boxes()
-        if request.strict:
-            features = [self._centre, self._radius]
-        else:
-            features = [self._centre, self._radius, self._centre.abs()]
-        # Heads flattened once: a slice of columns then stays a view.
-        self._features = torch.cat(features, -1).flatten(0, 1)
+        low, high = self._key_extremes()
+        self._blocks = low.shape[2]
+        # Heads flattened once: a slice of blocks then stays a view.
+        self._low, self._high = low.flatten(0, 1), high.flatten(0, 1)
+        self._by_row = request.strict or request.q.shape[2] == 1
+        if not self._by_row:
+            centre, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
+            self._features = torch.cat([centre, radius, centre.abs()], -1)
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
-        self._sink_blocks = min(-(-request.sinks // self._key_block), self._centre.shape[2])
+        self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
 
-    def _key_boxes(self) -> tuple[Tensor, Tensor]:
-        """Centre and radius of every key block, ``[B, Hkv, W, D]``; an incomplete last one too."""
+    def _key_extremes(self) -> tuple[Tensor, Tensor]:
+        """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
+
+        The incomplete last block is a candidate in bidirectional attention only.
+        """
         k, size, summary = self._request.k, self._key_block, self._request.summary
         if summary is not None and size % summary.page == 0:
             known = summary.coarsen(size // summary.page)
@@ -104,15 +108,14 @@ class _Pass:
         else:
             whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
             low, high = whole.aminmax(dim=3)
-        if k.shape[2] % size:
+        if k.shape[2] % size and not self._request.pattern.causal:
             tail = k[:, :, k.shape[2] // size * size :]
             low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
             high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-        low, high = low.to(self._acc), high.to(self._acc)
-        return (low + high) / 2, (high - low) / 2
+        return low.to(self._acc), high.to(self._acc)
 
     def run(self) -> Selection:
-        blocks = min(self._wanted_blocks() + self._sink_blocks, self._centre.shape[2])
+        blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
         width = blocks * self._key_block + 1
         return by_run(self._request, width, self._strict if self._request.strict else self._shared)
 
@@ -127,7 +130,7 @@ class _Pass:
         if not bool(outside.any()):
             return Selection(self._nothing(run), None)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(self._group_features(q, run), outside, width, space)
+        scores = self._block_scores(q, run, outside, width, space)
         rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
         rank[..., : self._sink_blocks] = float(EMPTY)
         proposed, valid = _best(rank, self._wanted_blocks())
@@ -161,13 +164,19 @@ class _Pass:
         return features.flatten(3, 4)
 
     def _block_scores(
-        self, features: Tensor, outside: Tensor, width: int, space: Workspace
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
-        """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows, W]``."""
+        """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows or groups, W]``."""
+        features = q if self._by_row else self._group_features(q, run)
         batch, kv_heads, count, rows = features.shape[:4]
-        keys = self._features[:, :width]
+        features = features.flatten(2, 3).flatten(0, 1)
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        torch.bmm(features.flatten(2, 3).flatten(0, 1), keys.transpose(1, 2), out=bound)
+        if self._by_row:
+            # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
+            torch.bmm(features.clamp(min=0), self._high[:, :width].transpose(1, 2), out=bound)
+            bound.baddbmm_(features.clamp(max=0), self._low[:, :width].transpose(1, 2))
+        else:
+            torch.bmm(features, self._features[:, :width].transpose(1, 2), out=bound)
         bound = bound.view(batch, kv_heads, count, rows, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
@@ -253,7 +262,7 @@ class _Pass:
             nothing = self._nothing(run)
             return Selection(nothing, nothing)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(torch.cat([q, q.abs()], -1), outside, width, space)
+        scores = self._block_scores(q, run, outside, width, space)
         wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
         wanted[..., : self._sink_blocks] = 0.0
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
