@@ -38,9 +38,9 @@ class NaiveSwift:
     causal: bool = True
 
     def scale_order(self) -> list[int]:
-        """Windows in the order in which heads take them: the middle one, then the next wider."""
+        """Windows in the order in which heads take them: the middle one, then the next narrower."""
         middle = len(self.windows) // 2
-        order = sorted(range(len(self.windows)), key=lambda i: (abs(i - middle), -i))
+        order = sorted(range(len(self.windows)), key=lambda i: (abs(i - middle), i))
         return [self.windows[i] for i in order]
 
     def shape(self, window: int) -> tuple[int, int]:
@@ -235,9 +235,9 @@ class NaiveSwift:
     def in_turn(self, want: Array, budget: int) -> dict[int, int]:
         """Column to the row that took it: a quarter of the budget at once, the rest evenly."""
         taken: dict[int, int] = {}
-        given = 0
+        given, at_once = 0, max(1, budget // 4)
         for row in range(len(want)):
-            due = budget // 4 + (budget - budget // 4) * (row + 1) // self.block
+            due = at_once + (budget - at_once) * (row + 1) // self.block
             quota, given = due - given, due
             free = [c for c in range(want.shape[1]) if c not in taken and want[row, c] > 0]
             for c in sorted(free, key=lambda c: -want[row, c])[:quota]:

@@ -211,7 +211,7 @@ def test_short_inputs_are_dense() -> None:
 
 
 def test_scales_spread_over_heads() -> None:
-    assert MSSwift().window_of_head(5) == (512, 2048, 128, 512, 2048)
+    assert MSSwift().window_of_head(5) == (512, 128, 2048, 512, 128)
     fixed = MSSwift(scale_of_head=(2, 0))
     assert fixed.window_of_head(2) == (2048, 128)
     with pytest.raises(ConfigError, match="one per KV head"):
@@ -234,7 +234,6 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"windows": (0,)},
     {"windows": (512, 128)},
     {"windows": (64, 64)},
-    {"windows": (8,)},
     {"windows": (64.0,)},
     {"windows": 64},
     {"windows": "64"},
@@ -255,7 +254,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"selector": "nearest"},
     {"selector": {"key_block": 8}},
     {"selector": {"name": "bounds", "key_block": 12}},
-    {"selector": {"name": "bounds", "key_block": 128}},
+    {"selector": {"name": "bounds", "key_block": 256}},
     {"selector": {"name": "bounds", "row_group": 0}},
     {"selector": {"name": "bounds", "proposals": 0}},
     {"selector": {"name": "bounds", "colour": 1}},
