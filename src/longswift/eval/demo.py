@@ -67,9 +67,9 @@ class Demo:
             chunk=self.chunk,
             decoded=self.decoded,
         )
-        if self.chunk % 64:
+        if self.chunk % 128:
             raise ConfigError(
-                problem("demo.chunk", expected="a multiple of 64", got=self.chunk, fix="Try 1024.")
+                problem("demo.chunk", expected="a multiple of 128", got=self.chunk, fix="Try 1024.")
             )
 
 

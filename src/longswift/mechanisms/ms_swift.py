@@ -311,8 +311,6 @@ class MSSwift(Mechanism):
             summary=call.summary,
         )
         found: Selection = self._selector.select(request)
-        if self.coverage is not None:
-            found = _without_empty_slots(found)
         since = found.visible_from
         if since is not None:
             since = torch.cat([torch.zeros_like(sinks), since], 3)
@@ -342,14 +340,6 @@ class MSSwift(Mechanism):
         part = pattern.visible(rest.shape[2], k_len, groups, q.device)
         seen = seen.expand(part.shape[0], -1, -1, -1)
         return torch.cat([seen[:, :, :exact_rows], part], 2)
-
-
-def _without_empty_slots(found: Selection) -> Selection:
-    """Drops trailing slots that are empty everywhere, so that they cost nothing."""
-    busy = (found.tokens >= 0).flatten(0, 2).any(0).nonzero()
-    used = int(busy[-1]) + 1 if len(busy) else 0
-    since = None if found.visible_from is None else found.visible_from[..., :used]
-    return Selection(found.tokens[..., :used], since)
 
 
 def _is_share(value: object) -> bool:

@@ -74,13 +74,16 @@ class StepTable:
             )
         else:
             slots = pattern.tokens[:, :, run.first : run.first + run.count].to(self.q.device)
+            # Slots nobody in this run needs cost nothing: a coverage target saves real work.
+            used = (slots >= 0).flatten(0, 2).any(0).nonzero()
+            slots = slots[..., : int(used[-1]) + 1 if len(used) else 0]
             slots = slots.long().expand(batch, -1, -1, -1)
         real = slots >= 0
         tokens = slots.clamp(min=0)
         shown = real.reshape(problems, 1, -1)
         if pattern.visible_from is not None:
             since = pattern.visible_from[:, :, run.first : run.first + run.count, None]
-            since = since.to(self.q.device)
+            since = since[..., : slots.shape[-1]].to(self.q.device)
             position = run.position + torch.arange(run.count * run.rows, device=self.q.device).view(
                 1, 1, run.count, run.rows, 1
             )
