@@ -46,7 +46,7 @@ def test_every_answer_is_in_the_text_once(n):
     for word, question, answer in zip(hidden.words, hidden.questions, hidden.answers, strict=True):
         assert question == tasks.question(word)
         assert hidden.document.count(f"{question} {answer}.") == 1
-        assert hidden.document.count(word) == 1
+        assert hidden.document.count(f" {word} ") == 1
     assert hidden == tasks.hide_secrets(text, n, seed=3)
     assert hidden.answers != tasks.hide_secrets(text, n, seed=4).answers
 

@@ -66,10 +66,12 @@ def test_generate_finds_a_secret_at_1k_tokens(loaded):
 def test_evaluate_and_card(tmp_path, loaded):
     text = corpus.text("heldout")[:40_000]
     result = card.evaluate(
-        tiny.path(), (1024,), trials=8, keys=4, multi_lengths=(2048,), multi_trials=2, text=text
+        tiny.path(), (1024,), trials=8, keys=(2,), multi_lengths=(2048,), multi_trials=4, text=text
     )
     assert result["single"]["1024"] >= 0.75
-    assert result["multi"]["2048"] >= 0.5
+    assert result["multi"]["2048"]["2"] >= 0.25
+    with pytest.raises(ValueError, match="evaluate without text="):
+        card.write(tmp_path, result, command="")
     published = json.loads((tiny.path() / "card.json").read_text(encoding="utf-8"))
     assert published["single"]["32768"] >= 0.9
     with pytest.raises(ValueError, match="raise it"):

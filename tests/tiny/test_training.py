@@ -59,10 +59,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path):
 def test_sigterm_leaves_a_checkpoint(tmp_path, monkeypatch):
     make = train.data.make_batch
 
-    def interrupt(pool, rows, length, seed, step):
+    def interrupt(pool, rows, length, seed, step, *, kind):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return make(pool, rows, length, seed, step)
+        return make(pool, rows, length, seed, step, kind=kind)
 
     monkeypatch.setattr(train.data, "make_batch", interrupt)
     before = signal.getsignal(signal.SIGTERM)
@@ -90,12 +90,25 @@ def test_training_forward_equals_the_models_own(length):
     torch.testing.assert_close(some, own[:, kept], atol=2e-5, rtol=1e-4)
 
 
-def test_the_rate_warms_up_and_falls():
+def test_the_rate_follows_the_stages():
     config = Config()
     total = config.total_steps
     assert config.rate(0) < config.rate(config.warmup) == 1.0
-    assert config.rate(total - 1) == pytest.approx(config.floor, abs=0.01)
-    assert config.stage_at(0) is config.stages[0]
-    assert config.stage_at(total - 1) is config.stages[-1]
-    with pytest.raises(ValueError, match="past the end"):
-        config.stage_at(total)
+    assert config.rate(total - 1) < 0.1
+    assert config.locate(0) == (config.stages[0], 0)
+    assert config.locate(total - 1) == (config.stages[-1], config.stages[-1].steps - 1)
+    with pytest.raises(ValueError, match="train no further"):
+        config.locate(total)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "dense", "packed"])
+def test_batches_depend_on_the_step_alone(tmp_path, kind):
+    _, pool = train._prepare(tmp_path, SMALL)
+    first, second, other = (
+        train.data.make_batch(pool, 6, 384, 1, step, kind=kind) for step in (5, 5, 6)
+    )
+    assert (first.ids == second.ids).all() and (first.weights == second.weights).all()
+    assert not (first.ids == other.ids).all()
+    assert first.ids.max() < 300 and first.weights.min() == 0
+    with pytest.raises(ValueError, match="expected a kind"):
+        train.data.make_batch(pool, 1, 48, 1, 0, kind="other")

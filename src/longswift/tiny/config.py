@@ -15,11 +15,17 @@ class Stage:
         length: Tokens per sequence.
         tokens: Tokens of the whole stage.
         batch: Tokens per step; a step has at least one sequence.
+        rate: Learning rate at the start and the end, as a share of the peak.
+        kind: What the rows hold. "mixed": half hide secrets, a third is text, a sixth repeats
+            passages; "dense": two of three hide secrets; "packed": five of six hide as many
+            secrets as fit, with next to no text between them.
     """
 
     length: int
     tokens: int
     batch: int
+    rate: tuple[float, float] = (1.0, 1.0)
+    kind: str = "mixed"
 
     @property
     def rows(self) -> int:
@@ -49,8 +55,6 @@ class Config:
         adam_lr: Peak learning rate of embedding, head and norms.
         weight_decay: Decay of the hidden matrices.
         warmup: Steps of linear warm-up.
-        decay: Share of the run, at its end, over which the rate falls to ``floor``.
-        floor: Last learning rate as a share of the peak.
         seed: Seed of weights and data.
         threads: CPU threads.
         checkpoint_seconds: Time between checkpoints.
@@ -64,9 +68,11 @@ class Config:
             Stage(length=192, tokens=420 * 6144, batch=6144),
             Stage(length=384, tokens=1_500_000, batch=6144),
             Stage(length=768, tokens=2_000_000, batch=6144),
-            Stage(length=2048, tokens=3_000_000, batch=8192),
-            Stage(length=4096, tokens=2_000_000, batch=8192),
-            Stage(length=8192, tokens=2_700_000, batch=8192),
+            Stage(length=2048, tokens=150 * 8192, batch=8192, rate=(1.0, 0.85)),
+            Stage(length=2048, tokens=80 * 8192, batch=8192, rate=(0.75, 0.64), kind="dense"),
+            Stage(length=384, tokens=230 * 6144, batch=6144, rate=(0.9, 0.6), kind="packed"),
+            Stage(length=4096, tokens=30 * 8192, batch=8192, rate=(0.5, 0.3), kind="dense"),
+            Stage(length=8192, tokens=40 * 8192, batch=8192, rate=(0.3, 0.02), kind="dense"),
         )
     )
     vocab_size: int = 2048
@@ -80,8 +86,6 @@ class Config:
     adam_lr: float = 3e-3
     weight_decay: float = 0.0
     warmup: int = 50
-    decay: float = 0.45
-    floor: float = 0.03
     seed: int = 1
     threads: int = 1
     checkpoint_seconds: float = 120.0
@@ -94,16 +98,18 @@ class Config:
         """Steps of the whole run."""
         return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> Stage:
-        """Return the stage that a step belongs to."""
+    def locate(self, step: int) -> tuple[Stage, int]:
+        """Return the stage that a step belongs to, and its number within the stage."""
+        inside = step
         for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        raise ValueError(f"expected a step below {self.total_steps}, got one past the end")
+            if inside < stage.steps:
+                return stage, inside
+            inside -= stage.steps
+        raise ValueError(f"expected a step below {self.total_steps}, got {step}; train no further")
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step as a share of the peak: up, flat, then down."""
-        total = self.total_steps
-        left = (total - step) / max(1.0, self.decay * total)
-        return min((step + 1) / max(1, self.warmup), max(self.floor, min(1.0, left)))
+        """Return the learning rate of a step as a share of the peak."""
+        stage, inside = self.locate(step)
+        first, last = stage.rate
+        flat = first + (last - first) * inside / stage.steps
+        return min((step + 1) / max(1, self.warmup), flat)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +29,8 @@ _LONG_ROW, _LONG_SCORED = 1600, 768
 _FIRST_FREE = 2
 # Up to this length words are rarely alike: the first hurdle is to look anything up at all.
 _EASY_ROW = 400
+
+_Maker = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -181,14 +185,18 @@ def _words(pool: Pool, count: int, rng: np.random.Generator, *, hard: bool) -> l
     return list(chosen.values())
 
 
-def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Hide secrets in real text and ask for some of them at the end."""
+def _secret_row(
+    pool: Pool, size: int, rng: np.random.Generator, *, packed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hide secrets in real text, or in next to none if ``packed``, and ask for them at the end."""
     most = max(1, min(96, size // 44))
     # Both few and many secrets at every length: one alone in a long text is a task of its own.
     long = size > _LONG_ROW
     fewest = min(8, most) if long and rng.random() < 0.7 else 1
     keys = int(np.exp(rng.uniform(np.log(fewest), np.log(most + 1))))
     asked = min(max(1, size // 60), 128)
+    if packed:
+        long, keys, asked = True, int(rng.integers(4, max(5, size // 32))), size
     words = _words(pool, keys, rng, hard=size > _EASY_ROW)
     numbers = pool.digits[rng.integers(0, 10, (keys, tasks.DIGITS))]
     parts = pool.parts
@@ -198,7 +206,7 @@ def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
         return fixed + len(word) + tasks.DIGITS
 
     order = rng.permutation(keys)[:asked]
-    if keys < asked and rng.random() < 0.5:
+    if keys < asked and not packed and rng.random() < 0.5:
         # Asking the same few again gives long texts with few secrets a useful signal too.
         order = rng.choice(keys, min(asked, 2 * keys))
     free = size - 1 - sum(map(cost, words)) - sum(cost(words[i]) for i in order)
@@ -230,7 +238,21 @@ def _secret_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
     return row.close(size)
 
 
-def make_batch(pool: Pool, rows: int, length: int, seed: int, step: int) -> Batch:
+def _makers(kind: str) -> tuple[_Maker, ...]:
+    packed: _Maker = partial(_secret_row, packed=True)
+    kinds: dict[str, tuple[_Maker, ...]] = {
+        "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
+        "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
+        "packed": (packed, _text_row, packed, packed, packed, packed),
+    }
+    if kind not in kinds:
+        raise ValueError(f"expected a kind among {list(kinds)}, got {kind!r}; use one of those")
+    return kinds[kind]
+
+
+def make_batch(
+    pool: Pool, rows: int, length: int, seed: int, step: int, *, kind: str = "mixed"
+) -> Batch:
     """Build the batch of a step: the same arguments always give the same batch.
 
     Args:
@@ -239,14 +261,15 @@ def make_batch(pool: Pool, rows: int, length: int, seed: int, step: int) -> Batc
         length: Tokens predicted per sequence.
         seed: Seed of the whole run.
         step: Number of the step.
+        kind: "mixed", "dense" or "packed", see :class:`longswift.tiny.config.Stage`.
     """
     rng = np.random.default_rng([seed, step])
     ids: np.ndarray = np.full((rows, length + 1), END_ID, dtype=np.int64)
     weights: np.ndarray = np.zeros((rows, length + 1), dtype=np.float32)
+    makers = _makers(kind)
     # The mix is stratified over steps, because a long step has only one or two rows.
     for i in range(rows):
-        turn = (step * rows + i) % 6
-        make = (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row)[turn]
+        make = makers[(step * rows + i) % len(makers)]
         row_ids, row_weights = make(pool, length + 1, rng)
         ids[i, : len(row_ids)] = row_ids
         weights[i, : len(row_weights)] = row_weights

@@ -33,8 +33,8 @@ def statement(word: str, number: str) -> str:
 def made_up_word(rng: random.Random, *, held_out: bool = False) -> str:
     """Return a pronounceable invented word, from syllables the trainer lacks if ``held_out``."""
     if held_out:
-        tail = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
-        return rng.choice(HELD_OUT_SYLLABLES) + tail
+        known = rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+        return "".join(rng.sample((known, rng.choice(HELD_OUT_SYLLABLES)), 2))
     while True:
         parts = [
             rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)

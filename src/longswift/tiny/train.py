@@ -258,10 +258,12 @@ def train(out_dir: str | Path, *, config: Config | None = None) -> Path:
         task = progress.add_task("starting", total=end, completed=step)
         saved_at = time.monotonic()
         while step < end and not stop.asked:
-            stage, rate = config.stage_at(step), config.rate(step)
+            stage, rate = config.locate(step)[0], config.rate(step)
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * rate
-            batch = data.make_batch(pool, stage.rows, stage.length, config.seed, step)
+            batch = data.make_batch(
+                pool, stage.rows, stage.length, config.seed, step, kind=stage.kind
+            )
             told = _gradients(model, batch)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
