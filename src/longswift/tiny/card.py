@@ -228,12 +228,15 @@ everything and know no positions, so nothing in the model ends at the trained le
 ## Measured
 
 Full attention. A secret is a sentence such as ` The secret number of plimtea is 48213.` inside
-held-out text; it counts as found if all five digits are right. The words have syllables that
-training never drew.
+held-out text; it counts as found if all five digits are right. Each word has a syllable that
+no invented word of the training has.
 
 | tokens | secrets in the text | documents | found |
 |---:|---:|---:|---:|
 {rows}
+
+With one secret it is enough to find the sentence. With several, the words have to be told apart,
+which this model mostly fails to do, at short lengths as well as at long ones.
 
 Perplexity per token on held-out text, in windows of {perplexity_window} tokens: **{prose}** on
 documentation (`pydoc_data.topics`), **{source}** on the standard library's source.
@@ -251,9 +254,12 @@ train.train("run")                      # trains, or goes on after an interrupti
 Training read {tokens:.1f} M tokens of text that comes with Python {python}: about a quarter of
 the documentation topics and {held:.0%} of the source files are held out, chosen by a hash of
 their names. Another version of Python gives slightly different text, another processor slightly
-different rounding. Seed of the training {seed}, of the measurement {measured_seed}.
+different rounding. The packaged weights come from a run that was interrupted several times and
+whose later stages were settled on the way, so a new run gives a model of the same kind and not
+the same bytes. Seed of the training {seed}, of the measurement {measured_seed}.
 
-Measured with {versions} on {hardware}, in {seconds:.0f} s.
+Measured with {versions}
+on {hardware}, in {seconds:.0f} s.
 """
 
 

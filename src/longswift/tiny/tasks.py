@@ -16,7 +16,7 @@ _CLUSTERS = ("bl", "br", "ch", "cl", "cr", "dr", "fl", "gr", "pl", "pr", "sh", "
 _ONSETS = (*"bcdfghjklmnprstvwz", *_CLUSTERS)
 _VOWELS = (*"aeiouaeio", "ai", "ea", "ee", "oo", "ou")
 _CODAS = ("", "", "", *"lmnrstx", "nd", "rk")
-# The trainer never draws these words, so a score shows look-up and not memory.
+# The trainer invents no word with one of these, so a score shows look-up and not memory.
 HELD_OUT_SYLLABLES = ("zor", "quib", "vex", "jun", "plim", "drax", "wob", "fyn", "kelt", "mur")
 
 
