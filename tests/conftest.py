@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from longswift.core.blocks import Workspace
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -42,6 +44,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    # A reused buffer is as unreliable as a new one.
+    monkeypatch.setattr(Workspace, "get", _poisoned(Workspace.get))
 
 
 @pytest.fixture(autouse=True)

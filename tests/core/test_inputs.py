@@ -40,6 +40,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "scale_nan": ({"scale": float("nan")}, "scale"),
     "scale_text": ({"scale": "half"}, "scale"),
+    "scale_infinite": ({"scale": float("inf")}, "scale"),
 }
 
 
@@ -52,6 +53,17 @@ def test_bad_input(mechanism: Any, name: str) -> None:
         mechanism(call.pop("q"), call.pop("k"), call.pop("v"), **call)
     assert "\n" not in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize("mechanism", [Full(), SlidingWindow(window=9), MSSwift()])
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1])
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_finite_scale(mechanism: Any, scale: float, causal: bool) -> None:
+    q, k, v = torch.randn(3, 1, 2, 40, 8)
+    r = mechanism(q, k, v, scale=scale, causal=causal)
+    expected = mechanism.reference(q, k, v, scale=scale, causal=causal)
+    torch.testing.assert_close(r.out, expected.out)
+    torch.testing.assert_close(r.lse, expected.lse)
 
 
 def test_errors_are_value_errors() -> None:

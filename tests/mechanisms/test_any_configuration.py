@@ -1,0 +1,64 @@
+"""MS-SWIFT in any configuration that it accepts, however odd, against its oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longswift import MSSwift
+from tests.mechanisms.drawing import inputs, masked_softmax
+from tests.mechanisms.table import Case
+
+ANY_HEADS = Case(name="ms_swift", label="any", kv_heads=(1, 2, 3, 5))
+CLOSE: dict[str, float] = {"rtol": 1e-8, "atol": 1e-9}
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    key_block = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    selector: dict[str, Any] = {"name": "bounds", "key_block": key_block}
+    causality = draw(st.sampled_from(["auto", "shared", "strict"]))
+    if draw(st.integers(0, 3)) == 0:
+        selector["name"] = "antidiagonal"
+        selector["stride"] = draw(st.sampled_from([s for s in (1, 2, 8) if key_block % s == 0]))
+        causality = "shared"
+    else:
+        selector["row_group"] = draw(st.sampled_from([1, 2, 8, 16]))
+        selector["proposals"] = draw(st.integers(1, 8))
+    pools = draw(st.sampled_from([None, 1, 3, 4, 40]))
+    return {
+        "windows": tuple(sorted(draw(st.sets(st.integers(1, 120), min_size=1, max_size=4)))),
+        "overlap": draw(st.sampled_from([0.01, 0.2, 0.5, 0.77, 0.99])),
+        "sinks": draw(st.sampled_from([0, 1, 4, 17, 40])),
+        "key_tokens": draw(st.sampled_from([0, 1, 5, 16, 33])),
+        "coverage": draw(st.sampled_from([None, 0.01, 0.5, 0.9, 1.0])),
+        "selector": selector,
+        "remainder": None if pools is None else pools * key_block,
+        "block": key_block * draw(st.sampled_from([1, 2, 3, 4, 8])),
+        "causality": causality,
+        "dense_below": draw(st.sampled_from([0, 0, 1, 50])),
+    }
+
+
+@settings(max_examples=120)
+@given(configurations(), st.booleans(), st.data())
+def test_any_configuration(config: dict[str, Any], training: bool, data: st.DataObject) -> None:
+    mechanism = MSSwift(**config)
+    x = data.draw(inputs(ANY_HEADS, dtypes=(torch.float64,), max_len=130))
+    results = []
+    weights = torch.randn(*x.q.shape[:3], x.v.shape[3], dtype=torch.float64)
+    for call in (mechanism, mechanism.reference):
+        y = x.with_grad()
+        out, lse, _ = call(*y.tensors, **x.options, training=training)
+        loss = (out * weights).sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
+        results.append((out, lse, *torch.autograd.grad(loss, y.tensors)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, **CLOSE)
+    if mechanism.remainder is None:
+        seen = mechanism.visible(x.q, x.k, **x.options, training=training)
+        out, lse = masked_softmax(x, seen)
+        torch.testing.assert_close(results[0][0], out, **CLOSE)
+        torch.testing.assert_close(results[0][1], lse, **CLOSE)
