@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.errors import InputError, problem
+from longswift.core.summary import KeySummary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -124,6 +125,21 @@ def check_scale(scale: float | None, head_dim: int) -> float:
             )
         )
     return float(scale)
+
+
+def check_summary(summary: KeySummary, k: Tensor) -> None:
+    """Raise ``InputError`` unless ``summary`` can describe the keys ``k [B, Hkv, Lk, D]``."""
+    pages = max(0, k.shape[2] - min(summary.start, default=0)) // summary.page
+    expected = (*k.shape[:2], pages, k.shape[3])
+    if tuple(summary.k_min.shape) != expected or len(summary.start) != k.shape[0]:
+        raise InputError(
+            problem(
+                "summary",
+                expected=f"the complete pages of these keys, {expected}",
+                got=tuple(summary.k_min.shape),
+                fix="Pass the summary of exactly these keys, or None.",
+            )
+        )
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from longswift.core.inputs import (
     check_finite,
     check_inputs,
     check_scale,
+    check_summary,
     split_padding,
 )
 from longswift.core.softmax import accumulator_dtype
@@ -53,6 +54,7 @@ class Mechanism(ABC):
     name: ClassVar[str]
     supports_causal: ClassVar[bool] = True
     supports_bidirectional: ClassVar[bool] = True
+    supports_cross: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -89,6 +91,8 @@ class Mechanism(ABC):
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])
+        if summary is not None:
+            check_summary(summary, k)
         # With a cache's summaries the older keys were checked when they came in.
         new = slice(k.shape[2] - q.shape[2], None) if summary is not None else slice(None)
         check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
@@ -151,7 +155,6 @@ class Mechanism(ABC):
             ] = part
         return seen
 
-    @abstractmethod
     def reference(
         self,
         q: Tensor,
@@ -163,7 +166,20 @@ class Mechanism(ABC):
         scale: float | None = None,
         training: bool | None = None,
     ) -> AttentionResult:
-        """Dense specification in fp32/fp64, O(Lq * Lk) memory; differentiable."""
+        """Dense specification in fp32/fp64: explicit masks over all pairs, O(Lq * Lk) memory.
+
+        Mechanisms that are no softmax over a pattern override it.
+        """
+        return self(
+            q,
+            k,
+            v,
+            causal=causal,
+            key_mask=key_mask,
+            scale=scale,
+            backend="reference",
+            training=training,
+        )
 
     @abstractmethod
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
@@ -187,7 +203,7 @@ class Mechanism(ABC):
                     fix="This mechanism has no such form; choose another one.",
                 )
             )
-        if not causal and q_len != k_len and self.name != "full":
+        if not causal and q_len != k_len and not self.supports_cross:
             raise UnsupportedError(
                 problem(
                     self.name,
@@ -219,7 +235,7 @@ class Mechanism(ABC):
             summary = None
             if call.summary is not None and isinstance(group.keys, slice):
                 summary = call.summary.rows(group.rows, group.keys)
-            part = self._forward(qg, kg, vg, _with_summary(call, summary))
+            part = self._forward(qg, kg, vg, replace(call, summary=summary))
             rows = torch.tensor(group.rows, device=q.device)
             query = _indices(group.queries, q.device)
             place = (
@@ -240,16 +256,6 @@ class Mechanism(ABC):
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, _mean_stats(self.name, []))
-
-
-def _with_summary(call: Call, summary: KeySummary | None) -> Call:
-    return Call(
-        causal=call.causal,
-        scale=call.scale,
-        backend=call.backend,
-        training=call.training,
-        summary=summary,
-    )
 
 
 def _take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:
@@ -282,14 +288,16 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
     def mean(field: str) -> float:
         return sum(getattr(s, field) for s in stats) / len(stats)
 
+    # Short rows are dense; the row that was not says what the mechanism did.
+    telling = min(stats, key=lambda s: s.dense_rows)
     return AttentionStats(
         mechanism=name,
-        backend=stats[0].backend,
-        mode=stats[0].mode,
+        backend=telling.backend,
+        mode=telling.mode,
         keys_per_query=mean("keys_per_query"),
         density=mean("density"),
         dense_rows=mean("dense_rows"),
-        extra=stats[0].extra,
+        extra=telling.extra,
     )
 
 

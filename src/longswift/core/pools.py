@@ -97,7 +97,7 @@ def band_edges(pattern: BlockPattern, run: BlockRun, k_len: int) -> tuple[Tensor
 
     Constant over a block, because tiles are multiples of the block.
     """
-    position = run.position + torch.arange(run.count) * run.rows
+    position = run.position + torch.arange(run.count, device="cpu") * run.rows
     edges = [band.bounds(position, k_len) for band in pattern.bands]
     return torch.stack([e[0] for e in edges]), torch.stack([e[1] for e in edges])
 
@@ -109,7 +109,7 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     left_pool, right_pool = start // size, end // size
     total = pools.k_sum.shape[2]
     shown = int(left_pool.max()) if pattern.causal else total
-    pool = torch.arange(shown)
+    pool = torch.arange(shown, device="cpu")
     whole = pool < left_pool[..., None]
     right_cut = torch.zeros_like(end)
     if not pattern.causal:
@@ -121,7 +121,9 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
         [torch.where(whole, tokens, 0), (start % size)[..., None], right_cut[..., None]], -1
     )
     per_pool, grains = size // pools.grain, pools.k_grain.shape[2]
-    grain = torch.stack([left_pool, right_pool], -1)[..., None] * per_pool + torch.arange(per_pool)
+    grain = torch.stack([left_pool, right_pool], -1)[..., None] * per_pool + torch.arange(
+        per_pool, device="cpu"
+    )
     edge = torch.stack([start, end], -1)[..., None] // pools.grain
     before = grain[..., :1, :] < edge[..., :1, :]
     after = (grain[..., 1:, :] >= edge[..., 1:, :]) & (right_cut > 0)[..., None, None]

@@ -41,6 +41,7 @@ class Registry(Generic[T]):
             ConfigError: The name is unknown; the message lists the names and the nearest one.
         """
         targets = self._targets()
+        name = name.replace("-", "_") if isinstance(name, str) else name
         if not isinstance(name, str) or name not in targets:
             near = difflib.get_close_matches(str(name), list(targets), n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "Pick one of these names."

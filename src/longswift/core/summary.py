@@ -8,6 +8,9 @@ from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
 
+# Caches keep pages of this many tokens, and decoding scores them.
+PAGE = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class KeySummary:

@@ -67,9 +67,15 @@ class Demo:
             chunk=self.chunk,
             decoded=self.decoded,
         )
-        if self.chunk % 128:
+        block = self.mechanism.get("block", 1)
+        if self.chunk % block:
             raise ConfigError(
-                problem("demo.chunk", expected="a multiple of 128", got=self.chunk, fix="Try 1024.")
+                problem(
+                    "demo.chunk",
+                    expected=f"a multiple of the mechanism's block ({block})",
+                    got=self.chunk,
+                    fix=f"Try {8 * block}.",
+                )
             )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from longswift.core.errors import LongSwiftError
+from longswift.core.errors import LongSwiftError, problem
 
 _STATUS = Path("/proc/self/status")
 
@@ -110,7 +110,8 @@ def in_fresh_process(task: str, arguments: dict[str, Any]) -> Any:
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         why = lines[-1] if lines else f"exit code {done.returncode}, perhaps out of memory"
-        raise LongSwiftError(f"measuring memory with {arguments}: expected an answer, got {why}.")
+        fix = "Use --no-memory or a shorter length."
+        raise LongSwiftError(problem("memory", expected="a measurement", got=why, fix=fix))
     return json.loads(done.stdout)
 
 

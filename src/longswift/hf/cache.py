@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from longswift.core.errors import UnsupportedError, problem
-from longswift.memory.paged_kv import PAGE, PagedKV
+from longswift.memory.paged_kv import PagedKV
 
 _MARK = "_longswift_pages"
 
@@ -34,8 +34,8 @@ class SwiftLayer(DynamicLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, page: int = PAGE) -> None:
-        self.pages = PagedKV(page)
+    def __init__(self) -> None:
+        self.pages = PagedKV()
         super().__init__()
 
     @property
@@ -119,15 +119,14 @@ class SwiftCache(Cache):
     Args:
         config: The model's configuration, from which the kind of each layer is read. Without it
             every layer is a full one.
-        page: Tokens per page of the summaries.
     """
 
-    def __init__(self, config: PreTrainedConfig | None = None, *, page: int = PAGE) -> None:
+    def __init__(self, config: PreTrainedConfig | None = None) -> None:
         if config is None:
-            super().__init__(layer_class_to_replicate=lambda: SwiftLayer(page))
+            super().__init__(layer_class_to_replicate=SwiftLayer)
             return
         layers = [
-            SwiftLayer(page) if type(layer) is DynamicLayer else layer
+            SwiftLayer() if type(layer) is DynamicLayer else layer
             for layer in DynamicCache(config=config).layers
         ]
         super().__init__(layers=layers)

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longswift.core.errors import InputError, UnsupportedError, problem
+from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.extend.rope import KINDS
 from longswift.hf import rotary
 from longswift.hf.settings import KEY, read_settings, set_attention, text_config, write_settings
 
@@ -94,6 +95,15 @@ def extend(
                 expected="a positive number of tokens",
                 got=repr(max_length),
                 fix="32768 is a good first choice.",
+            )
+        )
+    if rope is not None and rope not in KINDS:
+        raise ConfigError(
+            problem(
+                "rope",
+                expected=f"None or one of {', '.join(KINDS)}",
+                got=repr(rope),
+                fix="'yarn' is a good first choice.",
             )
         )
     handle = Extension(model, max_length)

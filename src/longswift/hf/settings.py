@@ -128,6 +128,17 @@ def set_attention(
             )
         )
     config = text_config(model)
+    count = int(config.num_hidden_layers)
+    wrong = [i for i in layers or {} if i not in range(count)]
+    if wrong:
+        raise ConfigError(
+            problem(
+                "layers",
+                expected=f"indices from 0 to {count - 1}",
+                got=wrong,
+                fix="Count the text layers from 0.",
+            )
+        )
     name = implementation_of(mechanism)
     key = next((k for k in model.config.sub_configs if getattr(model.config, k) is config), None)
     model.set_attn_implementation(name if key is None else {key: name})

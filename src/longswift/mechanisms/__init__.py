@@ -30,7 +30,7 @@ def get_mechanism(name: str, **config: Any) -> Mechanism:
     Raises:
         ConfigError: Unknown name, unknown option, or an impossible value.
     """
-    return MECHANISMS.build(name.replace("-", "_") if isinstance(name, str) else name, config)
+    return MECHANISMS.build(name, config)
 
 
 def from_dict(config: dict[str, Any]) -> Mechanism:

@@ -24,6 +24,7 @@ class Full(Patterned):
 
     name: ClassVar[str] = "full"
     mode: ClassVar[str] = "dense"
+    supports_cross: ClassVar[bool] = True
 
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
         return full_pattern(k_len, kv_heads, causal, q_len=q_len)

@@ -46,7 +46,7 @@ from longswift.core.pools import band_edges
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.full import full_pattern
-from longswift.mechanisms.patterned import blend_stats, pattern_stats
+from longswift.mechanisms.patterned import dense_keys, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
@@ -70,6 +70,7 @@ class MSSwift(Mechanism):
         causality: ``"shared"``: a block's choice depends on all its rows, nothing before the block
             of a token moves. ``"strict"``: row i sees only what rows ``<= i`` asked for, nothing
             before a token moves. ``"auto"``: strict while training, shared otherwise.
+            Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly, because that is
             cheaper there; bidirectional inputs shorter than this are dense.
     """
@@ -115,7 +116,7 @@ class MSSwift(Mechanism):
         self._require(
             _is_share(self.overlap) and self.overlap < 1.0,
             "overlap",
-            "a share between 0 and 1",
+            "a share above 0 and below 1",
             "Use 0.2 to 0.5.",
         )
         self._require(
@@ -198,29 +199,6 @@ class MSSwift(Mechanism):
             bands.append(Band(tile=tile, left=beyond, right=0 if causal else beyond))
         return tuple(bands)
 
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = True,
-        key_mask: Tensor | None = None,
-        scale: float | None = None,
-        training: bool | None = None,
-    ) -> AttentionResult:
-        """Dense attention under the selected keys, with explicit pools; O(Lq * Lk) memory."""
-        return self(
-            q,
-            k,
-            v,
-            causal=causal,
-            key_mask=key_mask,
-            scale=scale,
-            backend="reference",
-            training=training,
-        )
-
     def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
         bands = self.bands(q_len, kv_heads, causal)
@@ -248,7 +226,7 @@ class MSSwift(Mechanism):
             mechanism=self.name,
             backend=name,
             mode="dense",
-            keys_per_query=(k_len - (q_len - 1) / 2) if call.causal else float(k_len),
+            keys_per_query=dense_keys(q_len, k_len, call.causal),
             density=1.0,
             dense_rows=1.0,
         )
@@ -271,8 +249,7 @@ class MSSwift(Mechanism):
                 backend.attend(rest, k, v, pattern, call.scale, bands=bands, summary=call.summary)
             )
             mode = "strict" if self._strict(call) else "shared"
-            stats = pattern_stats(self.name, name, mode, pattern, rest.shape[2], k_len)
-            stats = blend_stats(stats, exact_rows, q_len, k_len)
+            stats = pattern_stats(self.name, name, mode, pattern, q_len, k_len, exact_rows)
             stats = replace(stats, extra={"selector": self._selector.name})
         if len(parts) == 1:
             return AttentionResult(parts[0].out, parts[0].lse, stats)
@@ -325,7 +302,7 @@ class MSSwift(Mechanism):
         edges = [band_edges(pattern, run, k_len) for run in runs]
         start = torch.cat([e[0] for e in edges], 1)[..., None]
         end = torch.cat([e[1] for e in edges], 1)[..., None]
-        token = torch.arange(min(self.sinks, k_len), dtype=torch.int32)
+        token = torch.arange(min(self.sinks, k_len), dtype=torch.int32, device="cpu")
         slots = torch.where((token < start) | (token >= end), token, EMPTY).to(torch.int32)
         return slots.to(k.device).expand(k.shape[0], -1, -1, -1)
 
@@ -343,4 +320,4 @@ class MSSwift(Mechanism):
 
 
 def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and 0.0 < value <= 1.0
+    return isinstance(value, int | float) and value is not True and 0.0 < value <= 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -28,29 +28,6 @@ class Patterned(Mechanism):
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
         """The keys each block of queries sees, in an unpadded batch."""
 
-    def reference(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool = True,
-        key_mask: Tensor | None = None,
-        scale: float | None = None,
-        training: bool | None = None,
-    ) -> AttentionResult:
-        """Dense specification: explicit masks over all pairs, O(Lq * Lk) memory."""
-        return self(
-            q,
-            k,
-            v,
-            causal=causal,
-            key_mask=key_mask,
-            scale=scale,
-            backend="reference",
-            training=training,
-        )
-
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         name, backend = dispatch.resolve(call.backend, q.device)
         pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
@@ -68,52 +45,71 @@ def dense_keys(q_len: int, k_len: int, causal: bool) -> float:
     return k_len - (q_len - 1) / 2 if causal else float(k_len)
 
 
-def keys_per_query(pattern: BlockPattern, q_len: int, k_len: int) -> float:
-    """Mean number of key slots scored per query: band, gathered and remainder columns."""
-    position = torch.arange(k_len - q_len, k_len)
+def keys_per_query(pattern: BlockPattern, q_len: int, k_len: int, skip: int = 0) -> float:
+    """Mean number of keys scored per query: band, gathered and remainder columns.
+
+    Args:
+        pattern: The pattern.
+        q_len: Queries.
+        k_len: Keys.
+        skip: Leading queries left out of the mean.
+    """
+    position = torch.arange(k_len - q_len + skip, k_len, device="cpu")
     total = 0.0
     for band in pattern.bands:
         first, last = band.bounds(position, k_len)
+        if pattern.pool is not None:
+            outside = first if pattern.causal else first + (k_len - last)
+            total += float((outside / pattern.pool).double().mean())
         if band.reach is not None:
             first = torch.maximum(first, position - band.reach[0])
             last = torch.minimum(last, position + band.reach[1] + 1)
         if pattern.causal:
             last = torch.minimum(last, position + 1)
         total += float((last - first).double().mean())
-        if pattern.pool is not None:
-            outside = first if pattern.causal else first + (k_len - last)
-            total += float((outside / pattern.pool).double().mean())
     total /= len(pattern.bands)
     if pattern.tokens is not None:
-        total += float((pattern.tokens >= 0).sum(-1).double().mean())
+        total += _gathered_pairs(pattern, q_len, k_len, skip) / len(position)
     return total
 
 
+def _gathered_pairs(pattern: BlockPattern, q_len: int, k_len: int, skip: int) -> float:
+    """Query-token pairs of the gathered lists, mean over batch rows and KV heads."""
+    assert pattern.tokens is not None
+    offset, block = k_len - q_len, pattern.block
+    device = pattern.tokens.device
+    blocks = pattern.tokens.shape[2]
+    start = ((k_len - 1) // block - blocks + 1 + torch.arange(blocks, device=device)) * block
+    first = start.clamp(min=offset + skip)[:, None]
+    end = (start + block).clamp(max=k_len)[:, None]
+    if pattern.visible_from is not None:
+        first = torch.maximum(first, pattern.visible_from)
+    pairs = (end - first).clamp(min=0) * (pattern.tokens >= 0)
+    return float(pairs.sum((2, 3)).double().mean())
+
+
 def pattern_stats(
-    mechanism: str, backend: str, mode: str, pattern: BlockPattern, q_len: int, k_len: int
+    mechanism: str,
+    backend: str,
+    mode: str,
+    pattern: BlockPattern,
+    q_len: int,
+    k_len: int,
+    exact_rows: int = 0,
 ) -> AttentionStats:
-    """Statistics of one unpadded call."""
-    keys = keys_per_query(pattern, q_len, k_len)
+    """Statistics of one unpadded call whose first ``exact_rows`` queries were computed exactly."""
+    rest = q_len - exact_rows
+    keys = 0.0
+    if rest:
+        keys = rest / q_len * keys_per_query(pattern, q_len, k_len, exact_rows)
+    if exact_rows:
+        last = k_len - rest if pattern.causal else k_len
+        keys += exact_rows / q_len * dense_keys(exact_rows, last, pattern.causal)
     return AttentionStats(
         mechanism=mechanism,
         backend=backend,
         mode=mode,
         keys_per_query=keys,
         density=keys / dense_keys(q_len, k_len, pattern.causal),
-        dense_rows=1.0 if mode == "dense" else 0.0,
-    )
-
-
-def blend_stats(stats: AttentionStats, dense_rows: int, q_len: int, k_len: int) -> AttentionStats:
-    """Statistics of the last rows of a causal call, blended with ``dense_rows`` exact ones."""
-    if dense_rows == 0:
-        return stats
-    share = dense_rows / q_len
-    exact = dense_keys(dense_rows, k_len - q_len + dense_rows, True)
-    keys = share * exact + (1 - share) * stats.keys_per_query
-    return replace(
-        stats,
-        keys_per_query=keys,
-        density=keys / dense_keys(q_len, k_len, True),
-        dense_rows=share,
+        dense_rows=1.0 if mode == "dense" else exact_rows / q_len,
     )

@@ -30,7 +30,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult
 from longswift.kernels import dispatch
 from longswift.mechanisms.full import full_pattern
-from longswift.mechanisms.patterned import Patterned
+from longswift.mechanisms.patterned import Patterned, pattern_stats
 
 _BLOCK = 64
 
@@ -71,8 +71,8 @@ class SlidingWindow(Patterned):
             return BlockPattern(causal=causal, bands=(band,) * kv_heads, block=_BLOCK)
         offset = k_len - q_len
         first, last = offset // _BLOCK, (k_len - 1) // _BLOCK
-        starts = torch.arange(first, last + 1) * _BLOCK
-        tokens = torch.arange(min(self.global_tokens, k_len))
+        starts = torch.arange(first, last + 1, device="cpu") * _BLOCK
+        tokens = torch.arange(min(self.global_tokens, k_len), device="cpu")
         tokens = tokens.expand(len(starts), -1)
         # Per row: a global token is gathered exactly where the window has moved past it.
         leaves = tokens + reach[0] + 1
@@ -92,13 +92,16 @@ class SlidingWindow(Patterned):
         rows = self._global_rows(q.shape[2], call.causal)
         if rows == 0:
             return result
-        _, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device)
         exact = backend.attend(
             q[:, :, :rows], k, v, full_pattern(k.shape[2], k.shape[1], False), call.scale
         )
         out = torch.cat([exact.out, result.out[:, :, rows:]], 2)
         lse = torch.cat([exact.lse, result.lse[:, :, rows:]], 2)
-        return AttentionResult(out, lse, result.stats)
+        pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
+        size = q.shape[2], k.shape[2]
+        stats = pattern_stats(self.name, name, self.mode, pattern, *size, exact_rows=rows)
+        return AttentionResult(out, lse, stats)
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         seen = super()._visible(q, k, call)

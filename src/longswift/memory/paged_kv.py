@@ -9,9 +9,8 @@ from torch import Tensor
 
 from longswift.core.errors import InputError, problem
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import KeySummary
+from longswift.core.summary import PAGE, KeySummary
 
-PAGE = 16
 _SLACK = 256
 
 
@@ -26,12 +25,11 @@ class PagedKV:
     Buffers are shared only while no gradients are recorded. Under autograd ``append``
     concatenates instead, because writing in place would corrupt what the graph has saved.
 
-    Args:
-        page: Tokens per page.
     """
 
-    def __init__(self, page: int = PAGE) -> None:
-        self.page = page
+    page = PAGE
+
+    def __init__(self) -> None:
         self.length = 0
         self._k: Tensor | None = None
         self._v: Tensor | None = None
@@ -62,7 +60,8 @@ class PagedKV:
         """
         self._check(k, v)
         end = self.length + k.shape[2]
-        if self._must_concatenate(k, v):
+        # A query that needs gradients saves these keys even if they need none themselves.
+        if torch.is_grad_enabled():
             self._k = k if self.keys is None else torch.cat([self.keys, k], dim=2)
             self._v = v if self.values is None else torch.cat([self.values, v], dim=2)
         else:
@@ -199,12 +198,6 @@ class PagedKV:
             grown(2, k, acc),
             grown(3, v, acc),
         )
-
-    def _must_concatenate(self, k: Tensor, v: Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        stored = [x for x in (self._k, self._v) if x is not None]
-        return any(x.requires_grad for x in (k, v, *stored))
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         pairs = ((k, self._k), (v, self._v))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
@@ -74,7 +75,10 @@ def _forward(
 
 
 class _Attend(torch.autograd.Function):
-    """Scores are recomputed a block at a time in the backward pass: memory O(n)."""
+    """Scores are recomputed a block at a time in the backward pass: memory O(n).
+
+    Differentiable once; for second derivatives use ``Mechanism.reference``.
+    """
 
     @staticmethod
     def forward(
@@ -92,6 +96,7 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors

@@ -17,7 +17,7 @@ _KEYS = 2048
 
 @functools.cache
 def low_precision_is_fast() -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32 (AMX); otherwise we widen to fp32."""
+    """Whether this CPU multiplies 16-bit numbers faster than fp32 (AMX); otherwise we widen."""
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(probe and probe())
 
@@ -59,7 +59,8 @@ def rectangle(
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         mask = None
         if allowed is not None:
-            mask = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
+            mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+            mask.masked_fill_(~allowed, float("-inf"))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
@@ -70,22 +71,28 @@ def rectangle(
                 out = out.masked_fill(empty[:, None], 0.0)
                 lse = lse.masked_fill(empty, float("-inf"))
         return Partial(out, lse)
-    if causal:
-        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return _unfused(q, k, v, scale, allowed)
+    return _unfused(q, k, v, scale, causal, allowed)
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None) -> Partial:
+def _unfused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, allowed: Tensor | None
+) -> Partial:
     """The same in plain torch, a slice of rows and keys at a time."""
     acc = accumulator_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
     step = max(1, _SCORES // max(1, batch * heads * min(k.shape[2], _KEYS)))
     parts = []
     for row in range(0, rows, step):
-        q_rows = (q[:, :, row : row + step] * scale).to(acc)
+        q_rows = q[:, :, row : row + step].to(acc) * scale
         pieces = []
-        for key in range(0, k.shape[2], _KEYS):
+        for key in range(0, min(k.shape[2], row + step) if causal else k.shape[2], _KEYS):
             scores = q_rows @ k[:, :, key : key + _KEYS].to(acc).transpose(-1, -2)
+            if causal:
+                position = torch.arange(row, row + q_rows.shape[2], device=q.device)
+                ahead = (
+                    torch.arange(key, key + scores.shape[3], device=q.device) > position[:, None]
+                )
+                scores = scores.masked_fill(ahead, float("-inf"))
             if allowed is not None:
                 hidden = ~allowed[row : row + step, key : key + _KEYS]
                 scores = scores.masked_fill(hidden, float("-inf"))

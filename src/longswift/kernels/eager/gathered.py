@@ -46,8 +46,11 @@ class Gathered(StepTable):
         """bool per block, on CPU: whether it gathers anything or leaves a remainder."""
         pattern, (q_len, k_len) = self.pattern, (self.q.shape[2], self.k.shape[2])
         offset = k_len - q_len
-        blocks = torch.arange(block_count(q_len, k_len, pattern.block)) + offset // pattern.block
-        busy = torch.zeros(len(blocks), dtype=torch.bool)
+        blocks = (
+            torch.arange(block_count(q_len, k_len, pattern.block), device="cpu")
+            + offset // pattern.block
+        )
+        busy = torch.zeros(len(blocks), dtype=torch.bool, device="cpu")
         if pattern.tokens is not None:
             busy |= (pattern.tokens >= 0).any(-1).flatten(0, 1).any(0).cpu()
         if pattern.pool is not None:
@@ -168,7 +171,7 @@ class Gathered(StepTable):
             d_rows = self._backward_step(step, rows_of, d_k, d_v, pool_grads)
             shape = (self.k.shape[0], kv_heads, run.count, d_rows.shape[1], d_rows.shape[2])
             d_q[:, :, run.row : run.row + run.count * run.rows] += unstack_queries(
-                d_rows.view(shape), run, self.q.shape[1]
+                d_rows.reshape(shape), run, self.q.shape[1]
             )
         if pool_grads is not None:
             _spread(pool_grads[0], pool_grads[2], d_k, self.pools)
@@ -216,10 +219,10 @@ class Gathered(StepTable):
         batch, kv_heads = whole.shape[:2]
         pools = step.columns.pools
         stacked = columns[..., :pools].reshape(batch, kv_heads, self.rows(step), pools)
-        whole[:, :, :pools] += stacked.transpose(2, 3) @ rows.view(
+        whole[:, :, :pools] += stacked.transpose(2, 3) @ rows.reshape(
             batch, kv_heads, -1, rows.shape[-1]
         )
-        cut = (columns[..., pools:].transpose(1, 2) @ rows).view(
+        cut = (columns[..., pools:].transpose(1, 2) @ rows).reshape(
             batch, kv_heads, step.run.count, 2, -1
         )
         spread = torch.einsum("bhncd,hnce->bhnced", cut, step.columns.cut_members)

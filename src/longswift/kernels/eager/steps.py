@@ -125,7 +125,7 @@ class StepTable:
         cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
         batch, kv_heads = whole.shape[:2]
         whole = whole[:, :, : step.columns.pools]
-        stacked = rows.view(batch, kv_heads, -1, rows.shape[2])
+        stacked = rows.reshape(batch, kv_heads, -1, rows.shape[2])
         total = torch.cat(
             [
                 (stacked @ whole.transpose(2, 3)).view(*rows.shape[:2], whole.shape[2]),

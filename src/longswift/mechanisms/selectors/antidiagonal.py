@@ -35,6 +35,9 @@ _HIDDEN = float("-inf")
 class Antidiagonal(Selector):
     """Whole key blocks by antidiagonal sums.
 
+    A budget below ``key_block`` tokens chooses nothing, and is refused. ``coverage`` is a share of
+    the summed block scores here, not of every row's attention.
+
     Attributes:
         key_block: Keys per selected block; a power of two.
         stride: Folding factor, a power of two that divides ``key_block``.
@@ -67,9 +70,20 @@ class Antidiagonal(Selector):
                     fix="Train with selector='bounds', or accept the leak with causality='shared'.",
                 )
             )
+        if request.budget < self.key_block:
+            raise ConfigError(
+                problem(
+                    "selector 'antidiagonal'",
+                    expected=f"key_tokens of at least one block ({self.key_block})",
+                    got=request.budget,
+                    fix="Raise key_tokens, or use a smaller key_block.",
+                )
+            )
         acc = accumulator_dtype(request.q.dtype)
         missing = -request.k.shape[2] % self.key_block
-        keys = torch.nn.functional.pad(request.k, (0, 0, 0, missing)).to(acc)
+        # Repeating the last key, not zeros: a zero key scores 0, which is a lot among negatives.
+        last = request.k[:, :, -1:].expand(-1, -1, missing, -1)
+        keys = torch.cat([request.k, last], 2).to(acc)
         keys = keys.unflatten(2, (-1, self.stride)).flatten(3)
         return by_run(
             request,
@@ -88,7 +102,8 @@ class Antidiagonal(Selector):
             )
         q = stack_queries(request.q, run, kv_heads).to(acc) * (request.scale / self.stride)
         q = q.unflatten(3, (request.groups, run.rows))
-        q = torch.nn.functional.pad(q, (0, 0, 0, -run.rows % self.stride))
+        last = q[..., -1:, :].expand(*q.shape[:4], -run.rows % self.stride, -1)
+        q = torch.cat([q, last], 4)
         folded = q.unflatten(4, (-1, self.stride)).flip(5).flatten(5).flatten(3, 4)
         per_block = self.key_block // self.stride
         scores = folded.flatten(2, 3) @ keys[:, :, : width * per_block].transpose(2, 3)

@@ -122,7 +122,7 @@ def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[T
     start, end = band_edges(request.pattern, run, k_len)
     blocks = -(-k_len // key_block)
     width = int(start.max()) // key_block if request.pattern.causal else blocks
-    block = torch.arange(width)
+    block = torch.arange(width, device="cpu")
     outside = block < (start // key_block)[..., None]
     if not request.pattern.causal:
         outside = outside | (block >= -(-end // key_block)[..., None])

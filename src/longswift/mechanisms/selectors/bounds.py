@@ -27,6 +27,7 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
 from longswift.core.errors import ConfigError, problem
 from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import (
     EMPTY,
     Request,
@@ -37,7 +38,6 @@ from longswift.mechanisms.selectors.base import (
     take_in_turn,
 )
 
-PAGE = 16
 _HIDDEN = float("-inf")
 
 
@@ -58,7 +58,7 @@ class Bounds(Selector):
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
-        if not isinstance(self.proposals, int) or self.proposals < 1:
+        if type(self.proposals) is not int or self.proposals < 1:
             raise ConfigError(
                 problem(
                     "Bounds.proposals",
@@ -116,7 +116,8 @@ class _Pass:
 
     def run(self) -> Selection:
         blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
-        width = blocks * self._key_block + 1
+        bounded = self._blocks if self._by_row else -(-self._blocks // self._selector.row_group)
+        width = max(blocks * self._key_block + 1, bounded)
         return by_run(self._request, width, self._strict if self._request.strict else self._shared)
 
     def _wanted_blocks(self) -> int:
