@@ -133,7 +133,7 @@ def test_demo_refuses(model_directory: Path, tmp_path: Path) -> None:
     options = ["demo", "--model", model_directory, "--output", tmp_path]
     assert "'long'" in refuse(*options, "--length", "long")
     assert "secrets" in refuse(*options, "--secrets", "0")
-    assert "64" in refuse(*options, "--chunk", "100")
+    assert "128" in refuse(*options, "--chunk", "100")
     assert "no such file" in refuse(*options, "--file", tmp_path / "none")
     assert "/proc/nowhere" in refuse("demo", "--output", "/proc/nowhere/out")
     blocked = tmp_path / "file"

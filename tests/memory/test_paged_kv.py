@@ -46,7 +46,8 @@ def _check(pages: PagedKV, k: Tensor, v: Tensor, starts: list[int]) -> None:
 @settings(max_examples=120)
 @given(st.lists(OPERATIONS, min_size=1, max_size=14), st.sampled_from([4, 16]))
 def test_any_sequence_of_operations(operations: list[tuple[str, Any]], page: int) -> None:
-    pages = PagedKV(page)
+    pages = PagedKV()
+    pages.page = page
     k, v = torch.randn(2, 2, 0, 3), torch.randn(2, 2, 0, 5)
     starts = [0, 0]
     for name, value in operations:

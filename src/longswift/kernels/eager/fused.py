@@ -56,6 +56,9 @@ def rectangle(
         # The fused kernel divides by these extents.
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return Partial(lse.new_zeros(*q.shape[:3], v.shape[3]), lse)
+    if scale <= 0.0:
+        # The fused kernel hides scores before it scales them.
+        q, scale = (q * -1.0, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         mask = None
         if allowed is not None:
