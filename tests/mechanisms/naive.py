@@ -273,3 +273,42 @@ class NaiveSwift:
                 lse[h, row] = np.logaddexp.reduce(every)
                 out[h, row] = softmax(every) @ np.concatenate(values)
         return out, lse
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaiveAntidiagonal(NaiveSwift):
+    """Whole key blocks by the sums of antidiagonals of ``stride x stride`` tiles of scores."""
+
+    stride: int = 4
+
+    def choose(
+        self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
+    ) -> dict[int, int]:
+        n, size = len(k), self.key_block
+        last = math.ceil(n / size)
+        outside = [b for b in range(last) if (b + 1) * size <= start]
+        if not self.causal:
+            outside += [b for b in range(last) if b * size >= end]
+        if not outside:
+            return {}
+        share = dict.fromkeys(outside, 0.0)
+        for g in range(q.shape[0]):
+            for i in range(0, len(rows), self.stride):
+                sums = []
+                for b in outside:
+                    for j in range(b * size, (b + 1) * size, self.stride):
+                        pairs = [(i + self.stride - 1 - s, j + s) for s in range(self.stride)]
+                        # Beyond the end the last row and the last key are repeated.
+                        scores = [q[g, min(r, len(rows) - 1)] @ k[min(c, n - 1)] for r, c in pairs]
+                        sums.append(sum(scores) / self.stride)
+                probs = softmax(np.array(sums)).reshape(len(outside), -1).sum(1)
+                for b, p in zip(outside, probs, strict=True):
+                    share[b] += p
+        free = [b for b in outside if (b + 1) * size > self.sinks]
+        total = sum(share[b] for b in free)
+        kept, have = [], 0.0
+        for b in sorted(free, key=lambda b: -share[b])[: self.key_tokens // size]:
+            if self.coverage is None or have < self.coverage * total:
+                kept.append(b)
+            have += share[b]
+        return {j: 0 for j in self.tokens_of(kept, n) if j >= self.sinks}

@@ -21,10 +21,13 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     key_block = draw(st.sampled_from([1, 2, 4, 8, 16]))
     selector: dict[str, Any] = {"name": "bounds", "key_block": key_block}
     causality = draw(st.sampled_from(["auto", "shared", "strict"]))
+    key_tokens = draw(st.sampled_from([0, 1, 5, 16, 33]))
     if draw(st.integers(0, 3)) == 0:
         selector["name"] = "antidiagonal"
         selector["stride"] = draw(st.sampled_from([s for s in (1, 2, 8) if key_block % s == 0]))
         causality = "shared"
+        # It takes whole blocks.
+        key_tokens = key_tokens // key_block * key_block
     else:
         selector["row_group"] = draw(st.sampled_from([1, 2, 8, 16]))
         selector["proposals"] = draw(st.integers(1, 8))
@@ -33,7 +36,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "windows": tuple(sorted(draw(st.sets(st.integers(1, 120), min_size=1, max_size=4)))),
         "overlap": draw(st.sampled_from([0.01, 0.2, 0.5, 0.77, 0.99])),
         "sinks": draw(st.sampled_from([0, 1, 4, 17, 40])),
-        "key_tokens": draw(st.sampled_from([0, 1, 5, 16, 33])),
+        "key_tokens": key_tokens,
         "coverage": draw(st.sampled_from([None, 0.01, 0.5, 0.9, 1.0])),
         "selector": selector,
         "remainder": None if pools is None else pools * key_block,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longswift import ConfigError, Full, MSSwift, UnsupportedError
 from longswift.core.summary import KeySummary
-from tests.mechanisms.naive import NaiveSwift
+from tests.mechanisms.naive import NaiveAntidiagonal, NaiveSwift
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"windows": (32,)},
@@ -29,15 +29,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pools": {"windows": (16, 32), "remainder": 24, "key_tokens": 8},
     "small_pools": {"windows": (16,), "remainder": 8, "key_tokens": 8},
 }
+ANTIDIAGONAL: dict[str, dict[str, Any]] = {
+    "plain": {"windows": (16, 32), "key_tokens": 24},
+    "coverage": {"windows": (16,), "coverage": 0.6, "key_tokens": 32, "remainder": 16},
+    "stride": {"windows": (16,), "key_block": 4, "stride": 2, "sinks": 9, "key_tokens": 11},
+}
 
 
 def twin(naive: NaiveSwift) -> MSSwift:
     """The mechanism with the options of its twin."""
     options = asdict(naive)
-    inner = {name: options.pop(name) for name in ("key_block", "row_group", "proposals")}
     options.pop("causal")
     causality = "strict" if options.pop("strict") else "shared"
-    return MSSwift(**options, causality=causality, selector={"name": "bounds", **inner})
+    inner = {name: options.pop(name) for name in ("key_block", "row_group", "proposals")}
+    selector: dict[str, Any] = {"name": "bounds", **inner}
+    if isinstance(naive, NaiveAntidiagonal):
+        stride = options.pop("stride")
+        selector = {"name": "antidiagonal", "key_block": naive.key_block, "stride": stride}
+    return MSSwift(**options, causality=causality, selector=selector)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,10 +56,22 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
     """The same keys, hence the same output; fp64, where random scores have no ties."""
     causal = data.draw(st.booleans())
     strict = causal and CONFIGS[name].get("coverage") is None and data.draw(st.booleans())
-    naive = NaiveSwift(**CONFIGS[name], causal=causal, strict=strict)
+    compare(NaiveSwift(**CONFIGS[name], causal=causal, strict=strict), data)
+
+
+@pytest.mark.parametrize("name", ANTIDIAGONAL)
+@settings(max_examples=8)
+@given(st.data())
+def test_naive_antidiagonal_agrees(name: str, data: st.DataObject) -> None:
+    causal = data.draw(st.booleans())
+    compare(NaiveAntidiagonal(**ANTIDIAGONAL[name], causal=causal), data)
+
+
+def compare(naive: NaiveSwift, data: st.DataObject) -> None:
+    """Draw a call and hold the mechanism to its twin."""
     n = data.draw(st.integers(40, 130))
     # A single query is decoding: per-page bounds, tested below.
-    q_len = data.draw(st.integers(2, n)) if causal else n
+    q_len = data.draw(st.integers(2, n)) if naive.causal else n
     kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (3, 2)]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
     q = rng.normal(size=(kv_heads * groups, q_len, 6))
@@ -58,9 +79,9 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
     scale = 0.4
     mechanism = twin(naive)
     tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
-    seen = mechanism.visible(tensors[0], tensors[1], causal=causal, scale=scale)
+    seen = mechanism.visible(tensors[0], tensors[1], causal=naive.causal, scale=scale)
     np.testing.assert_array_equal(seen[0].numpy(), naive.visible(q, k, scale))
-    r = mechanism(*tensors, causal=causal, scale=scale)
+    r = mechanism(*tensors, causal=naive.causal, scale=scale)
     out, lse = naive.attend(q, k, v, scale)
     np.testing.assert_allclose(r.out[0].numpy(), out, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(r.lse[0].numpy(), lse, rtol=1e-8, atol=1e-10)
