@@ -122,7 +122,18 @@ def test_a_hub_name_without_a_hub_is_one_line(
 
 
 def test_demo_writes_its_story(model_directory: Path, tmp_path: Path) -> None:
-    options = ["--model", model_directory, "--length", "1024", "--secrets", "2", "--chunk", "512"]
+    options = [
+        "--model",
+        model_directory,
+        "--length",
+        "1024",
+        "--documents",
+        "1",
+        "--secrets",
+        "2",
+        "--chunk",
+        "512",
+    ]
     result = run("demo", *options, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert result.output.startswith("MS-SWIFT reads 1,024 tokens")

@@ -14,7 +14,10 @@ def demo(
         Path | None, Option(help="Text to read; default: held-out Python documentation.")
     ] = None,
     length: Annotated[str, Option(help="Tokens of the document, e.g. 32k or 131072.")] = "32768",
-    secrets: Annotated[int, Option(help="How many to hide and ask.")] = 12,
+    documents: Annotated[
+        int, Option(help="How often to read it, each time with other secrets.")
+    ] = 6,
+    secrets: Annotated[int, Option(help="How many to hide and ask per document.")] = 1,
     model: Annotated[str, Option(help="'tiny', a model directory or a hub name.")] = "tiny",
     settings: Annotated[
         list[str] | None, Option("--set", help="ms_swift.OPTION=VALUE; repeat at will.")
@@ -35,6 +38,7 @@ def demo(
     asked = shown.Demo(
         mechanism=options.mechanisms("ms_swift", settings or ())["ms_swift"].to_dict(),
         length=options.length(length),
+        documents=documents,
         secrets=secrets,
         file=None if file is None else str(file),
         model=model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ _NOTES = {
     "reading and answering, cache included; the mark is reset before each reading",
     "found": "questions appended to the read document one at a time, decoded greedily; found "
     "means every digit right",
+    "documents": "the same text, read anew with other secrets at other places; seconds are the "
+    "median over the documents, perplexity is over all their tokens",
 }
 
 
@@ -41,7 +44,8 @@ class Demo:
 
     Attributes:
         length: Tokens of the document, secrets included.
-        secrets: How many are hidden and asked.
+        documents: How often the text is read, each time with other secrets.
+        secrets: How many a document hides; a model must match their words if there are several.
         file: Text to hide them in; held-out Python documentation by default.
         model: ``tiny``, a directory or a name on the hub.
         mechanism: The MS-SWIFT configuration, as ``Mechanism.to_dict`` gives it.
@@ -52,7 +56,8 @@ class Demo:
 
     mechanism: dict[str, Any]
     length: int = 32768
-    secrets: int = 12
+    documents: int = 6
+    secrets: int = 1
     file: str | None = None
     model: str = TINY
     chunk: int = 1024
@@ -63,6 +68,7 @@ class Demo:
         check_positive(
             "demo",
             length=self.length,
+            documents=self.documents,
             secrets=self.secrets,
             chunk=self.chunk,
             decoded=self.decoded,
@@ -87,8 +93,8 @@ class DemoRow:
         name: Mechanism.
         label: What to call it in tables.
         length: Tokens read.
-        prefill_seconds: Time to read the document.
-        decode_tokens_per_second: Greedy decoding behind the document.
+        prefill_seconds: Time to read a document, median.
+        decode_tokens_per_second: Greedy decoding behind a document, median.
         peak_bytes: Memory above the loaded model, or None where it cannot be measured.
         found: Secrets with every digit right.
         asked: Secrets asked.
@@ -135,13 +141,29 @@ def _source(demo: Demo) -> str:
     return corpus.text("heldout")
 
 
-def _exam(demo: Demo, loaded: Loaded, text: str) -> _Exam:
+def _exams(demo: Demo, loaded: Loaded, text: str) -> list[_Exam]:
+    """The documents; together their secrets cover the depths evenly."""
+    asked = demo.documents * demo.secrets
+    places = [(i + 0.5) / asked for i in range(asked)]
+    return [
+        _exam(demo, loaded, text, demo.seed + i, places[i :: demo.documents])
+        for i in range(demo.documents)
+    ]
+
+
+def _exam(demo: Demo, loaded: Loaded, text: str, seed: int, depths: list[float]) -> _Exam:
     """Hide the secrets so that the whole document has exactly ``demo.length`` tokens."""
     from longswift.tiny import tasks
 
     begin, whole = loaded.begin(), loaded.encode(text)
     room = demo.length - len(begin)
-    hidden = tasks.hide_secrets([], demo.secrets, seed=demo.seed, encode=loaded.encode)
+
+    def hide(document: list[int]) -> tasks.Hidden:
+        return tasks.hide_secrets(
+            document, demo.secrets, seed=seed, depths=depths, encode=loaded.encode
+        )
+
+    hidden = hide([])
     room -= len(hidden.document)
     if room < len(hidden.document):
         raise InputError(
@@ -162,7 +184,7 @@ def _exam(demo: Demo, loaded: Loaded, text: str) -> _Exam:
                 fix=f"Use --length {len(whole)} or a longer --file.",
             )
         )
-    hidden = tasks.hide_secrets(whole[:room], demo.secrets, seed=demo.seed, encode=loaded.encode)
+    hidden = hide(whole[:room])
     return _Exam(
         document=[*begin, *hidden.document],
         # The space before the number belongs to the question: models predict the digits alone.
@@ -191,13 +213,12 @@ class _Scored:
 
     queries: int = 0
     keys: float = 0.0
-    dense_keys: float = 0.0
 
 
 @contextmanager
-def _count_keys(mechanism: Mechanism) -> Iterator[_Scored]:
+def _count_keys(mechanism: Mechanism | None, scored: _Scored) -> Iterator[None]:
     """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
-    scored, original = _Scored(), Mechanism.__call__
+    original = Mechanism.__call__
 
     def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
         result = original(self, q, k, v, **options)
@@ -205,18 +226,22 @@ def _count_keys(mechanism: Mechanism) -> Iterator[_Scored]:
             queries, stats = q.shape[2], result.stats
             scored.queries += queries
             scored.keys += queries * stats.keys_per_query
-            scored.dense_keys += queries * (k.shape[2] - (queries - 1) / 2)
         return result
 
     Mechanism.__call__ = counted  # type: ignore[method-assign]
     try:
-        yield scored
+        yield
     finally:
         Mechanism.__call__ = original  # type: ignore[method-assign]
 
 
 def _read(
-    demo: Demo, loaded: Loaded, exam: _Exam, name: str, mechanism: Mechanism | None, step: Bar
+    demo: Demo,
+    loaded: Loaded,
+    exams: list[_Exam],
+    name: str,
+    mechanism: Mechanism | None,
+    step: Bar,
 ) -> DemoRow:
     """Read, decode and answer with one attention."""
     from longswift.hf import SwiftCache, set_attention
@@ -227,29 +252,35 @@ def _read(
     else:
         set_attention(model, mechanism)
     warm = SwiftCache(model.config)
-    reading.read(model, exam.document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
+    reading.read(model, exams[0].document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
     del warm
     dense = (demo.length + 1) / 2
-    keys = dense
+    told: list[reading.Reading] = []
+    speeds: list[float] = []
+    answers: list[str] = []
+    scored = _Scored()
     with memory.watch(model.device) as peak:
-        cache = SwiftCache(model.config)
-        if mechanism is None:
-            told = reading.read(
-                model, exam.document, cache, chunk=demo.chunk, score=True, step=step
-            )
-        else:
-            with _count_keys(mechanism) as scored:
-                told = reading.read(
-                    model, exam.document, cache, chunk=demo.chunk, score=True, step=step
+        for number, exam in enumerate(exams, 1):
+            step(text=f"{name}: reading {number} of {len(exams)}")
+            cache = SwiftCache(model.config)
+            with _count_keys(mechanism, scored):
+                told.append(
+                    reading.read(
+                        model, exam.document, cache, chunk=demo.chunk, score=True, step=step
+                    )
                 )
-            keys = scored.keys / max(1, scored.queries)
-        step(text=f"{name}: answering")
-        speed = reading.decode_speed(model, exam.questions[0], cache, demo.decoded)
-        answers = [
-            loaded.decode(reading.ask(model, question, cache, length)).strip()
-            for question, length in zip(exam.questions, exam.lengths, strict=True)
-        ]
-    right = [said == true for said, true in zip(answers, exam.answers, strict=True)]
+            step(text=f"{name}: answering")
+            speeds.append(reading.decode_speed(model, exam.questions[0], cache, demo.decoded))
+            for question, length in zip(exam.questions, exam.lengths, strict=True):
+                said = loaded.decode(reading.ask(model, question, cache, length))
+                answers.append(said.strip())
+            del cache
+    keys = dense if mechanism is None else scored.keys / max(1, scored.queries)
+    true = [answer for exam in exams for answer in exam.answers]
+    right = [said == answer for said, answer in zip(answers, true, strict=True)]
+    whole = reading.Reading(
+        tokens=1 + sum(r.tokens - 1 for r in told), seconds=0.0, nll=sum(r.nll for r in told)
+    )
     label = {FULL: "full attention", SWIFT: "MS-SWIFT"}.get(name, "")
     if name == WINDOW:
         label = f"window of {mechanism.window:,}"  # type: ignore[union-attr]
@@ -257,15 +288,15 @@ def _read(
         name=name,
         label=label,
         length=demo.length,
-        prefill_seconds=told.seconds,
-        decode_tokens_per_second=speed,
+        prefill_seconds=statistics.median(r.seconds for r in told),
+        decode_tokens_per_second=statistics.median(speeds),
         peak_bytes=peak.bytes,
         found=sum(right),
         asked=len(right),
         right=right,
-        depths=list(exam.depths),
+        depths=[depth for exam in exams for depth in exam.depths],
         answers=answers,
-        perplexity=told.perplexity,
+        perplexity=whole.perplexity,
         keys_per_query=keys,
         density=keys / dense,
     )
@@ -307,20 +338,20 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     text = _source(demo)
     loaded = load(demo.model)
     check_length(loaded.model, demo.length + 64)
-    exam = _exam(demo, loaded, text)
+    exams = _exams(demo, loaded, text)
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
     kept = Progress(result, target, fresh=fresh, finished=True)
     swift = options.from_json(demo.mechanism)
-    with bar(3 * demo.length, "starting", shown=progress) as step:
+    size = demo.documents * demo.length
+    with bar(3 * size, "starting", shown=progress) as step:
 
         def finish(name: str, mechanism: Mechanism | None) -> dict[str, Any]:
             row = kept.find(name=name)
             if row is None:
-                step(text=f"{name}: reading")
-                row = asdict(_read(demo, loaded, exam, name, mechanism, step))
+                row = asdict(_read(demo, loaded, exams, name, mechanism, step))
                 kept.add(row)
             else:
-                step(demo.length, f"{name}: measured before")
+                step(size, f"{name}: measured before")
             return row
 
         finish(FULL, None)
