@@ -58,7 +58,7 @@ compat: compat-oldest compat-newest
 compat-oldest compat-newest: compat-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
-		$(if $(filter oldest,$*),$(OLDEST),$(NEWEST)) -e '.[test]'
+		$(if $(filter oldest,$*),$(OLDEST),--upgrade $(NEWEST)) -e '.[test]'
 	.venv-$*/bin/longswift info
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
 
