@@ -73,6 +73,9 @@ class Config:
             Stage(length=384, tokens=230 * 6144, batch=6144, rate=(0.9, 0.6), kind="packed"),
             Stage(length=4096, tokens=30 * 8192, batch=8192, rate=(0.5, 0.3), kind="dense"),
             Stage(length=8192, tokens=40 * 8192, batch=8192, rate=(0.3, 0.02), kind="dense"),
+            Stage(length=384, tokens=250 * 6144, batch=6144, rate=(1.0, 0.8333), kind="packed"),
+            Stage(length=8192, tokens=33 * 8192, batch=8192, rate=(0.6, 0.39)),
+            Stage(length=8192, tokens=30 * 8192, batch=8192, rate=(0.39, 0.02)),
         )
     )
     vocab_size: int = 2048
