@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,36 +105,43 @@ def _tiles(x: Tensor, start: int, step: int, count: int, length: int) -> Tensor:
     return span.unfold(1, length, step).permute(1, 0, 3, 2)
 
 
+class _Tile(NamedTuple):
+    """Queries ``[N, H, rows, D]``, and keys and values ``[N, H or 1, width, *]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _attend_tile(tile: _Tile, job: Job, band: Band, causal: bool, scale: float) -> Partial:
+    """One job, all of whose tiles are congruent."""
+    q, heads = tile.q, tile.q.shape[1]
+
+    def slice_of(x: Tensor, start: int, length: int) -> Tensor:
+        return x[:, :, start : start + length].expand(-1, heads, -1, -1)
+
+    def attend(start: int, length: int, **options: Any) -> Partial:
+        k, v = slice_of(tile.k, start, length), slice_of(tile.v, start, length)
+        return rectangle(q, k, v, scale=scale, **options)
+
+    if causal and band.reach is None and job.width - job.shift == job.rows:
+        # The fused kernel skips the upper triangle of a square, not of a rectangle.
+        own = attend(job.shift, job.rows, causal=True)
+        return own if job.shift == 0 else merge(own, attend(0, job.shift))
+    return attend(0, job.width, allowed=allowed_mask(job, band, causal, q.device))
+
+
 def _forward_job(
     q: Tensor, k: Tensor, v: Tensor, job: Job, band: Band, causal: bool, scale: float
 ) -> Partial:
     """One job for heads that share strides: ``q [H, Lq, D]``, ``k, v [H or 1, Lk, *]``."""
     dtype = compute_dtype(q)
     end = job.key + (job.count - 1) * job.step + job.width
-    k, v = k[:, job.key : end].to(dtype), v[:, job.key : end].to(dtype)
-    q_tiles = _tiles(q, job.row, job.step, job.count, job.rows).to(dtype)
-    heads = q.shape[0]
-
-    def window(x: Tensor, start: int, length: int) -> Tensor:
-        return _tiles(x, start, job.step, job.count, length).expand(-1, heads, -1, -1)
-
-    if causal and band.reach is None and job.width - job.shift == job.rows:
-        # The fused kernel skips the upper triangle of a square, not of a rectangle.
-        own = rectangle(
-            q_tiles,
-            window(k, job.shift, job.rows),
-            window(v, job.shift, job.rows),
-            scale=scale,
-            causal=True,
-        )
-        if job.shift == 0:
-            return own
-        past = rectangle(q_tiles, window(k, 0, job.shift), window(v, 0, job.shift), scale=scale)
-        return merge(own, past)
-    allowed = allowed_mask(job, band, causal, q.device)
-    return rectangle(
-        q_tiles, window(k, 0, job.width), window(v, 0, job.width), scale=scale, allowed=allowed
+    k, v = (
+        _tiles(x[:, job.key : end].to(dtype), 0, job.step, job.count, job.width) for x in (k, v)
     )
+    q = _tiles(q, job.row, job.step, job.count, job.rows).to(dtype)
+    return _attend_tile(_Tile(q, k, v), job, band, causal, scale)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
@@ -143,6 +150,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
     kv_heads, k_len = k.shape[1], k.shape[2]
     groups = heads // kv_heads
     acc = accumulator_dtype(q.dtype)
+    if len(set(pattern.bands)) == 1:
+        whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
+        if len(whole) == 1 and whole[0].count == 1:
+            return _one_rectangle(q, k, v, whole[0], pattern, scale)
     out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
     pieces = [
@@ -163,6 +174,24 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
 
     for_each(pieces, lambda: None, attend, q.device)
     return Partial(out, lse)
+
+
+def _one_rectangle(
+    q: Tensor, k: Tensor, v: Tensor, job: Job, pattern: BlockPattern, scale: float
+) -> Partial:
+    """A single tile, as in full attention: one fused call for the whole batch, no copies."""
+    batch, heads, q_len, _ = q.shape
+    groups = heads // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(0, 1)
+    keys, values = (
+        x[:, :, job.key : job.key + job.width].flatten(0, 1).unsqueeze(1) for x in (k, v)
+    )
+    dtype = compute_dtype(q)
+    tile = _Tile(rows.to(dtype), keys.to(dtype), values.to(dtype))
+    part = _attend_tile(tile, job, pattern.bands[0], pattern.causal, scale)
+    return Partial(
+        part.out.view(batch, heads, q_len, v.shape[3]), part.lse.reshape(batch, heads, q_len)
+    )
 
 
 def _cut(found: Iterator[Job]) -> Iterator[Job]:

@@ -107,7 +107,8 @@ class _Pass:
             low, high = known.k_min, known.k_max
         else:
             whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
-            low, high = whole.aminmax(dim=3)
+            # Two reductions: a fused aminmax over an inner dimension is several times slower.
+            low, high = whole.amin(3), whole.amax(3)
         if k.shape[2] % size and not self._request.pattern.causal:
             tail = k[:, :, k.shape[2] // size * size :]
             low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
