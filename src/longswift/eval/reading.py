@@ -122,19 +122,34 @@ def decode(
         ids = [token]
 
 
+def _copy(state: Any) -> Any:
+    """``state`` with tensors of its own."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    return [_copy(value) for value in state] if isinstance(state, list) else state
+
+
 @contextmanager
 def bookmark(cache: Any) -> Iterator[None]:
-    """Whatever the work inside appends to the cache is removed again afterwards."""
-    # Sliding layers of newer Transformers forget what they need for this unless told not to.
-    if hasattr(cache, "activate_past_recording"):
-        cache.activate_past_recording()
-    length = cache.get_seq_length()
+    """Whatever the work inside appends to the cache is removed again afterwards.
+
+    Full layers are cropped. Layers with a window or a state forget what a crop would need, so
+    their bounded contents are copied.
+    """
+    from longswift.hf.cache import SwiftLayer
+
+    full = [(layer, layer.get_seq_length()) for layer in cache.layers if type(layer) is SwiftLayer]
+    rest = [(layer, _copy(vars(layer))) for layer in cache.layers if type(layer) is not SwiftLayer]
     try:
         yield
     finally:
-        added = cache.get_seq_length() - length
-        if added:
-            cache.crop(-added)
+        for layer, length in full:
+            if layer.get_seq_length() > length:
+                layer.crop(length)
+        for layer, state in rest:
+            vars(layer).update(state)
 
 
 def ask(model: Any, ids: Sequence[int], cache: Any, limit: int) -> list[int]:
