@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from longswift.core.errors import ConfigError, InputError, problem
 from longswift.core.mechanism import Mechanism, check_positive
-from longswift.core.types import AttentionResult
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
+from longswift.eval.cost import Scored, count_keys, equal_cost_window
 from longswift.eval.documents import read_text
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
@@ -195,46 +193,6 @@ def _exam(demo: Demo, loaded: Loaded, text: str, seed: int, depths: list[float])
     )
 
 
-def equal_cost_window(keys_per_query: float, length: int) -> int:
-    """The causal window that scores ``keys_per_query`` keys a query on average over a text.
-
-    The first ``w`` queries see fewer than ``w`` keys: the mean over ``n`` queries is
-    ``w - w (w - 1) / 2n``, solved for ``w``.
-    """
-    n = length
-    wanted = min(keys_per_query, (n + 1) / 2)
-    window = n + 0.5 - ((n + 0.5) ** 2 - 2 * n * wanted) ** 0.5
-    return max(1, min(n, round(window)))
-
-
-@dataclass
-class _Scored:
-    """Keys scored by one mechanism, weighted by queries."""
-
-    queries: int = 0
-    keys: float = 0.0
-
-
-@contextmanager
-def _count_keys(mechanism: Mechanism | None, scored: _Scored) -> Iterator[None]:
-    """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
-    original = Mechanism.__call__
-
-    def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
-        result = original(self, q, k, v, **options)
-        if self == mechanism:
-            queries, stats = q.shape[2], result.stats
-            scored.queries += queries
-            scored.keys += queries * stats.keys_per_query
-        return result
-
-    Mechanism.__call__ = counted  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Mechanism.__call__ = original  # type: ignore[method-assign]
-
-
 def _read(
     demo: Demo,
     loaded: Loaded,
@@ -258,12 +216,12 @@ def _read(
     told: list[reading.Reading] = []
     speeds: list[float] = []
     answers: list[str] = []
-    scored = _Scored()
+    scored = Scored()
     with memory.watch(model.device) as peak:
         for number, exam in enumerate(exams, 1):
             step(text=f"{name}: reading {number} of {len(exams)}")
             cache = SwiftCache(model.config)
-            with _count_keys(mechanism, scored):
+            with count_keys(mechanism, scored):
                 told.append(
                     reading.read(
                         model, exam.document, cache, chunk=demo.chunk, score=True, step=step

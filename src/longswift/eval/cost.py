@@ -1,0 +1,51 @@
+"""What attending costs: keys scored per query, and the window that costs the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from longswift.core.mechanism import Mechanism
+from longswift.core.types import AttentionResult
+
+
+def equal_cost_window(keys_per_query: float, length: int) -> int:
+    """The causal window that scores ``keys_per_query`` keys a query on average over a text.
+
+    The first ``w`` queries see fewer than ``w`` keys: the mean over ``n`` queries is
+    ``w - w (w - 1) / 2n``, solved for ``w``.
+    """
+    n = length
+    wanted = min(keys_per_query, (n + 1) / 2)
+    window = n + 0.5 - ((n + 0.5) ** 2 - 2 * n * wanted) ** 0.5
+    return max(1, min(n, round(window)))
+
+
+@dataclass
+class Scored:
+    """Keys scored by one mechanism, weighted by queries."""
+
+    queries: int = 0
+    keys: float = 0.0
+
+
+@contextmanager
+def count_keys(mechanism: Mechanism | None, scored: Scored) -> Iterator[None]:
+    """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
+    original = Mechanism.__call__
+
+    def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
+        result = original(self, q, k, v, **options)
+        if self == mechanism:
+            queries, stats = q.shape[2], result.stats
+            scored.queries += queries
+            scored.keys += queries * stats.keys_per_query
+        return result
+
+    Mechanism.__call__ = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Mechanism.__call__ = original  # type: ignore[method-assign]
