@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 from longswift.core.blocks import Workspace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+class TorchRandom:
+    """PyTorch's global random state, so that Hypothesis can replay an example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.random.get_rng_state)
+    setstate = staticmethod(torch.random.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()
+register_random(TORCH_RANDOM)
 
 settings.register_profile(
     "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -28,6 +28,12 @@ def changed_from(x: Inputs, token: int) -> Inputs:
     return replace(x, q=change(x.q, first_row), k=change(x.k, token), v=change(x.v, token))
 
 
+def assert_same(a: Tensor, b: Tensor) -> None:
+    """Equal up to rounding, which may change with the number of keys in a product."""
+    eps = 32 * torch.finfo(a.dtype).eps
+    torch.testing.assert_close(a, b, rtol=eps, atol=eps)
+
+
 @case_of
 @settings(max_examples=20)
 @given(st.data())
@@ -38,11 +44,13 @@ def test_strict_mode_never_looks_ahead(case: Case, data: st.DataObject) -> None:
     k_len, offset = x.k.shape[2], x.k.shape[2] - x.q.shape[2]
     token = data.draw(st.integers(offset, k_len - 1))
     mechanism = case.build()
-    before = x.run(mechanism, training=True)
-    after = changed_from(x, token).run(mechanism, training=True)
+    y = changed_from(x, token)
+    before, after = (call.run(mechanism, training=True) for call in (x, y))
     rows = token - offset
-    assert torch.equal(before.out[:, :, :rows], after.out[:, :, :rows])
-    assert torch.equal(before.lse[:, :, :rows], after.lse[:, :, :rows])
+    assert_same(before.out[:, :, :rows], after.out[:, :, :rows])
+    assert_same(before.lse[:, :, :rows], after.lse[:, :, :rows])
+    seen = [mechanism.visible(c.q, c.k, **c.options, training=True) for c in (x, y)]
+    assert torch.equal(seen[0][:, :, :rows], seen[1][:, :, :rows])
 
 
 @case_of
@@ -59,8 +67,8 @@ def test_shared_mode_moves_nothing_before_the_block(case: Case, data: st.DataObj
         start = 0 if x.key_mask is None else int((~x.key_mask[row]).sum())
         block = start + max(0, token - start) // case.grid * case.grid
         rows = max(0, block - offset)
-        assert torch.equal(before.out[row, :, :rows], after.out[row, :, :rows])
-        assert torch.equal(before.lse[row, :, :rows], after.lse[row, :, :rows])
+        assert_same(before.out[row, :, :rows], after.out[row, :, :rows])
+        assert_same(before.lse[row, :, :rows], after.lse[row, :, :rows])
 
 
 @case_of
