@@ -14,6 +14,12 @@ from tests.mechanisms.drawing import Inputs, inputs, tolerance
 from tests.mechanisms.table import CASES, Case
 
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+strict_of = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.strict], ids=lambda case: case.label
+)
+choosing_of = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.strict and c.content], ids=lambda case: case.label
+)
 
 
 def changed_from(x: Inputs, token: int) -> Inputs:
@@ -34,12 +40,10 @@ def assert_same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=eps, atol=eps)
 
 
-@case_of
+@strict_of
 @settings(max_examples=20)
 @given(st.data())
 def test_strict_mode_never_looks_ahead(case: Case, data: st.DataObject) -> None:
-    if not case.strict:
-        pytest.skip("has no strict mode")
     x = data.draw(inputs(case, causal=True))
     k_len, offset = x.k.shape[2], x.k.shape[2] - x.q.shape[2]
     token = data.draw(st.integers(offset, k_len - 1))
@@ -71,13 +75,11 @@ def test_shared_mode_moves_nothing_before_the_block(case: Case, data: st.DataObj
         assert_same(before.lse[row, :, :rows], after.lse[row, :, :rows])
 
 
-@case_of
+@strict_of
 @settings(max_examples=15)
 @given(st.data())
 def test_a_longer_text_does_not_change_its_beginning(case: Case, data: st.DataObject) -> None:
     """Strict mode: what follows may even be missing."""
-    if not case.strict:
-        pytest.skip("has no strict mode")
     x = data.draw(inputs(case, causal=True, chunked=False, masks=("none",)))
     end = data.draw(st.integers(1, x.k.shape[2]))
     # A single query is decoding, where content is chosen from smaller pages.
@@ -90,10 +92,8 @@ def test_a_longer_text_does_not_change_its_beginning(case: Case, data: st.DataOb
     torch.testing.assert_close(part.lse, whole.lse[:, :, :end], **tolerance(x.q.dtype))
 
 
-@case_of
+@choosing_of
 def test_training_mode_is_the_default_while_gradients_are_on(case: Case) -> None:
-    if not case.content or not case.strict:
-        pytest.skip("the mode makes no difference")
     q, k, v = torch.randn(3, 1, case.kv_heads[0], 90, 8)
     x = Inputs(q=q, k=k, v=v)
     mechanism = case.build()
