@@ -17,8 +17,8 @@ class Stage:
         batch: Tokens per step; a step has at least one sequence.
         rate: Learning rate at the start and the end, as a share of the peak.
         kind: What the rows hold. "mixed": half hide secrets, a third is text, a sixth repeats
-            passages; "dense": two of three hide secrets; "packed": five of six hide as many
-            secrets as fit, with next to no text between them.
+            passages; "keys": the same, but most secrets are packed, as many as fit with next to no
+            text between them; "dense": two of three hide secrets; "packed": five of six pack them.
     """
 
     length: int
@@ -65,17 +65,12 @@ class Config:
 
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(length=192, tokens=420 * 6144, batch=6144),
-            Stage(length=384, tokens=1_500_000, batch=6144),
-            Stage(length=768, tokens=2_000_000, batch=6144),
-            Stage(length=2048, tokens=150 * 8192, batch=8192, rate=(1.0, 0.85)),
-            Stage(length=2048, tokens=80 * 8192, batch=8192, rate=(0.75, 0.64), kind="dense"),
-            Stage(length=384, tokens=230 * 6144, batch=6144, rate=(0.9, 0.6), kind="packed"),
-            Stage(length=4096, tokens=30 * 8192, batch=8192, rate=(0.5, 0.3), kind="dense"),
-            Stage(length=8192, tokens=40 * 8192, batch=8192, rate=(0.3, 0.02), kind="dense"),
-            Stage(length=384, tokens=250 * 6144, batch=6144, rate=(1.0, 0.8333), kind="packed"),
-            Stage(length=8192, tokens=33 * 8192, batch=8192, rate=(0.6, 0.39)),
-            Stage(length=8192, tokens=30 * 8192, batch=8192, rate=(0.39, 0.02)),
+            Stage(length=192, tokens=700 * 6144, batch=6144, kind="keys"),
+            Stage(length=384, tokens=900 * 6144, batch=6144, kind="keys"),
+            Stage(length=768, tokens=700 * 6144, batch=6144, kind="keys"),
+            Stage(length=2048, tokens=500 * 8192, batch=8192, rate=(1.0, 0.7)),
+            Stage(length=8192, tokens=200 * 16384, batch=16384, rate=(0.7, 0.35)),
+            Stage(length=16384, tokens=100 * 16384, batch=16384, rate=(0.35, 0.05)),
         )
     )
     vocab_size: int = 2048

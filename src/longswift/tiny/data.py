@@ -243,6 +243,7 @@ def _makers(kind: str) -> tuple[_Maker, ...]:
     kinds: dict[str, tuple[_Maker, ...]] = {
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
+        "keys": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
         "packed": (packed, _text_row, packed, packed, packed, packed),
     }
     if kind not in kinds:
@@ -261,7 +262,7 @@ def make_batch(
         length: Tokens predicted per sequence.
         seed: Seed of the whole run.
         step: Number of the step.
-        kind: "mixed", "dense" or "packed", see :class:`longswift.tiny.config.Stage`.
+        kind: "mixed", "keys", "dense" or "packed", see :class:`longswift.tiny.config.Stage`.
     """
     rng = np.random.default_rng([seed, step])
     ids: np.ndarray = np.full((rows, length + 1), END_ID, dtype=np.int64)

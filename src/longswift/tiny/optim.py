@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from longswift.core.hardware import cpu_multiplies_fast
+
 __all__ = ["Muon"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -18,16 +20,20 @@ def _orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     wide = update.shape[-2] <= update.shape[-1]
     x = update if wide else update.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if cpu_multiplies_fast(torch.bfloat16):
+        x = x.bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.to(update.dtype)
     return x if wide else x.mT
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in full precision, with matrices of one shape updated together.
+    """Muon with matrices of one shape updated together.
 
-    PyTorch's own version iterates in bfloat16, which many CPUs only emulate.
+    PyTorch's own version always iterates in bfloat16, which many CPUs only emulate; this one does
+    so where it is fast.
     """
 
     def __init__(
