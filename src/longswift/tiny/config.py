@@ -44,6 +44,7 @@ class Config:
 
     Attributes:
         stages: Sequence lengths in the order of the run.
+        family: Architecture, see ``longswift.tiny.network.build``.
         vocab_size: Pieces of the tokenizer.
         layers: Decoder layers.
         hidden: Width of the residual stream.
@@ -73,6 +74,7 @@ class Config:
             Stage(length=16384, tokens=100 * 16384, batch=16384, rate=(0.35, 0.05)),
         )
     )
+    family: str = "smollm3"
     vocab_size: int = 2048
     layers: int = 4
     hidden: int = 192
