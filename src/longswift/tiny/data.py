@@ -275,7 +275,8 @@ def _makers(kind: str) -> tuple[_Maker, ...]:
     kinds: dict[str, tuple[_Maker, ...]] = {
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
-        "keys": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
+        "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
+        "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
         "packed": (packed, _text_row, packed, packed, packed, packed),
     }
     if kind not in kinds:
@@ -294,7 +295,7 @@ def make_batch(
         length: Tokens predicted per sequence.
         seed: Seed of the whole run.
         step: Number of the step.
-        kind: "mixed", "keys", "dense" or "packed", see :class:`longswift.tiny.config.Stage`.
+        kind: What the rows hold, see :class:`longswift.tiny.config.Stage`.
     """
     rng = np.random.default_rng([seed, step])
     ids: np.ndarray = np.full((rows, length + 1), END_ID, dtype=np.int64)
