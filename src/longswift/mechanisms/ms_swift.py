@@ -201,11 +201,13 @@ class MSSwift(Mechanism):
 
     def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
+        below = -(-self.dense_below // self.block) * self.block
+        if causal and k_len <= below and self.scale_of_head is None:
+            return q_len
         bands = self.bands(q_len, kv_heads, causal)
         if not causal:
             reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self.key_tokens
             return q_len if k_len < self.dense_below or k_len <= reach else 0
-        below = -(-self.dense_below // self.block) * self.block
         covered = min(
             ((self.sinks + self.key_tokens + band.left) // band.tile + 1) * band.tile
             for band in bands
