@@ -45,6 +45,11 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a [R, K] @ b [K, N]``, likewise."""
+    return bmm(a.unsqueeze(0), b.unsqueeze(0))[0]
+
+
 def _by_onednn(a: Tensor, work: int) -> bool:
     return (
         work >= _WORTH_A_CALL

@@ -38,11 +38,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, block_count, block_runs
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Call, Mechanism, check_positive
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.pools import band_edges
+from longswift.core.pools import block_edges
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.full import full_pattern
@@ -299,11 +298,7 @@ class MSSwift(Mechanism):
     def _sink_slots(self, pattern: BlockPattern, q_len: int, k: Tensor) -> Tensor:
         """Sinks outside each block's band, int32 ``[B, Hkv, N, sinks]``."""
         k_len = k.shape[2]
-        blocks = block_count(q_len, k_len, self.block)
-        runs: list[BlockRun] = list(block_runs(q_len, k_len, self.block, blocks))
-        edges = [band_edges(pattern, run, k_len) for run in runs]
-        start = torch.cat([e[0] for e in edges], 1)[..., None]
-        end = torch.cat([e[1] for e in edges], 1)[..., None]
+        start, end = block_edges(pattern, q_len, k_len)[..., None].unbind(-2)
         token = torch.arange(min(self.sinks, k_len), dtype=torch.int32, device="cpu")
         slots = torch.where((token < start) | (token >= end), token, EMPTY).to(torch.int32)
         return slots.to(k.device).expand(k.shape[0], -1, -1, -1)

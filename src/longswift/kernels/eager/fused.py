@@ -37,10 +37,11 @@ def attend(
         # The fused kernel skips the upper triangle of a square, not of a rectangle.
         if job.shift == 0:
             return _call(q, k, v, scale, causal=True)
-        before, own = (
-            [x[:, :, part] for x in (k, v)] for part in (slice(job.shift), slice(job.shift, None))
+        (k_before, k_own), (v_before, v_own) = (
+            (x[:, :, : job.shift], x[:, :, job.shift :]) for x in (k, v)
         )
-        return merge(_call(q, *own, scale, causal=True), _call(q, *before, scale))
+        own = _call(q, k_own, v_own, scale, causal=True)
+        return merge(own, _call(q, k_before, v_before, scale))
     return _call(q, k, v, scale, allowed=allowed_mask(job, band, causal, q.device))
 
 

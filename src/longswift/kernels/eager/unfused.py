@@ -35,7 +35,7 @@ def softmax_(scores: Tensor, empty: bool = True) -> Tensor:
 
 
 def weigh(probs: Tensor, v: Tensor, space: Workspace) -> Tensor:
-    """``probs [Z, R, K] @ v [Z, K, Dv]``; probabilities that meet 16-bit values are rounded first."""
+    """``probs [Z, R, K] @ v [Z, K, Dv]``; 16-bit values are met by rounded probabilities."""
     if v.dtype == probs.dtype:
         return bmm(probs, v)
     low = space.get("probs", tuple(probs.shape), v.dtype).copy_(probs)
