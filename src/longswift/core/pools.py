@@ -10,7 +10,7 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import KeySummary
+from longswift.core.summary import KeySummary, group_sums
 
 # Blocks whose cut pools are summed at once.
 _CUT_BLOCKS = 64
@@ -86,7 +86,7 @@ def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
     if known is not None and known.shape[2] == whole:
         sums = [known]
     else:
-        sums = [x[:, :, : whole * grain].unflatten(2, (whole, grain)).sum(3, dtype=acc)]
+        sums = [group_sums(x, grain)]
     if x.shape[2] % grain:
         sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))
     return torch.cat(sums, 2) if len(sums) > 1 else sums[0]

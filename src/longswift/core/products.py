@@ -27,11 +27,12 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         a: Left factors, any strides.
         b: Right factors; fastest when every ``b[z]`` or its transpose is contiguous.
-        out: ``[Z, R, N]``, any strides, or None.
+        out: ``[Z, R, N]``, any strides, perhaps of a wider dtype, or None.
     """
     problems, rows, inner = a.shape
     width = b.shape[2]
-    if not _by_onednn(a, rows * inner * width):
+    widened = out is not None and out.dtype != a.dtype
+    if not widened and not _by_onednn(a, rows * inner * width):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
     if not (_dense(b.stride(1), b.stride(2), width) or _dense(b.stride(2), b.stride(1), inner)):
         # oneDNN falls back to a scalar loop on anything else.
@@ -41,13 +42,15 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
             return _multiply(a[0], b[0]).unsqueeze(0)
         out = torch.empty(problems, rows, width, dtype=a.dtype, device=a.device)
     for left, right, result in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
-        result.copy_(_multiply(left, right))
+        result.copy_(mm(left, right))
     return out
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a [R, K] @ b [K, N]``, likewise."""
-    return bmm(a.unsqueeze(0), b.unsqueeze(0))[0]
+    """``a [R, K] @ b [K, N]`` likewise; ``b`` or its transpose is contiguous."""
+    if _by_onednn(a, a.shape[0] * b.numel()):
+        return _multiply(a, b)
+    return torch.mm(a, b)
 
 
 def _by_onednn(a: Tensor, work: int) -> bool:

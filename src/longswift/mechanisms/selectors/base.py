@@ -20,6 +20,8 @@ from longswift.core.summary import KeySummary
 
 # Score elements a selector's thread holds at once: 8 MiB in fp32.
 STEP_SCORES = 1 << 21
+# Widths of the scores of key blocks are multiples of this.
+_WIDTHS = 64
 EMPTY = -1
 
 
@@ -127,7 +129,11 @@ def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[T
     k_len = request.k.shape[2]
     start, end = request.edges[:, run.first : run.first + run.count].unbind(-1)
     blocks = -(-k_len // key_block)
-    width = int(start.max()) // key_block if request.pattern.causal else blocks
+    width = blocks
+    if request.pattern.causal:
+        # A library that compiles a product for every shape meets few of them.
+        width = -(-int(start.max()) // key_block // _WIDTHS) * _WIDTHS
+        width = min(width, k_len // key_block)
     block = torch.arange(width, device="cpu")
     outside = block < (start // key_block)[..., None]
     if not request.pattern.causal:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
 from longswift.core.errors import ConfigError, problem
-from longswift.core.products import bmm, mm
+from longswift.core.products import bmm, factor_dtype, mm
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import (
@@ -93,7 +93,9 @@ class _Pass:
         self._by_row = request.strict or request.q.shape[2] == 1
         if not self._by_row:
             centre, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
-            self._features = torch.cat([centre, radius, centre.abs()], -1)
+            # Bounds only propose, so 16-bit input may be bounded in 16 bits.
+            features = torch.cat([centre, radius, centre.abs()], -1)
+            self._features = features.to(factor_dtype(request.k))
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
         self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
 
@@ -183,11 +185,13 @@ class _Pass:
             torch.bmm(features.clamp(min=0), self._high[:, :width].transpose(1, 2), out=bound)
             bound.baddbmm_(features.clamp(max=0), self._low[:, :width].transpose(1, 2))
         else:
-            bmm(features, self._features[:, :width].transpose(1, 2), out=bound)
+            boxes = self._features[:, :width].transpose(1, 2)
+            bmm(features.to(boxes.dtype), boxes, out=bound)
         bound = bound.view(batch, kv_heads, count, rows, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
-        bound[..., common:].masked_fill_(~outside[..., common:].unsqueeze(2), _HIDDEN)
+        bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
+        bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
         return torch.softmax(bound, -1, out=bound)
 
     def _with_sink_blocks(
@@ -212,14 +216,14 @@ class _Pass:
         barred = ~valid.repeat_interleave(self._key_block, 3)
         return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
 
-    def _keys(self, proposed: Tensor, space: Workspace) -> Tensor:
+    def _keys(self, proposed: Tensor, space: Workspace, as_dtype: torch.dtype) -> Tensor:
         """Keys of the proposed tokens and a zero for the band, ``[Z, M + 1, D]``."""
         request = self._request
         tokens = self._tokens(proposed).clamp_(max=request.k.shape[2] - 1)
         problems, width = proposed.shape[:3].numel(), tokens.shape[3]
         dim, dtype = request.k.shape[3], request.k.dtype
         found = self._table.gather(tokens, space.get("gathered", (*tokens.shape, dim), dtype))
-        keys = space.get("keys", (problems, width + 1, dim), self._acc)
+        keys = space.get("keys", (problems, width + 1, dim), as_dtype)
         keys[:, :width] = found.view(problems, width, dim)
         keys[:, width] = 0.0
         return keys
@@ -246,7 +250,8 @@ class _Pass:
         visible: Tensor | None = None,
     ) -> Tensor:
         """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
-        keys, hidden = self._keys(proposed, space), self._hidden(proposed, valid)
+        keys = self._keys(proposed, space, self._acc)
+        hidden = self._hidden(proposed, valid)
         q = q.flatten(0, 2)
         scores = space.get("scores", (*q.shape[:2], keys.shape[1]), self._acc)
         bmm(q, keys.transpose(1, 2), out=scores)
@@ -265,12 +270,16 @@ class _Pass:
 
         One problem at a time, so that its scores never leave the cache.
         """
-        keys, hidden = self._keys(proposed, space), self._hidden(proposed, valid)
+        dtype = factor_dtype(self._request.k)
+        keys, hidden = self._keys(proposed, space, dtype), self._hidden(proposed, valid)
         lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1]).flatten(0, 2)
-        problems = zip(q.flatten(0, 2).unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
+        queries = q.flatten(0, 2).to(dtype)
+        problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
         largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
         for index, (rows, columns, band) in enumerate(problems):
             scores = mm(rows, columns)
+            if dtype != self._acc:
+                scores = space.get("scores", tuple(scores.shape), self._acc).copy_(scores)
             scores[:, -1] = band
             if hidden is not None:
                 scores += hidden[index]
