@@ -106,13 +106,11 @@ class Mechanism(ABC):
             training=training,
             summary=summary,
         )
+        if not torch.is_autocast_enabled(q.device.type):
+            return self._dispatch(q, k, v, key_mask, call)
         # Autocast would round scores and selections that the contract keeps in fp32.
         with torch.autocast(q.device.type, enabled=False):
-            if q.numel() == 0 or k.numel() == 0:
-                return self._nothing(q, k, v)
-            if key_mask is None or bool(key_mask.all()):
-                return self._forward(q, k, v, call)
-            return self._forward_padded(q, k, v, key_mask, call)
+            return self._dispatch(q, k, v, key_mask, call)
 
     def visible(
         self,
@@ -216,6 +214,15 @@ class Mechanism(ABC):
     def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor, causal: bool) -> list[RowGroup]:
         q_len, k_len = q.shape[2], k.shape[2]
         return split_padding(key_mask, q_len, k_len, aligned=causal or q_len == k_len)
+
+    def _dispatch(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
+    ) -> AttentionResult:
+        if q.numel() == 0 or k.numel() == 0:
+            return self._nothing(q, k, v)
+        if key_mask is None or bool(key_mask.all()):
+            return self._forward(q, k, v, call)
+        return self._forward_padded(q, k, v, key_mask, call)
 
     def _forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, call: Call
