@@ -64,6 +64,15 @@ def _window(label: str, **config: Any) -> Case:
     )
 
 
+def _longformer(label: str, **config: Any) -> Case:
+    return Case(
+        name="longformer",
+        label=f"longformer-{label}",
+        config=config,
+        covering={"left": 1024, "right": 1024},
+    )
+
+
 def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) -> Case:
     small = {
         "windows": (32,),
@@ -112,6 +121,9 @@ _SMALL: dict[str, list[Case]] = {
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
+    ],
+    "longformer": [
+        _longformer("9,4", left=9, right=4, global_tokens=2, global_positions=(37, 38, 64, 150)),
     ],
 }
 

@@ -14,6 +14,7 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "full": "longswift.mechanisms.full:Full",
         "sliding_window": "longswift.mechanisms.sliding_window:SlidingWindow",
         "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
+        "longformer": "longswift.mechanisms.longformer:Longformer",
     },
     entry_point_group="longswift.mechanisms",
 )
