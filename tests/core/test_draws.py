@@ -22,7 +22,7 @@ def test_a_number_depends_on_its_place_alone() -> None:
 @pytest.mark.parametrize("seed", [0, -1, 1 << 70])
 def test_uniform(seed: int) -> None:
     x = uniform(seed, np.arange(200)[:, None], np.arange(200))
-    assert 0.0 <= x.min() and x.max() < 1.0
+    assert x.min() >= 0.0 and x.max() < 1.0
     counts = np.histogram(x, bins=16, range=(0, 1))[0] / x.size * 16
     assert abs(counts - 1.0).max() < 0.1
     assert abs(np.corrcoef(x[:-1].ravel(), x[1:].ravel())[0, 1]) < 0.02

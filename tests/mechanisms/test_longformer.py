@@ -47,7 +47,9 @@ def test_a_sliding_window_is_a_special_case() -> None:
     window = SlidingWindow(window=21, global_tokens=3)
     same = Longformer(left=20, global_tokens=3), Longformer(left=10, right=10, global_tokens=3)
     for causal, longformer in zip((True, False), same, strict=True):
-        assert torch.equal(longformer(q, k, v, causal=causal).out, window(q, k, v, causal=causal).out)
+        assert torch.equal(
+            longformer(q, k, v, causal=causal).out, window(q, k, v, causal=causal).out
+        )
 
 
 def test_global_rows_with_their_own_projections() -> None:

@@ -15,6 +15,10 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "sliding_window": "longswift.mechanisms.sliding_window:SlidingWindow",
         "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
         "longformer": "longswift.mechanisms.longformer:Longformer",
+        "bigbird": "longswift.mechanisms.bigbird:BigBird",
+        "block_sparse": "longswift.mechanisms.block_sparse:BlockSparse",
+        "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
+        "chunked": "longswift.mechanisms.chunked:Chunked",
     },
     entry_point_group="longswift.mechanisms",
 )
