@@ -178,6 +178,15 @@ _SMALL: dict[str, list[Case]] = {
             covering={"overlap": 1024},
         ),
     ],
+    "hierarchical": [
+        Case(
+            name="hierarchical",
+            label="hierarchical-12",
+            config={"chunk": 12, "pooling": "attention"},
+            covering={"chunk": 1024},
+            subset=False,
+        ),
+    ],
 }
 
 

@@ -19,6 +19,7 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "block_sparse": "longswift.mechanisms.block_sparse:BlockSparse",
         "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
         "chunked": "longswift.mechanisms.chunked:Chunked",
+        "hierarchical": "longswift.mechanisms.hierarchical:Hierarchical",
     },
     entry_point_group="longswift.mechanisms",
 )

@@ -20,7 +20,7 @@ dilated windows, with larger dilations in some of the heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -90,23 +90,21 @@ class DilatedWindow(Mechanism):
         for turn, dilation in enumerate(self._dilations[:turns]):
             heads = slice(turn, None, turns)
             q_own, k_own, v_own = q[:, heads].flatten(1, 2), k[:, heads], v[:, heads]
-            parts, order = [], []
-            for residue in _residues(q_len, k_len, dilation):
-                own = slice(residue.key, None, dilation)
+            residues = list(_residues(q_len, k_len, dilation))
+            rows = [torch.arange(r.row, q_len, dilation, device=q.device) for r in residues]
+            pieces = zip(
+                _strided(q_own, [r.row for r in residues], dilation),
+                _strided(k_own, [r.key for r in residues], dilation),
+                _strided(v_own, [r.key for r in residues], dilation),
+                strict=True,
+            )
+            parts = []
+            for residue, piece in zip(residues, pieces, strict=True):
                 pattern = self._pattern(residue, k_own.shape[1], call.causal)
-                rows = torch.arange(residue.row, q_len, dilation, device=q.device)
-                part = backend.attend(
-                    q_own[:, :, residue.row :: dilation],
-                    k_own[:, :, own],
-                    v_own[:, :, own],
-                    pattern,
-                    call.scale,
-                )
-                parts.append(part)
-                order.append(rows)
+                parts.append(backend.attend(*piece, pattern, call.scale))
                 seen = keys_of_rows(pattern, residue.queries, residue.keys)
                 keys += float(seen.sum()) * k_own.shape[1]
-            place = torch.cat(order).argsort()
+            place = torch.cat(rows).argsort()
             outs.append(torch.cat([p.out for p in parts], 2).index_select(2, place))
             lses.append(torch.cat([p.lse for p in parts], 2).index_select(2, place))
         keys /= q_len * kv_heads
@@ -144,6 +142,15 @@ def _residues(q_len: int, k_len: int, dilation: int) -> Iterator[_Residue]:
         if row < q_len:
             queries = -(-(q_len - row) // dilation)
             yield _Residue(key, row, dilation, queries, -(-(k_len - key) // dilation))
+
+
+def _strided(x: Tensor, starts: list[int], step: int) -> Sequence[Tensor]:
+    """``x[:, :, start::step]`` for every start."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return [x[:, :, start::step] for start in starts]
+    # The gradient of a slice is as long as x, that of all pieces of a split together.
+    places = [torch.arange(start, x.shape[2], step, device=x.device) for start in starts]
+    return x.index_select(2, torch.cat(places)).split([len(p) for p in places], 2)
 
 
 def _in_turn(parts: list[Tensor], kv_heads: int) -> Tensor:
