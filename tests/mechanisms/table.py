@@ -187,6 +187,15 @@ _SMALL: dict[str, list[Case]] = {
             subset=False,
         ),
     ],
+    "bigbird_tokens": [
+        Case(
+            name="bigbird_tokens",
+            label="bigbird_tokens-7",
+            config={"window": 7, "global_tokens": 2},
+            covering={"random_ratio": 1.0},
+            alike=False,
+        ),
+    ],
 }
 
 

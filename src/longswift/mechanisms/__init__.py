@@ -16,6 +16,7 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
         "longformer": "longswift.mechanisms.longformer:Longformer",
         "bigbird": "longswift.mechanisms.bigbird:BigBird",
+        "bigbird_tokens": "longswift.mechanisms.bigbird_tokens:BigBirdTokens",
         "block_sparse": "longswift.mechanisms.block_sparse:BlockSparse",
         "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
         "chunked": "longswift.mechanisms.chunked:Chunked",
