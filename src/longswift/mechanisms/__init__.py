@@ -14,6 +14,13 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "full": "longswift.mechanisms.full:Full",
         "sliding_window": "longswift.mechanisms.sliding_window:SlidingWindow",
         "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
+        "longformer": "longswift.mechanisms.longformer:Longformer",
+        "bigbird": "longswift.mechanisms.bigbird:BigBird",
+        "bigbird_tokens": "longswift.mechanisms.bigbird_tokens:BigBirdTokens",
+        "block_sparse": "longswift.mechanisms.block_sparse:BlockSparse",
+        "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
+        "chunked": "longswift.mechanisms.chunked:Chunked",
+        "hierarchical": "longswift.mechanisms.hierarchical:Hierarchical",
     },
     entry_point_group="longswift.mechanisms",
 )
