@@ -13,6 +13,7 @@ from longswift.core.states import (
     ExponentialState,
     LinearResult,
     LinearState,
+    has_weight,
 )
 
 FeatureMap = Callable[[Tensor], Tensor]
@@ -51,7 +52,7 @@ def attend_linear(
         normaliser = normaliser + (fq * state.z.repeat_interleave(groups, 1)[:, :, None]).sum(3)
         s, z = s + state.s, z + state.z
     if normalise:
-        fine = normaliser > torch.finfo(acc).tiny ** 0.8
+        fine = has_weight(normaliser)
         numerator = numerator / normaliser.where(fine, torch.ones_like(normaliser))[..., None]
         numerator = numerator * fine[..., None]
     return LinearResult(numerator, normaliser, LinearState(s, z))
