@@ -42,7 +42,8 @@ class Performer(Recurrent):
 
     Attributes:
         features: Features per head (m).
-        hyperbolic: Use every projection with both signs: half as many, with lower variance.
+        hyperbolic: Use half as many projections, each with both signs. The estimate of a single
+            small ``q . k`` varies less; with many keys the two are about as good.
         seed: Seed of the projection.
     """
 

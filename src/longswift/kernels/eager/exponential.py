@@ -87,6 +87,7 @@ class _ExponentialStep(Step):
         self._kv_heads = kv_heads
         self._q_map, self._k_map = q_map, k_map
         self._key_mask = key_mask
+        self._checked: tuple[Piece, Tensor] | None = None
 
     def log_features(self, k: Tensor, real: Tensor | None = None) -> Tensor:
         u = k if self._k_map is None else self._k_map(k)
@@ -118,13 +119,18 @@ class _ExponentialStep(Step):
             return True
         log_z = state[1]
         u = self.log_features(k.to(log_z.dtype), self._real(piece))
+        self._checked = piece, u
         return bool((u.amax(2) - self._shift(u, piece, log_z)).max() <= _REACH)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, piece: Piece, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         mean, log_z = state
-        u = self.log_features(k.to(mean.dtype), self._real(piece))
+        if self._checked is not None and self._checked[0] is piece and not k.requires_grad:
+            u = self._checked[1]
+        else:
+            u = self.log_features(k.to(mean.dtype), self._real(piece))
+        self._checked = None
         shift = self._shift(u, piece, log_z)
         cut = (piece.chunks, k.shape[2] // piece.chunks)
         keys = (u - shift.unsqueeze(2)).exp().unflatten(2, cut)

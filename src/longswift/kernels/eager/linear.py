@@ -134,7 +134,8 @@ def _carry(before: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     if sums.shape[2] == 1:
         return before.unsqueeze(2), before + sums[:, :, 0]
     totals = before.unsqueeze(2) + sums.cumsum(2)
-    return torch.cat([before.unsqueeze(2), totals[:, :, :-1]], 2), totals[:, :, -1]
+    # A view would keep the totals of the whole run alive.
+    return torch.cat([before.unsqueeze(2), totals[:, :, :-1]], 2), totals[:, :, -1].clone()
 
 
 class _LinearStep(Step):
