@@ -21,6 +21,10 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
         "chunked": "longswift.mechanisms.chunked:Chunked",
         "hierarchical": "longswift.mechanisms.hierarchical:Hierarchical",
+        "linear": "longswift.mechanisms.linear:Linear",
+        "efficient": "longswift.mechanisms.efficient:Efficient",
+        "performer": "longswift.mechanisms.performer:Performer",
+        "nystrom": "longswift.mechanisms.nystrom:Nystrom",
     },
     entry_point_group="longswift.mechanisms",
 )
