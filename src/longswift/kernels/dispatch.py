@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 
 from longswift.core.errors import ConfigError, problem
-from longswift.kernels import eager, flex, reference
+from longswift.kernels import eager, flex, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "flex": flex, "reference": reference, "triton": triton}
 
 
 def available(device: torch.device | str = "cpu") -> dict[str, tuple[bool, str]]:
