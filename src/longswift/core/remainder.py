@@ -13,14 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longswift.core.blocks import BlockRun, block_runs, stack_queries, unstack_queries
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import (
-    PoolColumns,
-    Pools,
-    band_edges,
-    build_pools,
-    pool_columns,
-    token_columns,
-)
+from longswift.core.pools import Pools, band_edges, build_pools, pool_columns, token_columns
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
@@ -92,6 +85,7 @@ def _attend_run(
     """Blocks are problems ``Z = [B, Hkv, N]`` of ``R`` rows over ``P + 2`` columns."""
     kv_heads, heads = k.shape[1], q.shape[1]
     acc = accumulator_dtype(q.dtype)
+    edges = torch.stack(band_edges(pattern, run, k.shape[2]), -1).to(q.device)
     columns = pool_columns(pools, pattern, run)
     rows = stack_queries(q, run, kv_heads).to(acc) * scale
     count = columns.count
@@ -105,7 +99,9 @@ def _attend_run(
     )
     taken = None
     if pattern.tokens is not None:
-        taken = _Taken(q, k, v, pattern, run, columns, pools)
+        slots = pattern.tokens[:, :, run.first : run.first + run.count].to(q.device).long()
+        column = token_columns(slots.clamp(min=0), columns, pools, edges)
+        taken = _Taken(q, k, v, slots, column, pattern, run)
     if taken is not None:
         scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
         count = count - taken.counts(columns.pools + 2, acc)
@@ -131,14 +127,13 @@ class _Taken:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        slots: Tensor,
+        column: Tensor,
         pattern: BlockPattern,
         run: BlockRun,
-        columns: PoolColumns,
-        pools: Pools,
     ) -> None:
-        assert pattern.tokens is not None
         blocks = slice(run.first, run.first + run.count)
-        slots = pattern.tokens[:, :, blocks].to(q.device).long().expand(q.shape[0], -1, -1, -1)
+        slots = slots.expand(q.shape[0], -1, -1, -1)
         self._acc = accumulator_dtype(q.dtype)
         tokens = slots.clamp(min=0)
         shown = (slots >= 0).unsqueeze(3)
@@ -148,8 +143,7 @@ class _Taken:
             shown = shown & (since <= position.view(run.count, run.rows, 1))
             shown = shown.repeat(1, 1, 1, q.shape[1] // k.shape[1], 1)
         self._shown = shown
-        edges = torch.stack(band_edges(pattern, run, k.shape[2]), -1).to(q.device)
-        self._column = token_columns(tokens, columns, pools, edges).unsqueeze(3)
+        self._column = column.unsqueeze(3)
         batch = torch.arange(k.shape[0], device=q.device).view(-1, 1, 1, 1)
         head = torch.arange(k.shape[1], device=q.device).view(-1, 1, 1)
         self._keys, self._values = (x[batch, head, tokens].to(self._acc) for x in (k, v))

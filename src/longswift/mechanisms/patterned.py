@@ -29,7 +29,7 @@ class Patterned(Mechanism):
         """The keys each block of queries sees, in an unpadded batch."""
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
         part = backend.attend(q, k, v, pattern, call.scale)
         stats = pattern_stats(self.name, name, self.mode, pattern, q.shape[2], k.shape[2])

@@ -92,7 +92,7 @@ class SlidingWindow(Patterned):
         rows = self._global_rows(q.shape[2], call.causal)
         if rows == 0:
             return result
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         exact = backend.attend(
             q[:, :, :rows], k, v, full_pattern(k.shape[2], k.shape[1], False), call.scale
         )

@@ -1,7 +1,8 @@
 """Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
 
 ``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
-is computed by torch and merged. On a CPU the kernels run in Triton's interpreter, for tests.
+is computed by torch and merged. ``scoring`` holds the selection's first stage. On a CPU the kernels
+run in Triton's interpreter, for tests.
 Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
 """
 
@@ -100,6 +101,15 @@ def attend(
         parts.append(attend_remainder(q, k, v, pattern, scale, summary))
     out, lse = merge(*parts)
     return Partial(out.to(q.dtype), lse)
+
+
+def best_blocks(
+    rows: Tensor, keys: Tensor, outside: Tensor, skip: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """Key blocks with the largest bounds; see ``scoring.best_blocks``."""
+    from longswift.kernels.triton import scoring
+
+    return scoring.best_blocks(rows, keys, outside, skip, most)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

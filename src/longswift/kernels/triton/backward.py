@@ -174,9 +174,7 @@ def _d_band_keys(
         end = tl.load(END + head * q_len + row, mask=exists, other=0)
         seen = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
         probs, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
-        d_v += tl.dot(
-            tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC
-        )
+        d_v += tl.dot(tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC)
         d_k += tl.dot(tl.trans(d_scores).to(q.dtype), q, input_precision=EXACT, out_dtype=ACC)
     line = (batch * HKV + head) * k_len + key
     column = tl.arange(0, D_PAD)
@@ -241,9 +239,7 @@ def _d_slots(
     d_v = tl.zeros([N, DV_PAD], ACC)
     tiles = tl.cdiv(block, ROWS)
     for piece in range(0, tiles):
-        row, group, exists = tile_rows(
-            index * tiles + piece, block, before, q_len, ROWS, M, G
-        )
+        row, group, exists = tile_rows(index * tiles + piece, block, before, q_len, ROWS, M, G)
         q = load_heads(Q, row, group, exists, q_h, q_l, D, D_PAD)
         line = ((batch * HKV + head) * G + group) * q_len + row
         d_out = load_rows(D_OUT, line, exists, DV, DV, DV_PAD)
@@ -252,9 +248,7 @@ def _d_slots(
         position = row + (k_len - q_len)
         seen = exists[:, None] & (since[None, :] <= position[:, None])
         probs, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
-        d_v += tl.dot(
-            tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC
-        )
+        d_v += tl.dot(tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC)
         d_k += tl.dot(tl.trans(d_scores).to(q.dtype), q, input_precision=EXACT, out_dtype=ACC)
     at = (lists + slot)[:, None] * (D + DV)
     column = tl.arange(0, D_PAD)

@@ -14,9 +14,9 @@ from longswift.kernels.triton.tables import Tables
 
 # tl.dot multiplies nothing smaller.
 _LEAST = 16
-# Score elements of a tile, divided by the width of a head: what registers and shared memory hold.
-_LINES = 128
-_KEYS = 64
+# Most query lines and keys of a tile, and the bytes of such lines that fit shared memory.
+_LINES, _KEYS = 128, 64
+_BYTES = 16384
 
 
 class Shape(NamedTuple):
@@ -53,11 +53,11 @@ class Shape(NamedTuple):
         """Tiles that fill a multiprocessor and waste few lines on short blocks."""
         groups = q.shape[1] // k.shape[1]
         padded = triton.next_power_of_2(groups)
-        wide = max(q.shape[3], v.shape[3]) > 64 or q.dtype.itemsize > 2
-        most = max(padded, _LINES // 2 if wide else _LINES)
-        rows = min(most // padded, triton.next_power_of_2(table.block))
-        rows = max(rows, _LEAST // padded, 1)
-        keys = _KEYS if max(q.shape[3], v.shape[3]) <= 128 else _KEYS // 2
+        width = _padded(max(q.shape[3], v.shape[3])) * q.dtype.itemsize
+        # fp32 products are split into three of lower precision, which need the space again.
+        fitting = max(_LEAST, _BYTES // (width if q.dtype.itemsize == 2 else 2 * width))
+        rows = min(_LINES, fitting) // padded
+        rows = max(1, _LEAST // padded, min(rows, triton.next_power_of_2(table.block)))
         return cls(
             batch=q.shape[0],
             kv_heads=k.shape[1],
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
             v_dim=v.shape[3],
             rows=rows,
             lines=rows * padded,
-            keys=max(keys, _LEAST),
+            keys=min(_KEYS, fitting),
             dtype=q.dtype,
             table=table,
         )
@@ -110,12 +110,20 @@ class Shape(NamedTuple):
             "G": self.groups,
             "D": self.dim,
             "DV": self.v_dim,
-            "D_PAD": max(_LEAST, triton.next_power_of_2(self.dim)),
-            "DV_PAD": max(_LEAST, triton.next_power_of_2(self.v_dim)),
+            "D_PAD": _padded(self.dim),
+            "DV_PAD": _padded(self.v_dim),
             "ROWS": self.rows,
             "M": self.lines,
             "N": self.keys,
             "ACC": tl.float64 if accumulator_dtype(self.dtype) == torch.float64 else tl.float32,
-            # fp32 products stay fp32: no silent TF32.
-            "EXACT": "ieee",
+            "EXACT": precision(),
         }
+
+
+def precision() -> str:
+    """How fp32 products are made: about as precise as fp32, never plain TF32."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def _padded(dim: int) -> int:
+    return max(_LEAST, int(triton.next_power_of_2(dim)))

@@ -37,7 +37,9 @@ class Tables(NamedTuple):
     k_len: int
 
 
-def tables(pattern: BlockPattern, batch: int, q_len: int, k_len: int, device: torch.device) -> Tables:
+def tables(
+    pattern: BlockPattern, batch: int, q_len: int, k_len: int, device: torch.device
+) -> Tables:
     """Tables for ``q_len`` queries; O(Hkv * Lq + slots)."""
     first, end = pattern.intervals(q_len, k_len, device)
     before = (k_len - q_len) % pattern.block
