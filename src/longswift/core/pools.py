@@ -83,10 +83,8 @@ def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
     """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``, the incomplete last one included."""
     acc = accumulator_dtype(x.dtype)
     whole = x.shape[2] // grain
-    if known is not None and known.shape[2] == whole:
-        sums = [known]
-    else:
-        sums = [group_sums(x, grain)]
+    complete = known if known is not None and known.shape[2] == whole else None
+    sums = [group_sums(x, grain) if complete is None else complete]
     if x.shape[2] % grain:
         sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))
     return torch.cat(sums, 2) if len(sums) > 1 else sums[0]

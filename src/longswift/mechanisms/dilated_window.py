@@ -82,7 +82,7 @@ class DilatedWindow(Mechanism):
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         turns = min(len(self._dilations), kv_heads)
         q = q.unflatten(1, (kv_heads, -1))

@@ -218,7 +218,7 @@ class MSSwift(Mechanism):
         return self.causality == "strict" or (self.causality == "auto" and call.training)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         parts: list[Partial] = []
@@ -261,7 +261,7 @@ class MSSwift(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[BlockPattern, Partial | None]:
         """The pattern of these queries, and the bands' result, which the choice needed anyway."""
-        _, backend = dispatch.resolve(call.backend, q.device)
+        _, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         bands = self.bands(q.shape[2], k.shape[1], call.causal)
         pattern = BlockPattern(
             causal=call.causal,
@@ -286,6 +286,7 @@ class MSSwift(Mechanism):
             coverage=self.coverage,
             strict=strict,
             summary=call.summary,
+            best_blocks=getattr(backend, "best_blocks", None),
         )
         found: Selection = self._selector.select(request)
         since = found.visible_from

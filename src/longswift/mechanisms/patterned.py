@@ -35,7 +35,7 @@ class Patterned(Mechanism):
         return None
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         pattern = self.pattern(q_len, k_len, kv_heads, call.causal)
         out, lse = backend.attend(q, k, v, pattern, call.scale)

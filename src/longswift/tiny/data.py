@@ -247,7 +247,7 @@ def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
     row, parts = _Row(rng), pool.parts
     with_stem, pieces = rng.random() < 0.4, int(rng.integers(1, 5))
     digits, again = int(rng.integers(1, tasks.DIGITS + 1)), rng.uniform(0.4, 0.75)
-    weights = np.full(digits, 1.0, dtype=np.float32)
+    weights: np.ndarray = np.full(digits, 1.0, dtype=np.float32)
     weights[0] = ANSWER_WEIGHT
     known: list[tuple[np.ndarray, np.ndarray]] = []
     while len(row) < size:

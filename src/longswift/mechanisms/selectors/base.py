@@ -40,6 +40,8 @@ class Request:
         coverage: Stop earlier once every row's captured mass reaches this, or None.
         strict: Row i may only see what rows ``<= i`` asked for.
         summary: Page summaries of ``k``, or None.
+        best_blocks: The backend's kernel for scoring key blocks by bounds and keeping the best, or
+            None; ``kernels.triton.scoring`` says what it takes.
     """
 
     q: Tensor
@@ -52,6 +54,7 @@ class Request:
     coverage: float | None
     strict: bool
     summary: KeySummary | None = None
+    best_blocks: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
     def groups(self) -> int:

@@ -135,10 +135,7 @@ class _Pass:
         if not bool(outside.any()):
             return Selection(self._nothing(run), None)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(q, run, outside, width, space)
-        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
-        rank[..., : self._sink_blocks] = float(EMPTY)
-        proposed, valid = _best(rank, self._wanted_blocks())
+        proposed, valid = self._propose(q, run, outside, width, space)
         proposed, valid = self._with_sink_blocks(proposed, valid, outside)
         tokens = self._tokens(proposed)
         if request.coverage is None and q.device.type == "cpu":
@@ -153,6 +150,24 @@ class _Pass:
         if request.coverage is not None:
             chosen = self._cover(chosen, best, taken, probs, tokens)
         return Selection(chosen, None)
+
+    def _propose(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks with the largest bounds, and whether each is a real choice, ``[B, Hkv, N, M]``."""
+        if self._request.best_blocks is not None:
+            if self._by_row:
+                rows = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
+                keys = torch.cat([self._high, self._low], -1)
+            else:
+                rows, keys = self._group_features(q, run), self._features
+            keys = keys[:, :width].unflatten(0, q.shape[:2])
+            most = min(self._wanted_blocks(), width)
+            return self._request.best_blocks(rows, keys, outside, self._sink_blocks, most)
+        scores = self._block_scores(q, run, outside, width, space)
+        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
+        rank[..., : self._sink_blocks] = float(EMPTY)
+        return _best(rank, self._wanted_blocks())
 
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
