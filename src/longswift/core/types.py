@@ -6,10 +6,57 @@ Shape legend used throughout: ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadStats:
+    """What each query head saw in one call, mean over the batch.
+
+    Attributes:
+        basis: ``"exact"`` when the captured mass was computed for every query row, ``"sampled"``
+            when it was computed (exactly) for some of them: the mean is then an estimate, and rows
+            worse than ``lowest`` may exist.
+        rows: Query rows measured per head.
+        density: Keys scored over the keys full attention scores.
+        captured: Share of full attention's mass on the keys that were seen one by one, mean over
+            the measured rows.
+        lowest: The smallest captured mass of a measured row.
+        remainder: Share of the output's own weight that lies on pooled means, mean over the
+            measured rows; not part of ``captured``.
+    """
+
+    basis: str
+    rows: int
+    density: tuple[float, ...]
+    captured: tuple[float, ...]
+    lowest: tuple[float, ...]
+    remainder: tuple[float, ...]
+
+    @staticmethod
+    def mean(parts: Sequence[HeadStats]) -> HeadStats | None:
+        """Statistics of several rows of a batch, taken together; None for none."""
+        if not parts:
+            return None
+
+        def over(name: str, combine: Any) -> tuple[float, ...]:
+            return tuple(combine(of) for of in zip(*(getattr(p, name) for p in parts), strict=True))
+
+        def average(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        return HeadStats(
+            basis="exact" if all(p.basis == "exact" for p in parts) else "sampled",
+            rows=min(p.rows for p in parts),
+            density=over("density", average),
+            captured=over("captured", average),
+            lowest=over("lowest", min),
+            remainder=over("remainder", average),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +71,7 @@ class AttentionStats:
         keys_per_query: Mean number of key slots scored per query, remainder entries included.
         density: ``keys_per_query`` over the mean number of keys full attention would score.
         dense_rows: Fraction of query rows that were computed exactly.
+        heads: The same per head with the captured attention mass, where it was asked for.
         extra: Figures particular to the mechanism.
     """
 
@@ -33,6 +81,7 @@ class AttentionStats:
     keys_per_query: float
     density: float
     dense_rows: float
+    heads: HeadStats | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

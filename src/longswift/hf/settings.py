@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -77,10 +79,30 @@ class _Resolved(NamedTuple):
 
 
 _RESOLVED: WeakKeyDictionary[nn.Module, _Resolved] = WeakKeyDictionary()
+_STAND_IN: ContextVar[Callable[[int | None], Mechanism] | None] = ContextVar(
+    "longswift_stand_in", default=None
+)
+
+
+@contextmanager
+def stand_in(choose: Callable[[int | None], Mechanism]) -> Iterator[None]:
+    """Layers that would run the configured mechanism run ``choose(layer index)`` inside.
+
+    For trying mechanisms without storing them, also ones that have no name. Only for calls of this
+    thread; layers whose architecture prescribes a window keep it.
+    """
+    token = _STAND_IN.set(choose)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
 
 
 def resolve(module: nn.Module, name: str) -> Mechanism:
     """``mechanism_for`` the module's configuration, built again only when that changed."""
+    choose = _STAND_IN.get()
+    if choose is not None:
+        return choose(getattr(module, "layer_idx", None))
     config: Any = module.config
     settings = read_settings(config)
     known = _RESOLVED.get(module)
