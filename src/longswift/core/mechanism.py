@@ -21,7 +21,7 @@ from longswift.core.inputs import (
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
-from longswift.core.types import AttentionResult, AttentionStats, HeadStats
+from longswift.core.types import AttentionResult, AttentionStats, CapturedMass, means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +320,8 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
         keys_per_query=mean("keys_per_query"),
         density=mean("density"),
         dense_rows=mean("dense_rows"),
-        heads=HeadStats.mean([s.heads for s in stats if s.heads is not None]),
+        density_by_head=means([s.density_by_head for s in stats]),
+        captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
         extra=telling.extra,
     )
 

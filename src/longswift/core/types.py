@@ -6,6 +6,7 @@ Shape legend used throughout: ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -14,49 +15,43 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadStats:
-    """What each query head saw in one call, mean over the batch.
+class CapturedMass:
+    """Full attention's mass on the keys that were seen, per query head, mean over the batch.
 
     Attributes:
-        basis: ``"exact"`` when the captured mass was computed for every query row, ``"sampled"``
-            when it was computed (exactly) for some of them: the mean is then an estimate, and rows
-            worse than ``lowest`` may exist.
+        basis: ``"exact"`` when it was computed for every query row, ``"sampled"`` when it was
+            computed (exactly) for some of them: the mean is then an estimate, and rows worse than
+            ``lowest`` may exist.
         rows: Query rows measured per head.
-        density: Keys scored over the keys full attention scores.
-        captured: Share of full attention's mass on the keys that were seen one by one, mean over
-            the measured rows.
-        lowest: The smallest captured mass of a measured row.
+        mean: Share of the mass on the keys seen one by one, mean over the measured rows.
+        lowest: The smallest share of a measured row.
         remainder: Share of the output's own weight that lies on pooled means, mean over the
-            measured rows; not part of ``captured``.
+            measured rows; not part of ``mean``.
     """
 
     basis: str
     rows: int
-    density: tuple[float, ...]
-    captured: tuple[float, ...]
+    mean: tuple[float, ...]
     lowest: tuple[float, ...]
     remainder: tuple[float, ...]
 
     @staticmethod
-    def mean(parts: Sequence[HeadStats]) -> HeadStats | None:
-        """Statistics of several rows of a batch, taken together; None for none."""
+    def over_batch(parts: Sequence[CapturedMass]) -> CapturedMass | None:
+        """Rows of a batch taken together; None for none."""
         if not parts:
             return None
-
-        def over(name: str, combine: Any) -> tuple[float, ...]:
-            return tuple(combine(of) for of in zip(*(getattr(p, name) for p in parts), strict=True))
-
-        def average(values: Sequence[float]) -> float:
-            return sum(values) / len(values)
-
-        return HeadStats(
+        return CapturedMass(
             basis="exact" if all(p.basis == "exact" for p in parts) else "sampled",
             rows=min(p.rows for p in parts),
-            density=over("density", average),
-            captured=over("captured", average),
-            lowest=over("lowest", min),
-            remainder=over("remainder", average),
+            mean=means([p.mean for p in parts]),
+            lowest=tuple(min(of) for of in zip(*(p.lowest for p in parts), strict=True)),
+            remainder=means([p.remainder for p in parts]),
         )
+
+
+def means(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Means of the entries of equally long tuples."""
+    return tuple(sum(of) / len(parts) for of in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,8 @@ class AttentionStats:
         keys_per_query: Mean number of key slots scored per query, remainder entries included.
         density: ``keys_per_query`` over the mean number of keys full attention would score.
         dense_rows: Fraction of query rows that were computed exactly.
-        heads: The same per head with the captured attention mass, where it was asked for.
+        density_by_head: ``density`` of each KV head; empty where heads do not differ.
+        captured: The attention mass that was seen, where it was asked for.
         extra: Figures particular to the mechanism.
     """
 
@@ -81,12 +77,14 @@ class AttentionStats:
     keys_per_query: float
     density: float
     dense_rows: float
-    heads: HeadStats | None = None
+    density_by_head: tuple[float, ...] = ()
+    captured: CapturedMass | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, ready for JSON."""
-        return asdict(self)
+        """Plain dictionary, in the very form JSON gives back."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
 
 class AttentionResult(NamedTuple):

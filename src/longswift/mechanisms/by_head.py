@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.mechanism import Call, Mechanism
-from longswift.core.types import AttentionResult, AttentionStats, HeadStats
+from longswift.core.types import AttentionResult, AttentionStats, CapturedMass
 
 
 class HeadGroup(NamedTuple):
@@ -82,39 +82,42 @@ def _together(
 
     # Dense heads have little to tell; the sparsest group says what the mechanism did.
     telling = min(stats, key=lambda s: s.dense_rows)
-    heads = None
-    if any(s.heads is not None for s in stats):
-        heads = _heads_together(groups, stats, size)
+    density = {
+        head: s.density_by_head[i] if s.density_by_head else s.density
+        for group, s in zip(groups, stats, strict=True)
+        for i, head in enumerate(group.heads)
+    }
+    measured = [s.captured for s in stats if s.captured is not None]
     return replace(
         telling,
         mechanism=name,
         keys_per_query=mean("keys_per_query"),
         density=mean("density"),
         dense_rows=mean("dense_rows"),
-        heads=heads,
+        density_by_head=tuple(density[head] for head in sorted(density)),
+        captured=_captured(groups, stats, measured, size) if measured else None,
     )
 
 
-def _heads_together(
-    groups: Sequence[HeadGroup], stats: list[AttentionStats], size: int
-) -> HeadStats:
-    measured = [s.heads for s in stats if s.heads is not None]
-    by_head: dict[int, tuple[float, ...]] = {}
+def _captured(
+    groups: Sequence[HeadGroup],
+    stats: list[AttentionStats],
+    measured: list[CapturedMass],
+    size: int,
+) -> CapturedMass:
+    by_head: dict[int, tuple[float, float, float]] = {}
     for group, one in zip(groups, stats, strict=True):
         for i, head in enumerate(_query_heads(group.heads, size)):
-            h = one.heads
+            found = one.captured
             # A dense group sees everything and measures nothing.
-            by_head[head] = (
-                (1.0, 1.0, 1.0, 0.0)
-                if h is None
-                else (h.density[i], h.captured[i], h.lowest[i], h.remainder[i])
-            )
-    columns = list(zip(*(by_head[head] for head in sorted(by_head)), strict=True))
-    return HeadStats(
-        basis="exact" if all(h.basis == "exact" for h in measured) else "sampled",
-        rows=min(h.rows for h in measured),
-        density=columns[0],
-        captured=columns[1],
-        lowest=columns[2],
-        remainder=columns[3],
+            by_head[head] = (1.0, 1.0, 0.0)
+            if found is not None:
+                by_head[head] = found.mean[i], found.lowest[i], found.remainder[i]
+    mean, lowest, remainder = zip(*(by_head[head] for head in sorted(by_head)), strict=True)
+    return CapturedMass(
+        basis="exact" if all(m.basis == "exact" for m in measured) else "sampled",
+        rows=min(m.rows for m in measured),
+        mean=mean,
+        lowest=lowest,
+        remainder=remainder,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.types import HeadStats
+from longswift.core.types import CapturedMass
 
 # Score elements held at once: 16 MiB in fp32.
 _SCORES = 1 << 22
@@ -143,16 +143,15 @@ def sample_rows(q_len: int, k_len: int, count: int) -> list[int]:
     return [rng.randrange(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def head_stats(
+def captured_mass(
     q: Tensor,
     k: Tensor,
     pattern: BlockPattern | None,
     scale: float,
     lse: Tensor,
-    density: tuple[float, ...],
     exact_rows: int,
     dense: Tensor | None,
-) -> HeadStats:
+) -> CapturedMass:
     """Captured mass of sampled rows, or of all of a short call.
 
     Args:
@@ -161,7 +160,6 @@ def head_stats(
         pattern: Made for the queries behind the first ``exact_rows``; None if there are none.
         scale: Factor on the scores.
         lse: ``[B, Hq, Lq]`` of the result, pooled means included.
-        density: Of each KV head.
         exact_rows: Leading queries that saw every key.
         dense: bool ``[B, Hkv, N]``, blocks of the pattern that saw every key all the same.
     """
@@ -183,12 +181,10 @@ def head_stats(
         mass[:, :, below:] = found.mass
         if pattern.pool is not None:
             shadow[:, :, below:] = 1.0 - share.clamp(max=1.0)
-    size = heads // k.shape[1]
-    return HeadStats(
+    return CapturedMass(
         basis="exact" if len(rows) == q_len else "sampled",
         rows=len(rows),
-        density=tuple(d for d in density for _ in range(size)),
-        captured=tuple(mass.mean((0, 2)).tolist()),
+        mean=tuple(mass.mean((0, 2)).tolist()),
         lowest=tuple(mass.amin((0, 2)).tolist()),
         remainder=tuple(shadow.mean((0, 2)).tolist()),
     )

@@ -48,11 +48,11 @@ from longswift.core.pools import band_edges
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import HeadGroup, attend_by_head, visible_by_head
-from longswift.mechanisms.coverage import head_stats
+from longswift.mechanisms.coverage import captured_mass
 from longswift.mechanisms.full import Full, full_pattern
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
-from longswift.mechanisms.patterned import head_density, pattern_stats
+from longswift.mechanisms.patterned import pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
@@ -88,7 +88,7 @@ class MSSwift(Mechanism):
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
             available in strict causality, where probes would look ahead.
         collect: Also measure, for 64 rows of every call, which share of full attention's mass lies
-            on the keys each head saw: ``stats.heads``.
+            on the keys each head saw: ``stats.captured``.
     """
 
     name: ClassVar[str] = "ms_swift"
@@ -248,10 +248,9 @@ class MSSwift(Mechanism):
         if len(parts) > 1:
             out, lse = (torch.cat([p[i] for p in parts], 2) for i in range(2))
         if self.collect:
-            density = head_density(counted, q_len, k_len, exact_rows, more_keys)
             dense = None if short is None else short.dense
-            heads = head_stats(q, k, pattern, call.scale, lse, density, exact_rows, dense)
-            stats = replace(stats, heads=heads)
+            mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense)
+            stats = replace(stats, captured=mass)
         return AttentionResult(out, lse, replace(stats, extra=extra))
 
     def _short_blocks(self, q: Tensor, k: Tensor, pattern: BlockPattern, call: Call) -> Short:

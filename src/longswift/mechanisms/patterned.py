@@ -95,7 +95,7 @@ def _gathered_pairs(pattern: BlockPattern, q_len: int, k_len: int, skip: int) ->
     return counts
 
 
-def head_density(
+def _head_density(
     pattern: BlockPattern,
     q_len: int,
     k_len: int,
@@ -130,7 +130,7 @@ def pattern_stats(
 
     ``more_keys`` says what each KV head scored beyond the pattern, per query it was made for.
     """
-    by_head = head_density(pattern, q_len, k_len, exact_rows, more_keys)
+    by_head = _head_density(pattern, q_len, k_len, exact_rows, more_keys)
     density = sum(by_head) / len(by_head)
     return AttentionStats(
         mechanism=mechanism,
@@ -139,4 +139,5 @@ def pattern_stats(
         keys_per_query=density * dense_keys(q_len, k_len, pattern.causal),
         density=density,
         dense_rows=1.0 if mode == "dense" else exact_rows / q_len,
+        density_by_head=by_head,
     )
