@@ -101,7 +101,16 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
         ConfigError: Unknown mechanism or option, or a setting for a mechanism not in ``text``.
     """
     chosen = [name.replace("-", "_") for name in names(text)]
-    options: dict[str, dict[str, object]] = {name: {} for name in chosen}
+    return {name: from_json({"name": name, **o}) for name, o in assign(chosen, settings).items()}
+
+
+def assign(chosen: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options that ``settings`` give to each of the mechanisms ``chosen``.
+
+    Raises:
+        ConfigError: Nothing chosen, or a setting for a mechanism that is not.
+    """
+    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
     for setting in settings:
         target, equals, value = setting.partition("=")
         name, _, option = target.strip().partition(".")
@@ -122,9 +131,9 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
         options[name][option] = parsed
     if not chosen:
         raise ConfigError(
-            problem("mechanism", expected="at least one name", got=repr(text), fix="Try ms_swift.")
+            problem("mechanism", expected="at least one name", got="''", fix="Try ms_swift.")
         )
-    return {name: from_json({"name": name, **options[name]}) for name in chosen}
+    return options
 
 
 def from_json(config: dict[str, Any]) -> Mechanism:
