@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
 from longswift.eval import pattern_table, plots
-from longswift.eval.patterns import Picture, Why, check_length, describe, picture
+from longswift.eval.patterns import Picture, Why, check_length, options_in_words, picture
 
 # Hues that colour-blind readers tell apart; lightness falls with the reason, so greys do as well.
 COLOURS: dict[Why, str] = {
@@ -136,7 +136,7 @@ def draw_sheet(pictures: Sequence[tuple[Picture, Picture]], path: str | Path) ->
 def _title(shown: Picture) -> str:
     form = "causal" if shown.causal else "bidirectional"
     head = f"{shown.mechanism.name}, {form}, {shown.length} tokens: {_share(shown)}"
-    return "\n".join([head, *wrap(describe(shown), 110)])
+    return "\n".join([head, *wrap(options_in_words(shown.mechanism), 110)])
 
 
 def _share(shown: Picture) -> str:

@@ -25,6 +25,18 @@ _CONFIGS: dict[str, Callable[[int], dict[str, Any]]] = {
     },
 }
 
+# A text of a few pages fits into the default windows; with these there is something to choose.
+_SHORT_TEXT: dict[str, dict[str, Any]] = {
+    "ms_swift": {
+        "windows": (64, 128, 256),
+        "sinks": 4,
+        "key_tokens": 64,
+        "block": 64,
+        "remainder": 64,
+        "dense_below": 0,
+    },
+}
+
 _LABELS: dict[Why, str] = {
     Why.GLOBAL: "global token",
     Why.WINDOW: "window",
@@ -32,6 +44,7 @@ _LABELS: dict[Why, str] = {
     Why.FULL_ROW: "row that sees everything",
     Why.STATE: "all, through a state",
     Why.SUMMARY: "through a summary",
+    Why.NOTHING: "not at all",
 }
 _OWN_LABELS: dict[str, dict[Why, str]] = {
     "full": {Why.WINDOW: "seen"},
@@ -72,6 +85,18 @@ def mechanisms(names: str | None, settings: Sequence[str], length: int) -> list[
     return [
         options.from_json({"name": name, **config(name, length), **asked[name]}) for name in chosen
     ]
+
+
+def reading(name: str, settings: Sequence[str]) -> Mechanism:
+    """One mechanism configured to show its choices in a text of a few pages.
+
+    Args:
+        name: The mechanism.
+        settings: ``OPTION=VALUE``.
+    """
+    name = name.replace("-", "_")
+    asked = options.assign([name], [_full(setting, [name]) for setting in settings])
+    return options.from_json({"name": name, **_SHORT_TEXT.get(name, {}), **asked[name]})
 
 
 def _full(setting: str, chosen: list[str]) -> str:

@@ -250,9 +250,9 @@ def _distinct(mechanism: Mechanism, why: Tensor) -> tuple[Heads, ...]:
     return tuple(found)
 
 
-def describe(shown: Picture) -> str:
-    """What the picture shows, in a line."""
-    config = {key: value for key, value in shown.mechanism.to_dict().items() if key != "name"}
+def options_in_words(mechanism: Mechanism) -> str:
+    """The configuration of a mechanism, in a line."""
+    config = {key: value for key, value in mechanism.to_dict().items() if key != "name"}
     words = ", ".join(f"{key}={_plain(value)}" for key, value in config.items())
     return words or "no options"
 
