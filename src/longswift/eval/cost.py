@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from longswift.core.mechanism import Mechanism
-from longswift.core.types import AttentionResult
+from longswift.core.observe import Observed, observe
 
 
 def equal_cost_window(keys_per_query: float, length: int) -> int:
@@ -34,18 +33,12 @@ class Scored:
 @contextmanager
 def count_keys(mechanism: Mechanism | None, scored: Scored) -> Iterator[None]:
     """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
-    original = Mechanism.__call__
 
-    def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
-        result = original(self, q, k, v, **options)
-        if self == mechanism:
-            queries, stats = q.shape[2], result.stats
+    def add(seen: Observed) -> None:
+        if seen.mechanism == mechanism:
+            queries = seen.q.shape[2]
             scored.queries += queries
-            scored.keys += queries * stats.keys_per_query
-        return result
+            scored.keys += queries * seen.result.stats.keys_per_query
 
-    Mechanism.__call__ = counted  # type: ignore[method-assign]
-    try:
+    with observe(add):
         yield
-    finally:
-        Mechanism.__call__ = original  # type: ignore[method-assign]

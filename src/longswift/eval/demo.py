@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, InputError, problem
+from longswift.core.errors import InputError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
@@ -71,16 +71,7 @@ class Demo:
             chunk=self.chunk,
             decoded=self.decoded,
         )
-        block = self.mechanism.get("block", 1)
-        if self.chunk % block:
-            raise ConfigError(
-                problem(
-                    "demo.chunk",
-                    expected=f"a multiple of the mechanism's block ({block})",
-                    got=self.chunk,
-                    fix=f"Try {8 * block}.",
-                )
-            )
+        reading.check_chunk("demo.chunk", self.chunk, options.from_json(self.mechanism))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +257,7 @@ def _config(demo: Demo, loaded: Loaded, text: str) -> dict[str, Any]:
     content["file"] = None if demo.file is None else Path(demo.file).name
     content["model"] = loaded.name
     content["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    state = hashlib.sha256()
-    for name, tensor in loaded.model.state_dict().items():
-        state.update(name.encode())
-        state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
-    content["model_sha256"] = state.hexdigest()
+    content["model_sha256"] = loaded.sha256()
     return content
 
 

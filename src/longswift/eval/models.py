@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ class Loaded:
         """The text of token ids, special tokens left out."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def sha256(self) -> str:
+        """A fingerprint of the weights, cheap to make: of their names and sums."""
+        state = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            state.update(name.encode())
+            state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
+        return state.hexdigest()
 
     def stop_tokens(self) -> set[int]:
         """Tokens that end an answer."""

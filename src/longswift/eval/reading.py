@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval.progress import Bar, silent
 
-_SCORED_ROWS = 512
+SCORED_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +44,48 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
+    """fp32 logits ``[T, vocabulary]`` behind ``hidden [T, width]``, as the model scales them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    # Cohere multiplies, Granite divides, Gemma caps.
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def _score(model: Any, hidden: Tensor, targets: Tensor) -> float:
     """Summed negative log-likelihood of ``targets [T]`` after ``hidden [1, T, width]``."""
-    head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     total = 0.0
-    for start in range(0, targets.shape[0], _SCORED_ROWS):
-        rows = slice(start, start + _SCORED_ROWS)
-        logits = head(hidden[0, rows][: targets[rows].shape[0]]).float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
+    for start in range(0, targets.shape[0], SCORED_ROWS):
+        rows = slice(start, start + SCORED_ROWS)
+        logits = next_token_logits(model, hidden[0, rows][: targets[rows].shape[0]])
         total += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
     return total
+
+
+def check_chunk(owner: str, chunk: int, mechanism: Mechanism | None) -> None:
+    """Raise ``ConfigError`` unless reading in chunks gives what reading at once gives."""
+    block = getattr(mechanism, "block", 1)
+    if chunk % block:
+        raise ConfigError(
+            problem(
+                owner,
+                expected=f"a multiple of the mechanism's block ({block})",
+                got=chunk,
+                fix=f"Try {8 * block}.",
+            )
+        )
+
+
+@torch.inference_mode()
+def hidden_states(model: Any, ids: Sequence[int], cache: Any, chunk: int) -> Iterator[Tensor]:
+    """The decoder's last hidden states ``[1, T, width]``, a chunk of the document at a time."""
+    decoder = model.get_decoder()
+    tokens = torch.tensor(ids, device=model.device)
+    for part in tokens.split(chunk):
+        yield decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @torch.inference_mode()
@@ -76,21 +108,18 @@ def read(
         score: Also sum the log-likelihood; logits exist for a few hundred rows at a time.
         step: Progress, in tokens.
     """
-    decoder = model.get_decoder()
     tokens = torch.tensor(ids, device=model.device)
+    states = hidden_states(model, ids, cache, chunk)
     seconds = nll = 0.0
     for start in range(0, len(ids), chunk):
-        part = tokens[start : start + chunk]
         _finish(tokens.device)
         begin = time.perf_counter()
-        hidden = decoder(
-            input_ids=part[None], past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        hidden = next(states)
         _finish(tokens.device)
         seconds += time.perf_counter() - begin
         if score:
-            nll += _score(model, hidden, tokens[start + 1 : start + 1 + len(part)])
-        step(len(part))
+            nll += _score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]])
+        step(hidden.shape[1])
     return Reading(tokens=len(ids), seconds=seconds, nll=nll)
 
 

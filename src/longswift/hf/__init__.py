@@ -14,7 +14,7 @@ from longswift.hf.attention import make_attention
 from longswift.hf.cache import SwiftCache
 from longswift.hf.extending import Extension, check_length, extend
 from longswift.hf.masks import swift_mask
-from longswift.hf.settings import attention_of, implementation_names, set_attention
+from longswift.hf.settings import attention_of, implementation_names, set_attention, set_profile
 
 __all__ = [
     "Extension",
@@ -24,6 +24,7 @@ __all__ = [
     "extend",
     "implementation_names",
     "set_attention",
+    "set_profile",
 ]
 
 # Transformers looks for these inside names and takes the implementation for another one.
