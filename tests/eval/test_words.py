@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from longswift.core.errors import InputError, UnsupportedError
+from longswift.core.errors import InputError
+from longswift.core.observe import Observed, observe
 from longswift.eval import pattern_table, words_page
 from longswift.eval.models import Loaded, load
 from longswift.eval.patterns import Why
 from longswift.eval.words import Words, look
+from longswift.tiny.tasks import made_up_word
 
 SMALL = ["windows=8,16", "block=16", "sinks=2", "key_tokens=4", "remainder=16"]
 SELECTOR = 'selector={"name": "bounds", "key_block": 4, "row_group": 4}'
 TEXT = (
     "The  import statement\n\n    finds <script>alert('no')</script> a module & binds it: "
-    + "see section {number} of the manual, or ask again. " * 6
+    # No sentence twice: equal keys are equally good choices.
+    + " ".join(made_up_word(random.Random(i)) for i in range(90))
 )
 
 
@@ -93,17 +97,26 @@ def test_the_words_are_the_text_and_the_query_asks(loaded: Loaded, document: Pat
 
 
 def test_chosen_words_are_those_the_mechanism_chose(loaded: Loaded, document: Path) -> None:
+    """Against ``visible()`` of all queries in one call."""
+    from longswift.hf import SwiftCache
+
     found = shown(loaded, document)
+    calls: list[Observed] = []
+    ids = torch.tensor([ids_of(loaded, TEXT)])
+    with observe(calls.append), torch.no_grad():
+        loaded.model(ids, past_key_values=SwiftCache(loaded.model.config))
+    call = next(c for c in calls if c.layer == 1)
+    seen = call.mechanism.visible(call.q, call.k, scale=call.scale)[0]
+    start, end = found.block
     for view, window in zip(found.views, (16, 8), strict=True):
+        mine = seen[2 * view.head : 2 * view.head + 2, start:end]
         assert view.window == window
-        chosen = [i for i, why in enumerate(view.why) if why == str(int(Why.CHOSEN))]
-        assert 1 <= len(chosen) <= 4
+        assert view.keys == pytest.approx(float(mine[0].sum(1).float().mean()))
+        chosen = view.why.count(str(int(Why.CHOSEN)))
+        assert 1 <= chosen <= 4
         assert view.why[0] == str(int(Why.GLOBAL))
         assert view.why[-1] == str(int(Why.WINDOW))
-        assert view.keys <= window + 16 + 2 + 4
-        # The budget goes to what is looked at most: the least chosen beats the median word.
-        share = dict(view.shares)
-        assert max(share.get(i, 0.0) for i in chosen) > sorted(share.values())[len(share) // 2]
+        assert int(mine[0, -1, 2 : -window - 16].sum()) >= chosen
 
 
 def test_a_chunked_reading_shows_the_same(
@@ -148,19 +161,3 @@ def test_impossible_requests_are_refused(loaded: Loaded, document: Path) -> None
         words_page.Page(model="tiny", file=None)
     with pytest.raises(ValueError, match="MODEL"):
         words_page.Page(model=None, file="x")
-
-
-def test_watching_ends_with_the_context(loaded: Loaded, document: Path) -> None:
-    from transformers import AttentionInterface
-
-    from longswift.hf.capture import capture
-
-    before = AttentionInterface()["ms_swift"]
-    shown(loaded, document)
-    assert AttentionInterface()["ms_swift"] is before
-    with pytest.raises(RuntimeError), capture(loaded.model, lambda call: None):
-        raise RuntimeError
-    assert AttentionInterface()["ms_swift"] is before
-    loaded.model.set_attn_implementation("sdpa")
-    with pytest.raises(UnsupportedError, match="set_attention"), capture(loaded.model, print):
-        pass

@@ -81,9 +81,10 @@ def mechanisms(names: str | None, settings: Sequence[str], length: int) -> list[
     """
     names = ",".join(list_mechanisms()) if names is None else names
     chosen = [name.replace("-", "_") for name in options.names(names)]
-    asked = options.assign(chosen, [_full(setting, chosen) for setting in settings])
+    full = [_full(setting, chosen) for setting in settings]
     return [
-        options.from_json({"name": name, **config(name, length), **asked[name]}) for name in chosen
+        options.from_json({**config(name, length), **asked})
+        for name, asked in options.configs("mechanism", names, full)
     ]
 
 
@@ -95,8 +96,9 @@ def reading(name: str, settings: Sequence[str]) -> Mechanism:
         settings: ``OPTION=VALUE``.
     """
     name = name.replace("-", "_")
-    asked = options.assign([name], [_full(setting, [name]) for setting in settings])
-    return options.from_json({"name": name, **_SHORT_TEXT.get(name, {}), **asked[name]})
+    full = [_full(setting, [name]) for setting in settings]
+    ((_, asked),) = options.configs("mechanism", name, full)
+    return options.from_json({**_SHORT_TEXT.get(name, {}), **asked})
 
 
 def _full(setting: str, chosen: list[str]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longswift.core.errors import InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.observe import Observed, observe
 from longswift.eval import reading
 from longswift.eval.documents import read_text
 from longswift.eval.models import Loaded
@@ -131,27 +132,36 @@ def look(
         InputError: The file is no text, or has no such position.
         UnsupportedError: The tokenizer cannot tell where its tokens lie in a text.
     """
-    from longswift.hf import SwiftCache, check_length, set_attention
-    from longswift.hf.capture import Captured, capture
+    from longswift.hf import SwiftCache, check_length
 
     text = _tokenize(loaded, read_text(file), query)
     check_length(loaded.model, len(text.ids))
     block, start, end = _block(mechanism, text, query, position)
     rows = text.rows if query is not None else range(start, end)
     rows = range(max(rows.start, start), min(rows.stop, end))
-    set_attention(loaded.model, mechanism)
+    loaded.use(mechanism)
     chunk = _CHUNK // block * block or block
     first = start // chunk * chunk
     cache = SwiftCache(loaded.model.config)
     reading.read(loaded.model, text.ids[:first], cache, chunk=chunk)
     views: list[View] = []
 
-    def receive(call: Captured) -> None:
-        q, k = call.q[:1, :, start - first : end - first], call.k[:1, :, :end]
-        views.extend(_views(call.layer, call.mechanism, q, k, call.scale, text, rows))
+    def receive(call: Observed) -> None:
+        # Layers with a window of the model's own run another mechanism.
+        if call.layer is not None and call.mechanism.name == mechanism.name:
+            views.extend(_views(call, slice(start - first, end - first), text, rows))
 
-    with capture(loaded.model, receive):
+    with observe(receive):
         reading.read(loaded.model, text.ids[first:end], cache, chunk=chunk)
+    if not views:
+        raise UnsupportedError(
+            problem(
+                loaded.name,
+                expected="layers with full attention, which a mechanism can replace",
+                got="none",
+                fix="Use a model that has some.",
+            )
+        )
     return Words(
         model=loaded.name,
         mechanism=mechanism.to_dict(),
@@ -231,25 +241,17 @@ def _block(
 
 
 @torch.inference_mode()
-def _views(
-    layer: int,
-    mechanism: Mechanism,
-    q: Tensor,
-    k: Tensor,
-    scale: float | None,
-    text: _Text,
-    rows: range,
-) -> list[View]:
-    """Every KV head of one layer; ``q`` are the queries of the block that ends with ``k``."""
+def _views(call: Observed, queries: slice, text: _Text, rows: range) -> list[View]:
+    """Every KV head of one layer; ``queries`` are the rows of the call that form the block."""
+    mechanism, q, k = call.mechanism, call.q[:1, :, queries], call.k[:1]
     kv_heads, k_len, q_len = k.shape[1], k.shape[2], q.shape[2]
     groups = q.shape[1] // kv_heads
-    seen = mechanism.visible(q, k, causal=True, scale=scale)[0]
+    seen = mechanism.visible(q, k, causal=True, scale=call.scale)[0]
     # A group shares its keys, so its first head speaks for all.
     why = reasons(mechanism, seen[::groups].cpu(), causal=True)
     position = torch.arange(k_len - q_len, k_len, device=q.device)
-    scores = (q[0].float() @ k[0].float().repeat_interleave(groups, 0).transpose(-1, -2)) * (
-        q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    keys = k[0].float().repeat_interleave(groups, 0)
+    scores = q[0].float() @ keys.transpose(-1, -2) * call.scale
     hidden = torch.arange(k_len, device=q.device) > position[:, None]
     probs = scores.masked_fill(hidden, float("-inf")).softmax(-1).cpu()
     begin = k_len - q_len
@@ -261,7 +263,7 @@ def _views(
         share = probs[head * groups : (head + 1) * groups, mine]
         reason = why[head, mine]
         reason = torch.where((reason == 0) & ~hidden.cpu()[mine], int(rest), reason)
-        found.append(_view(layer, head, windows[head], share, reason, text, rows))
+        found.append(_view(call.layer or 0, head, windows[head], share, reason, text, rows))
     return found
 
 
