@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from longswift.cli import bench, compare, demo, eval, generate, info, patterns, tiny
+from longswift.cli import (
+    bench,
+    compare,
+    demo,
+    eval,
+    fidelity,
+    generate,
+    info,
+    patterns,
+    report,
+    tiny,
+)
 
 # Typer carries its own copy of Click or uses the installed one, depending on its version.
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -125,7 +136,9 @@ app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 app.command(name="eval")(eval.evaluate)
 app.command()(compare.compare)
+app.command()(fidelity.fidelity)
 app.command()(patterns.patterns)
+app.command()(report.report)
 app.add_typer(tiny.app, name="tiny")
 
 

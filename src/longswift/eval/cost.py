@@ -24,21 +24,25 @@ def equal_cost_window(keys_per_query: float, length: int) -> int:
 
 @dataclass
 class Scored:
-    """Keys scored by one mechanism, weighted by queries."""
+    """Keys scored by the calls that were added, weighted by queries."""
 
     queries: int = 0
     keys: float = 0.0
 
+    def add(self, call: Observed) -> None:
+        """Count a call."""
+        queries = call.q.shape[2]
+        self.queries += queries
+        self.keys += queries * call.result.stats.keys_per_query
+
 
 @contextmanager
 def count_keys(mechanism: Mechanism | None, scored: Scored) -> Iterator[None]:
-    """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
+    """Count what calls equal to ``mechanism`` score."""
 
-    def add(seen: Observed) -> None:
-        if seen.mechanism == mechanism:
-            queries = seen.q.shape[2]
-            scored.queries += queries
-            scored.keys += queries * seen.result.stats.keys_per_query
+    def add(call: Observed) -> None:
+        if call.mechanism == mechanism:
+            scored.add(call)
 
     with observe(add):
         yield

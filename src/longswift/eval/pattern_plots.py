@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from longswift.core.errors import ConfigError, problem
 from longswift.eval import pattern_table, plots
 from longswift.eval.patterns import Picture, Why, check_length, options_in_words, picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Hues that colour-blind readers tell apart; lightness falls with the reason, so greys do as well.
 COLOURS: dict[Why, str] = {
@@ -62,6 +65,15 @@ def draw(
                 fix="Name the picture accordingly.",
             )
         )
+    pairs = pictures(names, length=length, settings=settings, causal=causal)
+    plots.save(draw_picture(*pairs[0]) if len(pairs) == 1 else draw_sheet(pairs), path)
+    return [shown for shown, _ in pairs]
+
+
+def pictures(
+    names: str | None, *, length: int = 64, settings: Sequence[str] = (), causal: bool = True
+) -> list[tuple[Picture, Picture]]:
+    """Each mechanism at ``length`` tokens and at few, see ``draw``."""
     check_length(length)
     on_circle = min(_ON_CIRCLE, length)
     pairs = []
@@ -74,20 +86,15 @@ def draw(
         if names is None:
             form = large.supports_causal and (causal or not large.supports_bidirectional)
         pairs.append((picture(large, length, causal=form), picture(small, on_circle, causal=form)))
-    if len(pairs) == 1:
-        draw_picture(*pairs[0], path)
-    else:
-        draw_sheet(pairs, path)
-    return [shown for shown, _ in pairs]
+    return pairs
 
 
-def draw_picture(shown: Picture, graph: Picture, path: str | Path) -> Path:
-    """The matrix of each different head above the graphs by reason; PNG or SVG by the suffix.
+def draw_picture(shown: Picture, graph: Picture) -> Figure:
+    """The matrix of each different head above the graphs by reason.
 
     Args:
         shown: The matrices.
         graph: The same mechanism at few tokens, since a circle of many is one blot.
-        path: File to write.
     """
     parts = _parts(graph)
     fig = plots.figure(_WIDTH, 6.2)
@@ -105,15 +112,14 @@ def draw_picture(shown: Picture, graph: Picture, path: str | Path) -> Path:
     bottom.suptitle(f"Who sees whom, {graph.length} tokens on a circle", fontsize=9, color=_NODE)
     _legend(bottom, shown.mechanism.name, sorted({*shown.reasons, *graph.reasons}, reverse=True))
     top.suptitle(_title(shown), fontsize=10)
-    return plots.save(fig, path)
+    return fig
 
 
-def draw_sheet(pictures: Sequence[tuple[Picture, Picture]], path: str | Path) -> Path:
-    """A matrix and a graph of every mechanism; PNG or SVG by the suffix.
+def draw_sheet(pictures: Sequence[tuple[Picture, Picture]]) -> Figure:
+    """A matrix and a graph of every mechanism.
 
     Args:
         pictures: Matrices, each with the same mechanism at few tokens for the graph.
-        path: File to write.
     """
     columns = min(3, len(pictures))
     rows = math.ceil(len(pictures) / columns)
@@ -130,7 +136,7 @@ def draw_sheet(pictures: Sequence[tuple[Picture, Picture]], path: str | Path) ->
         left.set_xlabel("causal" if shown.causal else "bidirectional")
     reasons = {why for pair in pictures for shown in pair for why in shown.reasons}
     _legend(fig, None, sorted(reasons, reverse=True))
-    return plots.save(fig, path)
+    return fig
 
 
 def _title(shown: Picture) -> str:

@@ -6,28 +6,35 @@ that was not measured says so, and which command measures it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, InputError, problem
+from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
-from longswift.eval import memory, options, reading, suite
+from longswift.core.observe import Observed, observe
+from longswift.eval import fidelity, fidelity_runs, memory, options, reading, suite
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
-from longswift.eval.documents import read_text
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import Bar, bar
+from longswift.eval.report_sections import (
+    FIDELITY,
+    FULL,
+    READING,
+    RETRIEVAL,
+    WINDOW,
+    ReadingRow,
+)
+from longswift.eval.report_verdict import verdict
 from longswift.eval.results import Progress, Result, writable
+from longswift.eval.samples import samples
 from longswift.mechanisms import get_mechanism
+from longswift.mechanisms.ms_swift import MSSwift
+from longswift.mechanisms.sliding_window import SlidingWindow
 
-FULL, WINDOW = "full", "sliding_window"
-READING, RETRIEVAL, FIDELITY = "reading", "retrieval", "fidelity"
-_LONGEST, _SHORTEST = 32768, 256
+_SHORTEST = 256
 _WARM_UP = 2048
 _DECODED = 16
 PARTS = 12
@@ -91,37 +98,6 @@ class Report:
         return next((name for name in names if name != WINDOW), names[0])
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadingRow:
-    """The text read with one attention.
-
-    Attributes:
-        name: Mechanism.
-        label: What to call it.
-        tokens: Tokens read.
-        seconds: Time of the decoder.
-        tokens_per_second: Greedy decoding behind the text.
-        peak_bytes: Memory above the loaded model, or None where it cannot be measured.
-        keys_per_query: Keys scored per query in the layers replaced, mean.
-        density: The same as a share of full attention's.
-        nll: Mean negative log-likelihood of a token, nats.
-        nll_by_part: The same for equal parts of the text.
-        windows: ``[layer, KV head, window]`` where heads have windows.
-    """
-
-    name: str
-    label: str
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    peak_bytes: int | None
-    keys_per_query: float
-    density: float
-    nll: float
-    nll_by_part: list[float]
-    windows: list[tuple[int, int, int]]
-
-
 def asked(
     *, attention: str, settings: Sequence[str] = (), tasks: str = "needle", **rest: Any
 ) -> Report:
@@ -158,83 +134,33 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
     Raises:
         InputError: The file is no text, too short, or longer than the model can position.
     """
-    from longswift.hf import check_length
-
     target = writable(path)
-    text = read_text(report.file)
     loaded = load(
         report.model,
         dtype=report.dtype,
         device=report.device,
         trust_remote_code=report.trust_remote_code,
     )
-    ids = _tokens(report, loaded, text)
-    check_length(loaded.model, len(ids) + _DECODED + 1)
-    result = Result(
-        kind="report", config=_config(report, loaded, text, ids), seed=report.seed, rows=[]
+    text = samples(loaded, report.file, length=report.length, documents=1, least=_SHORTEST)
+    ids = text.documents[0]
+    config: dict[str, Any] = json.loads(json.dumps(asdict(report)))
+    config.update(
+        model=loaded.name,
+        file=Path(report.file).name,
+        length=len(ids),
+        text_sha256=text.sha256,
+        model_sha256=loaded.fingerprint(),
     )
+    result = Result(kind="report", config=config, seed=report.seed, rows=[])
     kept = Progress(result, target.with_suffix(".json"), fresh=fresh, finished=True)
     work = _Work(report, loaded, ids, kept)
     with bar(work.units, "starting", shown=progress) as step:
         work.run(step)
     result.summary.update(subject=report.subject, reused=kept.reused)
+    result.summary["verdict"] = verdict(result).to_dict()
     result.save(target.with_suffix(".json"))
     kept.done()
     return result
-
-
-def readings(result: Result) -> list[ReadingRow]:
-    """The rows of the readings, typed, full attention first."""
-    found = [row for row in result.rows if row["section"] == READING]
-    rows = [ReadingRow(**{k: v for k, v in row.items() if k != "section"}) for row in found]
-    return sorted(rows, key=lambda row: row.name != FULL)
-
-
-def section(result: Result, name: str) -> dict[str, Any] | None:
-    """The content of a section, or None if it was not measured."""
-    found = next((row for row in result.rows if row["section"] == name), None)
-    return None if found is None else found["content"]
-
-
-def retrieval(result: Result) -> Result | None:
-    """The suite's result, or None."""
-    content = section(result, RETRIEVAL)
-    if content is None:
-        return None
-    known = {"kind", "config", "seed", "rows", "summary"}
-    return Result(
-        **{key: value for key, value in content.items() if key in known},
-        environment=result.environment,
-        date=result.date,
-    )
-
-
-def _tokens(report: Report, loaded: Loaded, text: str) -> list[int]:
-    ids = [*loaded.begin(), *loaded.encode(text)]
-    length = min(len(ids), _LONGEST) if report.length is None else report.length
-    if not _SHORTEST <= length <= len(ids):
-        raise InputError(
-            problem(
-                report.file,
-                expected=f"a text of at least {max(_SHORTEST, length):,} tokens",
-                got=f"{len(ids):,}",
-                fix="Give a longer --file, or a --length from 256 to that.",
-            )
-        )
-    return ids[:length]
-
-
-def _config(report: Report, loaded: Loaded, text: str, ids: list[int]) -> dict[str, Any]:
-    """Everything that changes the figures; contents by their hash, so that no path is kept."""
-    content: dict[str, Any] = json.loads(json.dumps(asdict(report)))
-    content.update(
-        model=loaded.name,
-        file=Path(report.file).name,
-        length=len(ids),
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        model_sha256=loaded.fingerprint(),
-    )
-    return content
 
 
 class _Work:
@@ -248,7 +174,7 @@ class _Work:
         order = sorted(others, key=lambda name: (name == WINDOW, name != report.subject))
         self.mechanisms: dict[str, Mechanism | None] = {FULL: None}
         self.mechanisms |= {name: others[name] for name in order}
-        self.units = len(ids) * len(self.mechanisms)
+        self.units = len(ids) * (len(self.mechanisms) + (4 if report.fidelity else 0))
 
     def run(self, step: Bar) -> None:
         """Measure what is missing."""
@@ -266,6 +192,8 @@ class _Work:
         if self.report.tasks and self.kept.find(section=RETRIEVAL) is None:
             step(text="retrieval")
             self.kept.add({"section": RETRIEVAL, "content": self._retrieve()})
+        if self.report.fidelity and self.kept.find(section=FIDELITY) is None:
+            self.kept.add({"section": FIDELITY, "content": self._judge(step)})
 
     def _read(self, name: str, mechanism: Mechanism | None, step: Bar) -> ReadingRow:
         from longswift.hf import SwiftCache
@@ -278,7 +206,7 @@ class _Work:
         scored, layers = Scored(), _Layers(mechanism)
         with memory.watch(model.device) as peak:
             cache = SwiftCache(model.config)
-            with count_keys(mechanism, scored), layers.watch():
+            with count_keys(mechanism, scored), observe(layers.see):
                 told = reading.read(model, ids, cache, chunk=chunk, score=True, step=step)
             speed = reading.decode_speed(model, ids[-1:], cache, _DECODED)
             del cache
@@ -311,7 +239,9 @@ class _Work:
         found = suite.run(
             suite.Suite(
                 model=self.report.model,
-                tasks=tuple(_on_a_grid(task.to_dict(), self.report.samples) for task in tasks.values()),
+                tasks=tuple(
+                    _on_a_grid(task.to_dict(), self.report.samples) for task in tasks.values()
+                ),
                 lengths=lengths,
                 mechanisms=tuple(names),
                 samples=self.report.samples,
@@ -326,6 +256,15 @@ class _Work:
         content: dict[str, Any] = json.loads(json.dumps(found.to_dict()))
         return content
 
+    def _judge(self, step: Bar) -> dict[str, Any]:
+        """The subject against full attention, head by head and at the model's end."""
+        mechanism = self.mechanisms[self.report.subject]
+        assert mechanism is not None
+        found = fidelity.measure(
+            self.loaded.model, self.ids, mechanism, chunk=self.report.chunk, step=step
+        )
+        return fidelity_runs.summarise(found.to_rows(), fidelity.name_of(mechanism))
+
 
 def _on_a_grid(task: dict[str, Any], samples: int) -> dict[str, Any]:
     """A task with depths asks at as many as there are samples, evenly."""
@@ -339,47 +278,21 @@ class _Layers:
         self._mechanism = mechanism
         self.windows: list[tuple[int, int, int]] = []
 
-    def watch(self) -> Any:
-        from longswift.core.observe import observe
-
-        return observe(self._see)
-
-    def _see(self, call: Any) -> None:
+    def see(self, call: Observed) -> None:
+        """An observer."""
         known = {layer for layer, _, _ in self.windows}
         if call.mechanism != self._mechanism or call.layer is None or call.layer in known:
             return
-        of_head = getattr(call.mechanism, "window_of_head", None)
         heads = call.k.shape[1]
-        sizes = of_head(heads) if of_head is not None else ()
-        if not sizes and isinstance(getattr(call.mechanism, "window", None), int):
+        sizes: Sequence[int] = ()
+        if isinstance(call.mechanism, MSSwift):
+            sizes = call.mechanism.window_of_head(heads)
+        elif isinstance(call.mechanism, SlidingWindow):
             sizes = (call.mechanism.window,) * heads
         self.windows += [(call.layer, head, size) for head, size in enumerate(sizes)]
 
 
 def _label(name: str, mechanism: Mechanism | None) -> str:
-    if name == WINDOW and mechanism is not None:
-        return f"window of {mechanism.window:,}"  # type: ignore[attr-defined]
+    if isinstance(mechanism, SlidingWindow):
+        return f"window of {mechanism.window:,}"
     return {FULL: "full attention", "ms_swift": "MS-SWIFT"}.get(name, name)
-
-
-def perplexity(nll: float) -> float:
-    """Per token; what overflows is infinite."""
-    return math.exp(nll) if nll < 700 else math.inf
-
-
-def median(values: Sequence[float]) -> float | None:
-    """None of nothing."""
-    return statistics.median(values) if values else None
-
-
-def labels(result: Result) -> dict[str, str]:
-    """What each mechanism is called; the suite knows full attention as the model's own."""
-    found = {row.name: row.label for row in readings(result)}
-    return {**found, suite.MODEL: found.get(FULL, "full attention")}
-
-
-def heads_of(result: Result, name: str) -> Iterator[tuple[int, int, int]]:
-    """Layer, KV head and window of every head of a mechanism."""
-    for row in readings(result):
-        if row.name == name:
-            yield from (tuple(entry) for entry in row.windows)  # type: ignore[misc]

@@ -135,6 +135,11 @@ def extend(
     return handle
 
 
+def limit_of(model: PreTrainedModel) -> int | None:
+    """Positions the model accepts, or None when it does not say."""
+    return _limit(text_config(model))
+
+
 def check_length(model: PreTrainedModel, n_tokens: int) -> None:
     """Raise ``InputError`` if ``n_tokens`` positions are more than the model can tell apart."""
     limit = _limit(text_config(model))
