@@ -215,7 +215,7 @@ def _windows(rows: Sequence[ReadingRow]) -> list[dict[str, Any]]:
 
 def _by_position(rows: Sequence[ReadingRow]) -> Any:
     """Perplexity of equal parts of the text, one line an attention."""
-    fig = plots.figure(7.5, 3.4)
+    fig = plots.figure(6, 3)
     axis = fig.subplots()
     styles = ("-", "-", "--", ":", "-.")
     for i, row in enumerate(rows):
