@@ -1,0 +1,386 @@
+"""A model answers tasks at several lengths with several mechanisms; every sample is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.mechanism import Mechanism, check_positive
+from longswift.eval import options, reading, scores, tasks
+from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.eval.documents import source
+from longswift.eval.environment import environment
+from longswift.eval.journal import Journal
+from longswift.eval.models import Loaded, load
+from longswift.eval.progress import Bar, bar
+from longswift.eval.results import Result, writable
+from longswift.eval.tasks.base import AUTO, DoesNotFit, Output, Sample, Task
+
+MODEL, FULL, WINDOW, SWIFT = "model", "full", "sliding_window", "ms_swift"
+_NOTES = {
+    "model": "the model's own attention (sdpa), as Transformers runs it; the other mechanisms "
+    "replace only its full-attention layers",
+    "score": "mean over questions; depth, position and hops in rows of their own; nll is the mean "
+    "negative log-likelihood of a token in nats, weighted by tokens",
+    "interval": "95 % Wilson interval over questions; questions about the same document are not "
+    "independent, so with several a document it is rather too narrow",
+    "reading": "each document is read once in chunks, and each question is asked behind it, "
+    "answered greedily and removed again",
+    "refused": "samples longer than the length are refused and counted, never truncated",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What to evaluate.
+
+    Attributes:
+        model: ``tiny``, a directory or a name on the hub.
+        tasks: As ``Task.to_dict`` gives them, each name once.
+        lengths: Tokens of a sample.
+        mechanisms: As ``Mechanism.to_dict`` gives them; ``{"name": "model"}`` is the model's own
+            attention. A second name of the same mechanism is impossible.
+        samples: Documents per task and length.
+        equal_cost: Give ``sliding_window`` the window whose cost is that of ``ms_swift``, measured
+            at each length, if both are asked for.
+        chunk: Tokens per forward pass while reading.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions used for that.
+        chat: Use the tokenizer's chat template if it has one.
+        dtype: Name of a dtype, or ``"auto"``.
+        device: Where to run.
+        trust_remote_code: Allow the model to bring Python code of its own.
+    """
+
+    model: str
+    tasks: tuple[dict[str, Any], ...]
+    lengths: tuple[int, ...]
+    mechanisms: tuple[dict[str, Any], ...]
+    samples: int = 20
+    equal_cost: bool = True
+    chunk: int = 1024
+    max_length: int | None = None
+    rope: str | None = "yarn"
+    chat: bool = True
+    dtype: str = "auto"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive("eval", samples=self.samples, chunk=self.chunk)
+        for what, found in (("tasks", self.tasks), ("mechanisms", self.mechanisms)):
+            names = [entry["name"] for entry in found]
+            if not names or len(set(names)) < len(names):
+                raise ConfigError(
+                    problem(
+                        what, expected="each name once", got=names, fix="Remove the repetition."
+                    )
+                )
+        for config in self.mechanisms:
+            block = config.get("block", 1)
+            if self.chunk % block:
+                raise ConfigError(
+                    problem(
+                        "chunk",
+                        expected=f"a multiple of the block of {config['name']} ({block})",
+                        got=self.chunk,
+                        fix="Try 1024.",
+                    )
+                )
+
+
+def asked(
+    *,
+    tasks: str,
+    attention: str,
+    settings: Sequence[str] = (),
+    form: str = AUTO,
+    file: Path | None = None,
+    questions: Path | None = None,
+    seed: int = 0,
+    **rest: Any,
+) -> Suite:
+    """A suite from options as people type them.
+
+    Args:
+        tasks: Comma-separated names.
+        attention: Comma-separated names; ``"model"`` is the model's own attention.
+        settings: ``NAME.OPTION=VALUE`` of a mechanism or a task. A window given here stays.
+        form: Form of every task that has a choice.
+        file: Text of every task but ``qa``.
+        questions: File of ``qa``.
+        seed: Seed of every task.
+        rest: The other fields of ``Suite``.
+    """
+    names = [name.replace("-", "_") for name in options.names(tasks)]
+    mine = options.settings_of(settings, names)
+    if questions is not None:
+        mine.append(f"qa.file={json.dumps(str(questions))}")
+    place = None if file is None else str(file)
+    chosen = options.tasks(tasks, mine, form=form, file=place, seed=seed)
+    others = ",".join(name for name in options.names(attention) if name != MODEL)
+    left = [setting for setting in settings if setting not in mine]
+    found = options.mechanisms(others, left) if others or left else {}
+    mechanisms = {name: mechanism.to_dict() for name, mechanism in found.items()}
+    ordered = [name.replace("-", "_") for name in options.names(attention)]
+    return Suite(
+        tasks=tuple(task.to_dict() for task in chosen.values()),
+        mechanisms=tuple(mechanisms.get(name, {"name": name}) for name in ordered),
+        equal_cost=not any(s.replace("-", "_").startswith(f"{WINDOW}.window=") for s in left),
+        **rest,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """One sample to be measured."""
+
+    length: int
+    mechanism: dict[str, Any]
+    task: Task
+    index: int
+
+    def key(self) -> dict[str, Any]:
+        return {
+            "mechanism": self.mechanism["name"],
+            "task": self.task.name,
+            "length": self.length,
+            "index": self.index,
+        }
+
+
+def _config(suite: Suite, loaded: Loaded) -> dict[str, Any]:
+    """Everything that changes the figures; contents by their hash, so that no path is kept."""
+    content: dict[str, Any] = json.loads(json.dumps(asdict(suite)))
+    content["model"] = loaded.name
+    content["model_sha256"] = loaded.fingerprint()
+    for task in content["tasks"]:
+        if "file" in task:
+            body = source(task["file"])
+            task["file"] = None if task["file"] is None else Path(task["file"]).name
+            task["text_sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    return content
+
+
+def _load(suite: Suite) -> Loaded:
+    from longswift.hf import check_length, extend
+
+    loaded = load(
+        suite.model,
+        dtype=suite.dtype,
+        device=suite.device,
+        trust_remote_code=suite.trust_remote_code,
+    )
+    if suite.max_length is not None:
+        extend(loaded.model, suite.max_length, suite.rope, None)
+    # A window that is too small is found out before hours of work, not after.
+    check_length(loaded.model, max(suite.lengths))
+    return replace(loaded, chat=suite.chat)
+
+
+def run(
+    suite: Suite,
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Evaluate, going on where an interrupted run of the same suite stopped.
+
+    Args:
+        suite: What to evaluate.
+        output: JSON file for the result. Beside it ``<name>.samples.jsonl`` gets each finished
+            sample with the model's answers; it is kept.
+        fresh: Start over.
+        progress: Show a bar on stderr.
+
+    Returns:
+        One row per mechanism, task, metric, length and place.
+
+    Raises:
+        InputError: A length beyond the model's window, a malformed file, or finished samples of
+            another run beside ``output``.
+        UnsupportedError: No mechanism can run in this model.
+    """
+    if output is not None:
+        writable(output)
+    loaded = _load(suite)
+    chosen = [tasks.from_dict(entry) for entry in suite.tasks]
+    config, here = _config(suite, loaded), environment()
+    kept = Journal(
+        None if output is None else Path(output).with_suffix(".samples.jsonl"),
+        {"kind": "eval", "config": config, "environment": here.to_dict()},
+        fresh=fresh,
+    )
+    cases = _cases(suite, loaded, chosen)
+    summary: dict[str, Any] = {"windows": {}, "refused": {}}
+    with bar(sum(case.length for case in cases), "starting", shown=progress) as step:
+        runner = _Runner(suite, loaded, kept, summary, step)
+        for case in cases:
+            runner.measure(case)
+    if len(summary["refused"]) == len(suite.mechanisms):
+        raise UnsupportedError(next(iter(summary["refused"].values())))
+    keys = [case.key() for case in cases]
+    entries = [e for key in keys for e in kept.find(**key)]
+    result = Result(
+        kind="eval",
+        config=config,
+        seed=chosen[0].seed,
+        rows=scores.aggregate(entries),
+        environment=here,
+    )
+    result.summary.update(summary, seconds=_seconds(entries), reused=kept.reused, how=_NOTES)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _cases(suite: Suite, loaded: Loaded, chosen: list[Task]) -> list[_Case]:
+    """Everything to measure; what fixes the cost of another comes before it."""
+    names = [entry["name"] for entry in suite.mechanisms]
+    order = sorted(suite.mechanisms, key=lambda m: m["name"] == WINDOW and SWIFT in names)
+    return [
+        _Case(length=length, mechanism=mechanism, task=task, index=index)
+        for length in suite.lengths
+        for mechanism in order
+        for task in chosen
+        for index in range(task.available(loaded, length, suite.samples))
+    ]
+
+
+class _Runner:
+    """Measures cases one after another, changing the model's attention as they demand."""
+
+    def __init__(
+        self, suite: Suite, loaded: Loaded, kept: Journal, summary: dict[str, Any], step: Bar
+    ) -> None:
+        self.suite, self.loaded, self.kept, self.summary = suite, loaded, kept, summary
+        self.step = step
+        self.done = {_identity(entry) for entry in kept.entries}
+        self.current: tuple[int, str] | None = None
+        self.mechanism: Mechanism | None = None
+        self.ready = False
+
+    def measure(self, case: _Case) -> None:
+        """Measure one case, unless that was done before."""
+        name = case.mechanism["name"]
+        self.step(text=f"{case.length} tokens, {name}: {case.task.name} {case.index + 1}")
+        if (case.length, name) != self.current:
+            self.current = case.length, name
+            self.mechanism, self.ready = self._mechanism(case), False
+        if _identity(case.key()) not in self.done and name not in self.summary["refused"]:
+            try:
+                if not self.ready:
+                    self._activate()
+                    self.ready = True
+                self.kept.add({**case.key(), **self._read(case)})
+            except UnsupportedError as error:
+                self.summary["refused"][name] = str(error)
+        self.step(case.length)
+
+    def _mechanism(self, case: _Case) -> Mechanism | None:
+        """The mechanism of a case, with the window of equal cost where that is asked for."""
+        if case.mechanism["name"] == MODEL:
+            return None
+        mechanism = options.from_json(case.mechanism)
+        if mechanism.name != WINDOW or not self.suite.equal_cost:
+            return mechanism
+        measured = self.kept.find(mechanism=SWIFT, length=case.length)
+        read = [entry for entry in measured if entry.get("queries")]
+        if not read:
+            return mechanism
+        keys = sum(e["keys"] for e in read) / sum(e["queries"] for e in read)
+        window = equal_cost_window(keys, round(sum(e["read"] for e in read) / len(read)))
+        self.summary["windows"][str(case.length)] = window
+        return options.from_json({**case.mechanism, "window": window})
+
+    def _activate(self) -> None:
+        if self.mechanism is not None and not self.mechanism.supports_causal:
+            raise UnsupportedError(
+                problem(
+                    self.mechanism.name,
+                    expected="a mechanism with a causal form",
+                    got="one without",
+                    fix="It cannot run in a language model that writes.",
+                )
+            )
+        self.loaded.use(self.mechanism)
+
+    def _read(self, case: _Case) -> dict[str, Any]:
+        """Read one document, answer its questions, score the answers."""
+        try:
+            sample = case.task.generate(self.loaded, case.length, case.index)
+        except DoesNotFit as error:
+            return {"refused": str(error)}
+        seen = Scored()
+        told, output = answer(
+            self.loaded,
+            sample,
+            chunk=self.suite.chunk,
+            likelihood=case.task.likelihood,
+            mechanism=self.mechanism,
+            scored=seen,
+        )
+        return {
+            "read": told.tokens,
+            "seconds": told.seconds,
+            "keys": seen.keys,
+            "queries": seen.queries,
+            "texts": list(output.texts),
+            "scores": [asdict(score) for score in case.task.score(sample, output)],
+            "meta": sample.meta,
+        }
+
+
+def _identity(key: dict[str, Any]) -> tuple[Any, ...]:
+    return key["mechanism"], key["task"], key["length"], key["index"]
+
+
+def answer(
+    loaded: Loaded,
+    sample: Sample,
+    *,
+    chunk: int,
+    likelihood: bool = False,
+    mechanism: Mechanism | None = None,
+    scored: Scored | None = None,
+) -> tuple[reading.Reading, Output]:
+    """Let the model, as it attends now, read a document once and answer all its questions.
+
+    Args:
+        loaded: The model.
+        sample: Document and questions.
+        chunk: Tokens per forward pass.
+        likelihood: Also give the loss of every token of the document.
+        mechanism: The mechanism in force, whose keys are counted.
+        scored: Where they are counted.
+    """
+    from longswift.hf import SwiftCache
+
+    cache = SwiftCache(loaded.model.config)
+    with count_keys(mechanism, Scored() if scored is None else scored):
+        told = reading.read(loaded.model, sample.document, cache, chunk=chunk, score=likelihood)
+    stop = loaded.stop_tokens()
+    texts = [
+        loaded.decode(reading.ask(loaded.model, q.ids, cache, q.limit, stop))
+        for q in sample.questions
+    ]
+    return told, Output(texts=tuple(texts), losses=told.losses.tolist() if likelihood else ())
+
+
+def _seconds(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean time to read a document, per mechanism and length."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for entry in entries:
+        if "seconds" in entry:
+            case = entry["mechanism"], entry["length"]
+            found.setdefault(case, []).append(entry["seconds"])
+    return [
+        {"mechanism": name, "length": length, "seconds": sum(s) / len(s), "samples": len(s)}
+        for (name, length), s in found.items()
+    ]
