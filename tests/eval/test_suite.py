@@ -88,6 +88,7 @@ def test_every_task_length_and_mechanism_has_its_rows(finished: Path) -> None:
 
 
 def test_the_window_costs_what_ms_swift_costs(finished: Path) -> None:
+    result = load_result(finished / "out.json")
     lines = (finished / "out.samples.jsonl").read_text().splitlines()[1:]
     entries = [json.loads(line) for line in lines]
     for length in (300, 420):
@@ -97,7 +98,10 @@ def test_the_window_costs_what_ms_swift_costs(finished: Path) -> None:
             cost[name] = sum(e["keys"] for e in some) / sum(e["queries"] for e in some)
         assert cost["sliding_window"] == pytest.approx(cost["ms_swift"], rel=0.02)
         assert cost["ms_swift"] < 0.9 * cost["full"]
-    windows = load_result(finished / "out.json").summary["windows"]
+    costs = {(c["mechanism"], c["length"]): c for c in result.summary["cost"]}
+    assert costs["full", 300]["density"] == 1 and costs["full", 300]["samples"] == 6
+    assert costs["ms_swift", 420]["density"] < 0.9
+    windows = result.summary["windows"]
     assert list(windows) == ["300", "420"]
     fixed = asked("tiny", settings=[*SETTINGS, "sliding_window.window=99"])
     assert not fixed.equal_cost and {"window": 99}.items() <= fixed.mechanisms[1].items()
@@ -266,9 +270,15 @@ def test_sentences_name_the_worst_task() -> None:
         "tasks": [{"name": name} for name in ("needle", "kv", "copy")],
         "mechanisms": [{"name": "full"}, {"name": "ms_swift"}],
     }
-    summary = {"windows": {}, "refused": {}}
+    cost = [
+        {"mechanism": "full", "length": 8, "density": 1.0},
+        {"mechanism": "ms_swift", "length": 8, "density": 1.0},
+        {"mechanism": "model", "length": 8, "density": None},
+    ]
+    summary = {"windows": {}, "refused": {}, "cost": cost}
     result = Result(kind="eval", config=config, seed=0, rows=rows, summary=summary)
-    (said,) = standings.sentences(result)
+    said, dense = standings.sentences(result)
+    assert dense.startswith("ms_swift is dense at 8 tokens")
     assert "at least 75 %" in said and "kv score at 8 tokens, 0.60 against 0.80" in said
     with pytest.raises(InputError, match="depths"):
         plot_depths(result, "nowhere.png")

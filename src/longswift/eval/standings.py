@@ -13,6 +13,7 @@ from longswift.eval.tasks import TASKS
 
 # A share of a score near zero is noise.
 _ABLE = 0.5
+_DENSE = 0.99
 
 
 def share(row: ScoreRow, judge: ScoreRow | None) -> float | None:
@@ -86,6 +87,12 @@ def sentences(result: Result) -> list[str]:
     if windows:
         sizes = ", ".join(f"{window} at {length} tokens" for length, window in windows.items())
         said.append(f"The window of equal cost is {sizes}.")
+    said += [
+        f"{entry['mechanism']} is dense at {entry['length']} tokens: it saves nothing there, and "
+        "its scores say nothing."
+        for entry in result.summary.get("cost", ())
+        if entry["mechanism"] != judge(result) and (entry["density"] or 0) > _DENSE
+    ]
     said += [f"{name} did not run: {why}" for name, why in result.summary["refused"].items()]
     return said
 

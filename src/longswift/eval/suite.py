@@ -225,8 +225,9 @@ def run(
             runner.measure(case)
     if len(summary["refused"]) == len(suite.mechanisms):
         raise UnsupportedError(next(iter(summary["refused"].values())))
-    keys = [case.key() for case in cases]
-    entries = [e for key in keys for e in kept.find(**key)]
+    measured = {_identity(entry): entry for entry in kept.entries}
+    wanted = [_identity(case.key()) for case in cases]
+    entries = [measured[key] for key in wanted if key in measured]
     result = Result(
         kind="eval",
         config=config,
@@ -234,7 +235,7 @@ def run(
         rows=scores.aggregate(entries),
         environment=here,
     )
-    result.summary.update(summary, seconds=_seconds(entries), reused=kept.reused, how=_NOTES)
+    result.summary.update(summary, cost=_cost(entries), reused=kept.reused, how=_NOTES)
     if output is not None:
         result.save(output)
     return result
@@ -373,14 +374,24 @@ def answer(
     return told, Output(texts=tuple(texts), losses=told.losses.tolist() if likelihood else ())
 
 
-def _seconds(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean time to read a document, per mechanism and length."""
-    found: dict[tuple[str, int], list[float]] = {}
+def _cost(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What reading took; the keys of the model's own attention are unknown."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in entries:
         if "seconds" in entry:
-            case = entry["mechanism"], entry["length"]
-            found.setdefault(case, []).append(entry["seconds"])
-    return [
-        {"mechanism": name, "length": length, "seconds": sum(s) / len(s), "samples": len(s)}
-        for (name, length), s in found.items()
-    ]
+            found.setdefault((entry["mechanism"], entry["length"]), []).append(entry)
+    costs = []
+    for (name, length), some in found.items():
+        queries, keys = (sum(e[key] for e in some) for key in ("queries", "keys"))
+        dense = sum(e["queries"] * (e["read"] + 1) / 2 for e in some)
+        costs.append(
+            {
+                "mechanism": name,
+                "length": length,
+                "samples": len(some),
+                "seconds": sum(e["seconds"] for e in some) / len(some),
+                "keys_per_query": keys / queries if queries else None,
+                "density": keys / dense if queries else None,
+            }
+        )
+    return costs
