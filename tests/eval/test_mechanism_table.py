@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longswift.core.errors import ConfigError
-from longswift.eval import attention, mechanism_table, suite
+from longswift.eval import attention, mechanism_table, runner, suite
 from longswift.eval.attention import AttentionBench
 from longswift.eval.plots import plot_comparison
 from longswift.eval.results import load as load_result
@@ -88,7 +88,7 @@ def test_every_mechanism_has_a_row(
     assert picture.read_bytes().startswith(b"\x89PNG")
     # Finished parts are not measured again.
     monkeypatch.setattr(attention, "_measure", None)
-    monkeypatch.setattr(suite, "answer", None)
+    monkeypatch.setattr(runner, "answer", None)
     again = mechanism_table.run(comparison(model_directory), output, progress=False)
     assert again.rows == result.rows
 

@@ -16,7 +16,7 @@ import torch
 
 import longswift
 from longswift.core.errors import ConfigError, InputError, UnsupportedError
-from longswift.eval import standings, suite, tasks
+from longswift.eval import runner, standings, suite, tasks
 from longswift.eval.heatmaps import plot_depths
 from longswift.eval.models import load
 from longswift.eval.results import Result
@@ -111,7 +111,7 @@ def test_a_finished_run_is_not_measured_again(
     finished: Path, model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = load_result(finished / "out.json")
-    monkeypatch.setattr(suite, "answer", None)
+    monkeypatch.setattr(runner, "answer", None)
     again = suite.run(asked(model_directory), finished / "out.json", progress=False)
     assert again.rows == before.rows and again.summary["reused"] == 36
     assert again.summary["windows"] == before.summary["windows"]
@@ -158,7 +158,7 @@ def test_answers_behind_one_reading_are_those_of_whole_prompts(model_directory: 
     loaded = load(str(model_directory))
     loaded.use(None)
     sample = tasks.get_task("needle_multiquery", digits=8).generate(loaded, 400, 0)
-    _, output = suite.answer(loaded, sample, chunk=64)
+    _, output = runner.answer(loaded, sample, chunk=64)
     for i, question in enumerate(sample.questions):
         prompt = torch.tensor([sample.prompt(i)])
         made = loaded.model.generate(prompt, max_new_tokens=question.limit, do_sample=False)
@@ -170,7 +170,7 @@ def test_losses_are_those_of_one_forward(model_directory: Path) -> None:
     loaded.use(None)
     task = tasks.get_task("perplexity")
     sample = task.generate(loaded, 200, 1)
-    _, output = suite.answer(loaded, sample, chunk=64, likelihood=True)
+    _, output = runner.answer(loaded, sample, chunk=64, likelihood=True)
     ids = torch.tensor([sample.document])
     with torch.inference_mode():
         loss = loaded.model(ids, labels=ids).loss.item()
