@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun
-from longswift.core.pattern import BlockPattern
+from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import KeySummary
+from longswift.core.summary import KeySummary, group_sums
+
+# Blocks whose cut pools are summed at once.
+_CUT_BLOCKS = 64
 
 
 class Pools(NamedTuple):
@@ -36,7 +39,7 @@ class Pools(NamedTuple):
 
 
 class PoolColumns(NamedTuple):
-    """The remainder's columns for a run of blocks: ``P`` whole pools, then the two cut ones.
+    """The remainder's columns of some blocks: ``P`` whole pools, then the two cut ones.
 
     Attributes:
         count: ``[1, Hkv, N, 1, P + 2]`` tokens of each column outside the band.
@@ -44,7 +47,9 @@ class PoolColumns(NamedTuple):
         cut_v: ``[B, Hkv, N, 2, Dv]``.
         cut_grains: ``[Hkv, N, 2, E']`` grains of the two cut pools.
         cut_members: Like ``cut_grains``, 1.0 for grains outside the band, else 0.0.
-        pools: ``P``, the whole pools that any block of the run can see.
+        pools: ``P``, the whole pools that any of the blocks can see.
+        left_pool: ``[Hkv, N]`` on CPU, the whole pools each block sees in causal attention, or
+            None.
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -53,16 +58,33 @@ class PoolColumns(NamedTuple):
     cut_grains: Tensor
     cut_members: Tensor
     pools: int
+    left_pool: Tensor | None
+
+    def of(self, run: BlockRun) -> PoolColumns:
+        """The columns of a run of these blocks, as few as it needs."""
+        blocks = slice(run.first, run.first + run.count)
+        count, left_pool, shown = self.count[:, :, blocks], self.left_pool, self.pools
+        if left_pool is not None:
+            left_pool = left_pool[:, blocks]
+            shown = int(left_pool.max())
+            count = torch.cat([count[..., :shown], count[..., -2:]], -1)
+        return PoolColumns(
+            count=count,
+            cut_k=self.cut_k[:, :, blocks],
+            cut_v=self.cut_v[:, :, blocks],
+            cut_grains=self.cut_grains[:, blocks],
+            cut_members=self.cut_members[:, blocks],
+            pools=shown,
+            left_pool=left_pool,
+        )
 
 
 def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
     """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``, the incomplete last one included."""
     acc = accumulator_dtype(x.dtype)
     whole = x.shape[2] // grain
-    if known is not None and known.shape[2] == whole:
-        sums = [known]
-    else:
-        sums = [x[:, :, : whole * grain].unflatten(2, (whole, grain)).sum(3, dtype=acc)]
+    complete = known if known is not None and known.shape[2] == whole else None
+    sums = [group_sums(x, grain) if complete is None else complete]
     if x.shape[2] % grain:
         sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))
     return torch.cat(sums, 2) if len(sums) > 1 else sums[0]
@@ -92,27 +114,38 @@ def build_pools(
     return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
 
 
-def band_edges(pattern: BlockPattern, run: BlockRun, k_len: int) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key of the band, ``[Hkv, N]`` on CPU, for each block of a run.
+def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
+    """First and one-past-last key of the band of every block, ``[Hkv, N, 2]`` on CPU.
 
     Constant over a block, because tiles are multiples of the block.
     """
-    position = run.position + torch.arange(run.count, device="cpu") * run.rows
-    edges = [band.bounds(position, k_len) for band in pattern.bands]
-    return torch.stack([e[0] for e in edges]), torch.stack([e[1] for e in edges])
+    offset, block = k_len - q_len, pattern.block
+    first, last = offset // block, (k_len - 1) // block
+    position = (torch.arange(first, last + 1, device="cpu") * block).clamp(min=offset)
+    edges: dict[Band, Tensor] = {}
+    for band in pattern.bands:
+        if band not in edges:
+            edges[band] = torch.stack(band.bounds(position, k_len), -1)
+    return torch.stack([edges[band] for band in pattern.bands])
 
 
-def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColumns:
-    """Which columns the blocks of a run see, how many tokens each stands for, and the cut ones."""
-    start, end = band_edges(pattern, run, pools.k_len)
+def pool_columns(pools: Pools, causal: bool, edges: Tensor) -> PoolColumns:
+    """Which columns blocks see, how many tokens each stands for, and the cut ones.
+
+    Args:
+        pools: The pools.
+        causal: Whether nothing after the band is seen.
+        edges: ``block_edges``.
+    """
+    start, end = edges.unbind(-1)
     device, size = pools.k_sum.device, pools.size
     left_pool, right_pool = start // size, end // size
     total = pools.k_sum.shape[2]
-    shown = int(left_pool.max()) if pattern.causal else total
+    shown = int(left_pool.max()) if causal else total
     pool = torch.arange(shown, device="cpu")
     whole = pool < left_pool[..., None]
     right_cut = torch.zeros_like(end)
-    if not pattern.causal:
+    if not causal:
         whole = whole | (pool * size >= end[..., None])
         cut = (end % size > 0) & (end < pools.k_len)
         right_cut = torch.where(cut, ((right_pool + 1) * size).clamp(max=pools.k_len) - end, 0)
@@ -124,7 +157,7 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     grain = torch.stack([left_pool, right_pool], -1)[..., None] * per_pool + torch.arange(
         per_pool, device="cpu"
     )
-    edge = torch.stack([start, end], -1)[..., None] // pools.grain
+    edge = edges[..., None] // pools.grain
     before = grain[..., :1, :] < edge[..., :1, :]
     after = (grain[..., 1:, :] >= edge[..., 1:, :]) & (right_cut > 0)[..., None, None]
     members = torch.cat([before, after & (grain[..., 1:, :] < grains)], -2)
@@ -133,7 +166,13 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     heads = torch.arange(start.shape[0], device=device)[:, None, None, None]
 
     def cut_sums(sums: Tensor) -> Tensor:
-        return torch.einsum("bhnced,hnce->bhncd", sums[:, heads, grain], members)
+        parts = [
+            torch.einsum("bhnced,hnce->bhncd", sums[:, heads, index], member)
+            for index, member in zip(
+                grain.split(_CUT_BLOCKS, 1), members.split(_CUT_BLOCKS, 1), strict=True
+            )
+        ]
+        return torch.cat(parts, 2)
 
     return PoolColumns(
         count=count[None, :, :, None].to(device=device, dtype=pools.k_sum.dtype),
@@ -142,6 +181,7 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
         cut_grains=grain,
         cut_members=members,
         pools=shown,
+        left_pool=left_pool if causal else None,
     )
 
 

@@ -12,8 +12,21 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.eager import band_gradients
 from longswift.kernels.eager import bands as band_kernel
+from longswift.kernels.eager.exponential import attend_exponential
 from longswift.kernels.eager.gathered import Gathered
+from longswift.kernels.eager.landmarks import attend_landmarks
+from longswift.kernels.eager.linear import attend_linear
+
+__all__ = [
+    "attend",
+    "attend_bands",
+    "attend_exponential",
+    "attend_landmarks",
+    "attend_linear",
+    "verify",
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -108,7 +121,7 @@ class _Attend(torch.autograd.Function):
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
         grads = (d_q, d_k, d_v)
         with torch.autocast(q.device.type, enabled=False):
-            band_kernel.backward(q, k, v, pattern, scale, lse, delta, d_out, grads)
+            band_gradients.add(q, k, v, pattern, scale, lse, delta, d_out, grads)
             if pattern.tokens is not None or pattern.pool is not None:
                 Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None

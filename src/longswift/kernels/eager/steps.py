@@ -18,7 +18,7 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.pools import (
     PoolColumns,
     Pools,
-    band_edges,
+    block_edges,
     build_pools,
     pool_columns,
     token_columns,
@@ -37,8 +37,8 @@ class Step(NamedTuple):
     shown: Tensor  # [Z, R or 1, C]
     complete: bool  # every slot is shown to every row
     q: Tensor  # [Z, R, D], scaled
-    k: Tensor  # [Z, C, D]
-    v: Tensor  # [Z, C, Dv]
+    k: Tensor  # [Z, C, D], in the dtype of the input if not widened
+    v: Tensor  # [Z, C, Dv], likewise
     columns: PoolColumns | None
     column_of: Tensor | None  # [Z, 1, C]
     count: Tensor | None  # type: ignore[assignment]  # [Z, R or 1, P + 2]
@@ -60,13 +60,17 @@ class StepTable:
         self.acc = accumulator_dtype(q.dtype)
         self._keys, self._values = TokenTable(k), TokenTable(v)
         self.pools: Pools | None = None
+        self._columns: PoolColumns | None = None
         if pattern.pool is not None:
             self.pools = build_pools(k, v, pattern, summary)
+            self._edges = block_edges(pattern, q.shape[2], k.shape[2])
+            self._columns = pool_columns(self.pools, pattern.causal, self._edges)
 
-    def load(self, run: BlockRun, space: Workspace) -> Step:
-        """Gather what one run needs."""
+    def load(self, run: BlockRun, space: Workspace, widen: bool = True) -> Step:
+        """Gather what one run needs, keys and values in the accumulator dtype if ``widen``."""
         pattern, (batch, kv_heads) = self.pattern, self.k.shape[:2]
-        q = stack_queries(self.q, run, kv_heads).flatten(0, 2).to(self.acc).mul(self.scale)
+        q = stack_queries(self.q, run, kv_heads).flatten(0, 2)
+        q = space.get("queries", tuple(q.shape), self.acc).copy_(q).mul_(self.scale)
         problems = batch * kv_heads * run.count
         if pattern.tokens is None:
             slots = torch.empty(
@@ -81,22 +85,28 @@ class StepTable:
         real = slots >= 0
         tokens = slots.clamp(min=0)
         shown = real.reshape(problems, 1, -1)
-        if pattern.visible_from is not None:
-            since = pattern.visible_from[:, :, run.first : run.first + run.count, None]
-            since = since[..., : slots.shape[-1]].to(self.q.device)
+        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
+        if any(limit is not None for limit, _ in limits):
             position = run.position + torch.arange(run.count * run.rows, device=self.q.device).view(
                 1, 1, run.count, run.rows, 1
             )
-            by_row = real[:, :, :, None] & (since <= position)
+            own = slice(run.first, run.first + run.count)
+            by_row = real[:, :, :, None]
+            for limit, sees in limits:
+                if limit is not None:
+                    limit = limit[:, :, own, None, : slots.shape[-1]].to(self.q.device)
+                    by_row = by_row & sees(limit, position)
             groups = self.q.shape[1] // kv_heads
             shown = by_row.repeat(1, 1, 1, groups, 1).flatten(0, 2)
         complete = bool(shown.all())
         k = self._gather(self._keys, "k", tokens, space)
         v = self._gather(self._values, "v", tokens, space)
-        if self.pools is None:
+        if widen:
+            k, v = k.to(self.acc), v.to(self.acc)
+        if self.pools is None or self._columns is None:
             return Step(run, tokens, shown, complete, q, k, v, None, None, None)
-        columns = pool_columns(self.pools, pattern, run)
-        edges = torch.stack(band_edges(pattern, run, self.k.shape[2]), -1).to(self.q.device)
+        columns = self._columns.of(run)
+        edges = self._edges[:, run.first : run.first + run.count].to(self.q.device)
         column_of = token_columns(tokens, columns, self.pools, edges).view(problems, 1, -1)
         count = columns.count.expand(batch, -1, -1, -1, -1).flatten(0, 2)
         taken = torch.zeros(
@@ -109,7 +119,7 @@ class StepTable:
     def _gather(self, table: TokenTable, name: str, tokens: Tensor, space: Workspace) -> Tensor:
         dim = (self.k if name == "k" else self.v).shape[3]
         out = space.get(name, (*tokens.shape, dim), self.q.dtype)
-        return table.gather(tokens, out).flatten(0, 2).to(self.acc)
+        return table.gather(tokens, out).flatten(0, 2)
 
     def products(self, step: Step, rows: Tensor, tokens: Tensor, sums: str) -> Tensor:
         """Products of ``rows [Z, R, *]`` with each column's ungathered sum over its count.
