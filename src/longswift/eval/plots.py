@@ -203,7 +203,7 @@ def plot_comparison(result: Result, path: str | Path) -> Path:
             "{:.0f} %",
             False,
         ),
-        ("next-token KL from full", [row.kl for row in found], "{:.3f}", False),
+        ("next-token KL from full", [row.kl for row in found], "{:.4f}", False),
     ]
     for axis, (title, values, form, logarithmic) in zip(axes, panels, strict=True):
         for place, row, value in zip(places, found, values, strict=True):
