@@ -14,6 +14,9 @@ from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels.eager import bands as band_kernel
 from longswift.kernels.eager.gathered import Gathered
+from longswift.kernels.eager.linear import attend_linear
+
+__all__ = ["attend", "attend_bands", "attend_linear", "verify"]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
