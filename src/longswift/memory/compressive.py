@@ -153,11 +153,11 @@ class InfiniAttention(MemoryAttention):
         gate = torch.sigmoid(self.gate_bias.to(memory.dtype)).view(1, -1, 1, 1)
         mixed = torch.lerp(out[:, :, first:].to(memory.dtype), memory[:, :, first:], gate)
         out = torch.cat([out[:, :, :first], mixed.to(out.dtype)], dim=2)
-        # A view would keep the whole prompt alive.
+        # Views would keep what the whole prompt took alive.
         kept = k.shape[2] % segment
         rest = {name: x[..., x.shape[-2] - kept :, :].clone() for name, x in buffer.items()}
         seen = (state.seen[0] + tokens.q.shape[2],) * len(state.seen)
-        return out, State(seen, {"matrix": sums.s, "norm": sums.z}, rest)
+        return out, State(seen, {"matrix": sums.s.clone(), "norm": sums.z.clone()}, rest)
 
     def _memory(
         self, backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
@@ -175,11 +175,11 @@ class InfiniAttention(MemoryAttention):
         segment, length, held = self.config.segment, k.shape[2], k.shape[2] - q.shape[2]
         linear, every = self.config.update == "linear", self.config.detach_every
         # The linear rule needs a border only where gradients stop.
-        size = segment if not linear else length if every is None else every * segment
+        size = segment if not linear else None if every is None else every * segment
         start, parts = 0, []
         while start < length:
-            end = min(length, start + size - past * segment % size if linear else start + size)
             at = past + start // segment
+            end = length if size is None else min(length, start + size - at * segment % size)
             if every is not None and at % every == 0:
                 sums = LinearState(sums.s.detach(), sums.z.detach())
             query = q[:, :, max(start - held, 0) : end - held]

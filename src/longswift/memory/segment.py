@@ -18,7 +18,7 @@ keys the rotation stays and the learned part comes on top.
 | | |
 |---|---|
 | time, forward and backward | O(L * (memory + segment) * D) per head |
-| memory beyond inputs and output | the scores of all segments in training, of one without gradients |
+| memory beyond inputs and output | scores of one segment, in training of all |
 | state | fewer than ``memory + segment`` layer inputs |
 
 Dai et al., 2019, arXiv 1901.02860.
