@@ -12,17 +12,22 @@ from transformers.masking_utils import AttentionMaskInterface
 from longswift.core.errors import ConfigError, problem
 from longswift.hf.attention import make_attention
 from longswift.hf.cache import SwiftCache
+from longswift.hf.convert import Conversion, convert, from_pretrained, memory_parameters
 from longswift.hf.extending import Extension, check_length, extend
 from longswift.hf.masks import swift_mask
 from longswift.hf.settings import attention_of, implementation_names, set_attention
 
 __all__ = [
+    "Conversion",
     "Extension",
     "SwiftCache",
     "attention_of",
     "check_length",
+    "convert",
     "extend",
+    "from_pretrained",
     "implementation_names",
+    "memory_parameters",
     "set_attention",
 ]
 
