@@ -127,7 +127,7 @@ class MemoryLayer(DynamicLayer):
                     "cache",
                     expected=f"at most the last {recorded} tokens to be taken back",
                     got=f"crop({count}) of a memory",
-                    fix="For assisted decoding pass past_key_values=SwiftCache(model.config), which "
+                    fix="For assisted decoding pass past_key_values=SwiftCache(model.config): it "
                     "records from the start.",
                 )
             )
