@@ -28,7 +28,11 @@ class Case:
         grid: Chunks in multiples of this equal one shot.
         kv_heads: Numbers of key/value heads the configuration accepts.
         bidirectional: Has a bidirectional form.
+        causal: Has a causal form.
         cross: The bidirectional form accepts any number of queries.
+        softmax: With ``covering`` it is softmax attention, and ``lse`` that of the scores. False
+            for other kernels and for estimates, which only their reference judges.
+        vanishing: A query may meet no weight at all; it is then 0 as if it saw no key.
     """
 
     name: str
@@ -41,7 +45,10 @@ class Case:
     grid: int = 1
     kv_heads: tuple[int, ...] = (1, 2, 3)
     bidirectional: bool = True
+    causal: bool = True
     cross: bool = False
+    softmax: bool = True
+    vanishing: bool = False
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"Case({self.label})")
@@ -50,6 +57,11 @@ class Case:
     def trainings(self) -> tuple[bool, ...]:
         """Values of ``training`` that a call may pass."""
         return (False, True) if self.strict else (False,)
+
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        """Values of ``causal`` that a call may pass."""
+        return (True,) * self.causal + (False,) * self.bidirectional
 
     def build(self, **overrides: Any) -> Mechanism:
         return get_mechanism(self.name, **{**self.config, **overrides})
@@ -88,6 +100,30 @@ def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) 
     )
 
 
+def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any) -> Case:
+    return Case(
+        name=name,
+        label=f"{name}-{label}" if label else name,
+        # Short chunks, so that short texts cross many.
+        config={"chunk": 16, **config},
+        subset=False,
+        cross=True,
+        softmax=False,
+        vanishing=vanishing,
+    )
+
+
+def _nystrom(label: str, **config: Any) -> Case:
+    return Case(
+        name="nystrom",
+        label=f"nystrom-{label}",
+        config=config,
+        subset=False,
+        causal=False,
+        softmax=False,
+    )
+
+
 ANTIDIAGONAL = {"name": "antidiagonal", "key_block": 8, "stride": 4}
 
 _SMALL: dict[str, list[Case]] = {
@@ -113,6 +149,18 @@ _SMALL: dict[str, list[Case]] = {
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
     ],
+    "linear": [
+        _state("linear", "elu1"),
+        _state("linear", "relu", feature_map="relu", vanishing=True, chunk=5),
+        _state("linear", "sums", normalise=False),
+        _state("linear", "identity", feature_map="identity", normalise=False, chunk=128),
+    ],
+    "efficient": [_state("efficient"), _state("efficient", "chunk1", chunk=1)],
+    "performer": [
+        _state("performer", features=24),
+        _state("performer", "hyperbolic", features=10, hyperbolic=True, seed=3),
+    ],
+    "nystrom": [_nystrom("8", landmarks=8), _nystrom("3x2", landmarks=3, iterations=2)],
 }
 
 

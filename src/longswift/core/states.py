@@ -69,3 +69,8 @@ class ExponentialResult(NamedTuple):
     out: Tensor
     log_normaliser: Tensor
     state: ExponentialState
+
+
+def has_weight(normaliser: Tensor) -> Tensor:
+    """Where a sum of weights is positive and far enough from underflow to be divided by."""
+    return normaliser > torch.finfo(normaliser.dtype).tiny ** 0.8

@@ -14,6 +14,10 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "full": "longswift.mechanisms.full:Full",
         "sliding_window": "longswift.mechanisms.sliding_window:SlidingWindow",
         "ms_swift": "longswift.mechanisms.ms_swift:MSSwift",
+        "linear": "longswift.mechanisms.linear:Linear",
+        "efficient": "longswift.mechanisms.efficient:Efficient",
+        "performer": "longswift.mechanisms.performer:Performer",
+        "nystrom": "longswift.mechanisms.nystrom:Nystrom",
     },
     entry_point_group="longswift.mechanisms",
 )

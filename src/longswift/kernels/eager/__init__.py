@@ -13,10 +13,19 @@ from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels.eager import bands as band_kernel
+from longswift.kernels.eager.exponential import attend_exponential
 from longswift.kernels.eager.gathered import Gathered
+from longswift.kernels.eager.landmarks import attend_landmarks
 from longswift.kernels.eager.linear import attend_linear
 
-__all__ = ["attend", "attend_bands", "attend_linear", "verify"]
+__all__ = [
+    "attend",
+    "attend_bands",
+    "attend_exponential",
+    "attend_landmarks",
+    "attend_linear",
+    "verify",
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun, stack_queries, unstack_queries
 from longswift.core.errors import ConfigError, problem
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.states import LinearResult, LinearState
+from longswift.core.states import LinearResult, LinearState, has_weight
 from longswift.kernels.eager.scan import Piece, Step, plan, scan
 
 FeatureMap = Callable[[Tensor], Tensor]
@@ -134,7 +134,8 @@ def _carry(before: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     if sums.shape[2] == 1:
         return before.unsqueeze(2), before + sums[:, :, 0]
     totals = before.unsqueeze(2) + sums.cumsum(2)
-    return torch.cat([before.unsqueeze(2), totals[:, :, :-1]], 2), totals[:, :, -1]
+    # A view would keep the totals of the whole run alive.
+    return torch.cat([before.unsqueeze(2), totals[:, :, :-1]], 2), totals[:, :, -1].clone()
 
 
 class _LinearStep(Step):
@@ -181,11 +182,6 @@ class _LinearStep(Step):
             numerator = divide(numerator, normaliser)
         out, normaliser = (unstack_queries(x, run, heads) for x in (numerator, normaliser))
         return out, normaliser, (s, z)
-
-
-def has_weight(normaliser: Tensor) -> Tensor:
-    """Where a normaliser is positive and far enough from underflow that dividing by it is safe."""
-    return normaliser > torch.finfo(normaliser.dtype).tiny ** 0.8
 
 
 def divide(numerator: Tensor, normaliser: Tensor) -> Tensor:
