@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from longswift.core.states import LinearState
+from longswift.mechanisms.linear import elu1
 from longswift.memory.base import LayerShape
 from longswift.memory.compressive import Infini, InfiniAttention
-from longswift.memory.rules import UPDATES, add_delta_segment, add_linear, features, read
+from longswift.memory.rules import UPDATES, add_delta_segment, add_linear, read
 from tests.memory.oracles import Layer
 
 SHAPE = LayerShape(12, 4, 2, 6)
@@ -28,15 +29,15 @@ def test_the_memory_is_linear_attention_over_all_earlier_segments() -> None:
     hidden, positions = torch.randn(2, 23, 12, dtype=torch.float64), torch.arange(23).expand(2, -1)
     tokens = layer.tokens(hidden, positions)
     out, state = layer(hidden, positions)
-    f_q = features(tokens.q)
-    f_k, v = (x.repeat_interleave(2, 1) for x in (features(tokens.k), tokens.v))
+    f_q = elu1(tokens.q)
+    f_k, v = (x.repeat_interleave(2, 1) for x in (elu1(tokens.k), tokens.v))
     segment = torch.arange(23) // 5
     weights = (f_q @ f_k.mT) * (segment[:, None] > segment)
     expected = weights @ v / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(out[:, :, 5:], expected[:, :, 5:])
     # The state is the plain sum over the complete segments.
     done = slice(0, 20)
-    stored = features(tokens.k[:, :, done])
+    stored = elu1(tokens.k[:, :, done])
     torch.testing.assert_close(state.sums["matrix"], stored.mT @ tokens.v[:, :, done])
     torch.testing.assert_close(state.sums["norm"], stored.sum(2))
     assert state.kept["k"].shape[2] == 3
@@ -70,7 +71,7 @@ def test_the_gate_learns_from_where_it_starts() -> None:
 def _random(length: int, width: int = 6) -> tuple[Tensor, Tensor, LinearState]:
     k, v = torch.randn(2, 1, 2, length, width, dtype=torch.float64)
     zeros = torch.zeros(1, 2, width, width, dtype=torch.float64)
-    return features(k), v, LinearState(zeros, zeros[..., 0])
+    return elu1(k), v, LinearState(zeros, zeros[..., 0])
 
 
 def test_the_two_delta_rules_differ_and_agree_on_single_tokens() -> None:
@@ -104,7 +105,7 @@ def test_sums_over_65536_tokens_neither_stall_nor_overflow(dtype: torch.dtype) -
     layer = Layer(memory, Layer.make(Infini(), shape, dtype).projections, shape)
     tokens = layer.tokens(hidden, None)
     out, state = memory(tokens, project=layer.project)
-    exact = features(tokens.k.double()).sum(2)
+    exact = elu1(tokens.k.double()).sum(2)
     assert float(exact.max()) > 40_000
     assert out.isfinite().all()
     torch.testing.assert_close(state.sums["norm"].double(), exact, rtol=1e-3, atol=0)

@@ -14,6 +14,7 @@ from longswift.hf.attention import make_attention
 from longswift.hf.cache import SwiftCache
 from longswift.hf.convert import Conversion, convert, from_pretrained, memory_parameters
 from longswift.hf.extending import Extension, check_length, extend
+from longswift.hf.heads import group_heads
 from longswift.hf.masks import swift_mask
 from longswift.hf.model import LongSwiftConfig, LongSwiftLM
 from longswift.hf.settings import attention_of, implementation_names, set_attention
@@ -29,6 +30,7 @@ __all__ = [
     "convert",
     "extend",
     "from_pretrained",
+    "group_heads",
     "implementation_names",
     "memory_parameters",
     "set_attention",

@@ -37,6 +37,7 @@ from longswift.core.mechanism import check_positive
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
 from longswift.kernels import dispatch
+from longswift.mechanisms.linear import elu1
 from longswift.memory.base import (
     LayerShape,
     MemoryAttention,
@@ -46,7 +47,7 @@ from longswift.memory.base import (
     rotate,
     wide,
 )
-from longswift.memory.rules import UPDATES, features, read
+from longswift.memory.rules import UPDATES, read
 from longswift.memory.state import State
 
 # sigmoid(8) leaves a gradient of 3e-4, sigmoid(100) none at all.
@@ -191,17 +192,17 @@ class InfiniAttention(MemoryAttention):
                     value,
                     causal=True,
                     chunk=segment,
-                    q_map=features,
-                    k_map=features,
+                    q_map=elu1,
+                    k_map=elu1,
                     state=sums,
                     own_chunk=False,
                 )
             else:
-                f = features(wide(query)).reshape(*k.shape[:2], -1, k.shape[3])
+                f = elu1(wide(query)).reshape(*k.shape[:2], -1, k.shape[3])
                 out = read(f, sums).view(*query.shape[:3], v.shape[3])
                 if end - start == segment:
                     update = UPDATES[self.config.update]
-                    sums = update(features(wide(key)), wide(value), sums)
+                    sums = update(elu1(wide(key)), wide(value), sums)
             parts.append(out)
             start = end
         return torch.cat(parts, dim=2), sums

@@ -10,15 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import elu
 
 from longswift.core.states import LinearState
 from longswift.kernels.eager.linear import divide
-
-
-def features(x: Tensor) -> Tensor:
-    """``elu(x) + 1``, positive, in the type of ``x``."""
-    return elu(x) + 1
 
 
 def read(f: Tensor, past: LinearState) -> Tensor:
