@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longswift import SlidingWindow, get_mechanism, list_mechanisms
+from longswift import Full, SlidingWindow
 from longswift.core.errors import InputError, LongSwiftError, problem
 from longswift.eval.plots import COLOURS, figure, save
 from longswift.eval.results import Progress, Result, load, writable
 from longswift.hf import LongSwiftConfig, LongSwiftLM, memory_parameters
+from longswift.mechanisms.linear import Linear
+from longswift.mechanisms.longformer import Longformer
 from longswift.memory.compressive import Infini
 from longswift.memory.segment import TransformerXL
 
@@ -36,15 +38,14 @@ FILLER = ANSWER + LETTERS
 VOCABULARY = FILLER + NOISE
 
 ATTENTIONS: dict[str, Any] = {
-    "window": SlidingWindow(window=PART),
     "infini": Infini(segment=PART),
-    "infini-delta": Infini(segment=PART, update="delta_segment"),
+    "window": SlidingWindow(window=PART),
     "transformer-xl": TransformerXL(segment=PART, memory=LENGTH - PART),
-    "global-tokens": SlidingWindow(window=PART, global_tokens=PART),
-    "full": "full",
+    "linear": Linear(),
+    "longformer": Longformer(left=PART - 1, global_tokens=PART),
+    "full": Full(),
+    "infini-delta": Infini(segment=PART, update="delta_segment"),
 }
-if "linear" in list_mechanisms():
-    ATTENTIONS["linear"] = get_mechanism("linear")
 
 
 class Data(NamedTuple):
@@ -164,8 +165,8 @@ def main() -> int:
     """Train every model that is not in the result yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--attention", default=",".join(ATTENTIONS))
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--rows", type=int, default=32, help="sequences per step")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=16, help="sequences per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("results/recall.json"))
     parser.add_argument("--png", type=Path, help="draw the finished result")

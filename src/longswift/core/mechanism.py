@@ -301,6 +301,20 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
     )
 
 
+def check_count(owner: str, **values: int) -> None:
+    """Raise ``ConfigError`` unless every value is an integer of at least 0."""
+    for field_name, value in values.items():
+        if type(value) is not int or value < 0:
+            raise ConfigError(
+                problem(
+                    f"{owner}.{field_name}",
+                    expected="an integer >= 0",
+                    got=repr(value),
+                    fix="Use 0 to turn it off.",
+                )
+            )
+
+
 def check_positive(owner: str, **values: int) -> None:
     """Raise ``ConfigError`` unless every value is a positive integer."""
     for field_name, value in values.items():

@@ -18,6 +18,13 @@ MECHANISMS: Registry[Mechanism] = Registry(
         "efficient": "longswift.mechanisms.efficient:Efficient",
         "performer": "longswift.mechanisms.performer:Performer",
         "nystrom": "longswift.mechanisms.nystrom:Nystrom",
+        "longformer": "longswift.mechanisms.longformer:Longformer",
+        "bigbird": "longswift.mechanisms.bigbird:BigBird",
+        "bigbird_tokens": "longswift.mechanisms.bigbird_tokens:BigBirdTokens",
+        "block_sparse": "longswift.mechanisms.block_sparse:BlockSparse",
+        "dilated_window": "longswift.mechanisms.dilated_window:DilatedWindow",
+        "chunked": "longswift.mechanisms.chunked:Chunked",
+        "hierarchical": "longswift.mechanisms.hierarchical:Hierarchical",
     },
     entry_point_group="longswift.mechanisms",
 )

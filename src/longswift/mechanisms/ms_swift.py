@@ -45,8 +45,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.pools import band_edges
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
-from longswift.mechanisms.full import full_pattern
-from longswift.mechanisms.patterned import dense_keys, pattern_stats
+from longswift.mechanisms.patterned import dense_keys, full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 

@@ -33,7 +33,9 @@ class Gathered(StepTable):
         width = 0 if pattern.tokens is None else pattern.tokens.shape[-1]
         if pattern.pool is not None:
             width += k_len // pattern.pool + 2
-        per_block = self.q.shape[0] * self.k.shape[1] * groups * pattern.block * width * 4
+        # A block of a few rows holds more gathered numbers than scores.
+        rows = max(groups * pattern.block, self.k.shape[3])
+        per_block = self.q.shape[0] * self.k.shape[1] * rows * width * 4
         most = max(1, _STEP_BYTES // max(1, per_block))
         busy = self._busy_blocks()
         found = []
@@ -66,7 +68,8 @@ class Gathered(StepTable):
         """Adds the gathered part to the bands' result, in place."""
         kv_heads = self.k.shape[1]
         # Without per-row visibility the remainder is the same for every row of a block.
-        attend = self._attend_by_row if self.pattern.visible_from is not None else self._attend
+        by_row = self.pattern.visible_from is not None or self.pattern.visible_until is not None
+        attend = self._attend_by_row if by_row else self._attend
 
         def merge(run: BlockRun, space: Workspace) -> None:
             out, lse = attend(self.load(run, space), space)

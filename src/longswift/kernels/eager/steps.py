@@ -81,13 +81,17 @@ class StepTable:
         real = slots >= 0
         tokens = slots.clamp(min=0)
         shown = real.reshape(problems, 1, -1)
-        if pattern.visible_from is not None:
-            since = pattern.visible_from[:, :, run.first : run.first + run.count, None]
-            since = since[..., : slots.shape[-1]].to(self.q.device)
+        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
+        if any(limit is not None for limit, _ in limits):
             position = run.position + torch.arange(run.count * run.rows, device=self.q.device).view(
                 1, 1, run.count, run.rows, 1
             )
-            by_row = real[:, :, :, None] & (since <= position)
+            own = slice(run.first, run.first + run.count)
+            by_row = real[:, :, :, None]
+            for limit, sees in limits:
+                if limit is not None:
+                    limit = limit[:, :, own, None, : slots.shape[-1]].to(self.q.device)
+                    by_row = by_row & sees(limit, position)
             groups = self.q.shape[1] // kv_heads
             shown = by_row.repeat(1, 1, 1, groups, 1).flatten(0, 2)
         complete = bool(shown.all())
