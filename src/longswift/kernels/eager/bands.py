@@ -39,12 +39,25 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
     """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the accumulator dtype."""
     if q.numel() == 0 or k.numel() == 0:
         # The fused kernel divides by these extents.
-        acc = accumulator_dtype(q.dtype)
-        lse = torch.full(q.shape[:3], unfused.HIDDEN, dtype=acc, device=q.device)
-        return Partial(lse.new_zeros(*q.shape[:3], v.shape[3]), lse)
+        return _nothing(q, v)
     if _fused_is_best(q, k, v):
         return _fused(q, k, v, pattern, scale)
     return _unfused(q, k, v, pattern, scale)
+
+
+def _nothing(q: Tensor, v: Tensor) -> Partial:
+    """The result of rows that see no key."""
+    lse = torch.full(q.shape[:3], unfused.HIDDEN, dtype=accumulator_dtype(q.dtype), device=q.device)
+    return Partial(lse.new_zeros(*q.shape[:3], v.shape[3]), lse)
+
+
+def _results(q: Tensor, v: Tensor, pattern: BlockPattern) -> Partial:
+    """Memory for the result; rows whose tile may hold no key already say so."""
+    if any(band.right < 0 for band in pattern.bands):
+        return _nothing(q, v)
+    acc = accumulator_dtype(q.dtype)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=acc, device=q.device)
+    return Partial(out, torch.empty(q.shape[:3], dtype=acc, device=q.device))
 
 
 def _fused_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -60,11 +73,9 @@ def _fused_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _unfused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
     """Tiles of a KV head and its group, cut so that their scores stay in cache."""
     batch, heads, q_len, _ = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    groups = heads // kv_heads
+    k_len, groups = k.shape[2], heads // k.shape[1]
     acc, value_dtype = accumulator_dtype(q.dtype), factor_dtype(v)
-    out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
+    out, lse = _results(q, v, pattern)
     rows = max(32, _UNFUSED_ROWS // groups)
     pieces = []
     for band, band_kv in band_heads(pattern.bands):
@@ -108,15 +119,12 @@ def _dense(name: str, x: Tensor, dtype: torch.dtype, space: Workspace) -> Tensor
 def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
     """Many tiles in one call of torch's kernel, through strided views."""
     batch, heads, q_len, _ = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    groups = heads // kv_heads
-    acc = accumulator_dtype(q.dtype)
+    k_len, groups = k.shape[2], heads // k.shape[1]
     if len(set(pattern.bands)) == 1:
         whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
-        if len(whole) == 1 and whole[0].count == 1:
+        if len(whole) == 1 and whole[0].rows == q_len:
             return _one_rectangle(q, k, v, whole[0], pattern, scale)
-    out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
-    lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
+    out, lse = _results(q, v, pattern)
     pieces = [
         (band, job, heads_of, b)
         for band, band_kv in band_heads(pattern.bands)

@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
 
 def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
-    """Rectangles that cover the band, congruent neighbours merged."""
+    """Rectangles that cover the band, congruent neighbours merged, tiles without keys left out."""
     offset = k_len - q_len
     pending: Job | None = None
     for start in range(offset // band.tile * band.tile, k_len, band.tile):
@@ -42,6 +42,8 @@ def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
         if causal:
             end_key = min(end_key, end_row)
         rows, width = end_row - first_row, end_key - key
+        if width <= 0:
+            continue
         job = Job(first_row - offset, key, band.tile, 1, rows, width, first_row - key)
         if (
             pending is not None
