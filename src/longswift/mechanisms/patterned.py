@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,17 +57,17 @@ def keys_per_query(pattern: BlockPattern, q_len: int, k_len: int, skip: int = 0)
     """
     position = torch.arange(k_len - q_len + skip, k_len, device="cpu")
     total = 0.0
-    for band in pattern.bands:
+    for band, heads in Counter(pattern.bands).items():
         first, last = band.bounds(position, k_len)
         if pattern.pool is not None:
             outside = first if pattern.causal else first + (k_len - last)
-            total += float((outside / pattern.pool).double().mean())
+            total += heads * float((outside / pattern.pool).double().mean())
         if band.reach is not None:
             first = torch.maximum(first, position - band.reach[0])
             last = torch.minimum(last, position + band.reach[1] + 1)
         if pattern.causal:
             last = torch.minimum(last, position + 1)
-        total += float((last - first).double().mean())
+        total += heads * float((last - first).double().mean())
     total /= len(pattern.bands)
     if pattern.tokens is not None:
         total += _gathered_pairs(pattern, q_len, k_len, skip) / len(position)

@@ -22,7 +22,7 @@ from longswift.kernels.eager.steps import HIDDEN, Step, StepTable
 from longswift.kernels.eager.unfused import softmax_, weigh
 
 # Bytes of scores a thread holds per step.
-_STEP_BYTES = 8 << 20
+_STEP_BYTES = 2 << 20
 
 
 class Gathered(StepTable):
@@ -238,5 +238,6 @@ def _spread(whole: Tensor, grains: Tensor, target: Tensor, pools: Pools | None) 
     """Every token receives the gradient of its pool's sum and of its grain's."""
     assert pools is not None
     per_grain = whole.repeat_interleave(pools.size // pools.grain, 2)[:, :, : grains.shape[2]]
-    per_grain = per_grain + grains
-    target += per_grain.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    grains[:, :, : per_grain.shape[2]] += per_grain
+    per_token = grains.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    target[:, :, : per_token.shape[2]] += per_token
