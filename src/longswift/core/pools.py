@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from longswift.core.blocks import BlockRun
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary, group_sums
 
 # Blocks whose cut pools are summed at once.
@@ -22,7 +22,7 @@ class Pools(NamedTuple):
     Attributes:
         k_sum: ``[B, Hkv, P, D]`` fp32 sums of the keys of each pool.
         v_sum: ``[B, Hkv, P, Dv]``.
-        k_grain: ``[B, Hkv, E, D]`` sums of the keys of each grain, the incomplete last included.
+        k_grain: ``[B, Hkv, E, D]`` sums of the keys of each grain.
         v_grain: ``[B, Hkv, E, Dv]``.
         size: Tokens per pool.
         grain: Tokens per grain; divides ``size``.
@@ -79,54 +79,61 @@ class PoolColumns(NamedTuple):
         )
 
 
-def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
-    """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``, the incomplete last one included."""
-    acc = accumulator_dtype(x.dtype)
+def _grain_sums(x: Tensor, grain: int, known: Tensor | None, tail: bool) -> Tensor:
+    """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``; ``tail``: of an incomplete last."""
     whole = x.shape[2] // grain
-    complete = known if known is not None and known.shape[2] == whole else None
-    sums = [group_sums(x, grain) if complete is None else complete]
-    if x.shape[2] % grain:
-        sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))
-    return torch.cat(sums, 2) if len(sums) > 1 else sums[0]
+    sums = known if known is not None and known.shape[2] == whole else group_sums(x, grain)
+    if not tail or x.shape[2] % grain == 0:
+        return sums
+    last = x[:, :, whole * grain :].sum(2, keepdim=True, dtype=sums.dtype)
+    return torch.cat([sums, last], 2)
 
 
 def build_pools(
     k: Tensor, v: Tensor, pattern: BlockPattern, summary: KeySummary | None = None
 ) -> Pools:
-    """Pools of an unpadded batch, ``O(L * D)``, or ``O(L / page * D)`` from page summaries."""
+    """Pools of an unpadded batch, ``O(L * D)``, or ``O(L / page * D)`` from page summaries.
+
+    In causal attention the last tokens are always inside the band: incomplete grains and pools
+    are left out.
+    """
     size, grain = pattern.pool, pattern.pool_grain
     assert size is not None
     known_k = known_v = None
     if summary is not None and grain % summary.page == 0:
         coarse = summary.coarsen(grain // summary.page)
         known_k, known_v = coarse.k_sum, coarse.v_sum
+    tail = not pattern.causal or k.shape[2] < grain
 
     def pooled(grains: Tensor) -> Tensor:
         per_pool = size // grain
         whole = grains.shape[2] // per_pool
         sums = grains[:, :, : whole * per_pool].unflatten(2, (whole, per_pool)).sum(3)
-        if grains.shape[2] % per_pool:
+        if tail and grains.shape[2] % per_pool:
             last = grains[:, :, whole * per_pool :].sum(2, keepdim=True)
             sums = torch.cat([sums, last], 2)
         return sums
 
-    k_grain, v_grain = _grain_sums(k, grain, known_k), _grain_sums(v, grain, known_v)
+    k_grain, v_grain = _grain_sums(k, grain, known_k, tail), _grain_sums(v, grain, known_v, tail)
     return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
 
 
 def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
     """First and one-past-last key of the band of every block, ``[Hkv, N, 2]`` on CPU.
 
-    Constant over a block, because tiles are multiples of the block.
+    Constant over a block, because tiles are multiples of the block. Not to be written to.
     """
-    offset, block = k_len - q_len, pattern.block
-    first, last = offset // block, (k_len - 1) // block
-    position = (torch.arange(first, last + 1, device="cpu") * block).clamp(min=offset)
-    edges: dict[Band, Tensor] = {}
-    for band in pattern.bands:
-        if band not in edges:
-            edges[band] = torch.stack(band.bounds(position, k_len), -1)
-    return torch.stack([edges[band] for band in pattern.bands])
+    return _edges(pattern.bands, pattern.block, q_len, k_len)
+
+
+@functools.lru_cache(maxsize=4)
+def _edges(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> Tensor:
+    offset = k_len - q_len
+    with torch.inference_mode(False):
+        first, last = offset // block, (k_len - 1) // block
+        position = (torch.arange(first, last + 1, device="cpu") * block).clamp_(min=offset)
+        found = {band: torch.stack(band.bounds(position, k_len), -1) for band in set(bands)}
+        return torch.stack([found[band] for band in bands])
 
 
 def pool_columns(pools: Pools, causal: bool, edges: Tensor) -> PoolColumns:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from longswift.core.pattern import BlockPattern
+from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.eager.jobs import (
     Job,
-    allowed_mask,
     band_heads,
     by_keys,
     by_rows,
     by_tiles,
+    hidden_scores,
     jobs,
     tiles,
 )
@@ -59,14 +59,14 @@ def add(
     groups = heads // kv_heads
     for band, band_kv in band_heads(pattern.bands):
         for job in gradient_jobs(jobs(band, q_len, k_len, pattern.causal), pattern.causal):
-            allowed = allowed_mask(job, band, pattern.causal, q.device)
+            hidden = hidden_scores(job, band, pattern.causal, lse.dtype, q.device)
             for head in band_kv:
                 query_heads = slice(head * groups, (head + 1) * groups)
                 for b in range(batch):
                     _backward_job(
                         (q[b, query_heads], k[b, head], v[b, head]),
                         job,
-                        allowed,
+                        hidden,
                         scale,
                         (lse[b, query_heads], delta[b, query_heads], d_out[b, query_heads]),
                         (grads[0][b, query_heads], grads[1][b, head], grads[2][b, head]),
@@ -76,7 +76,7 @@ def add(
 def _backward_job(
     qkv: tuple[Tensor, Tensor, Tensor],
     job: Job,
-    allowed: Tensor | None,
+    hidden: list[tuple[int, Tensor]],
     scale: float,
     rows_of: tuple[Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
@@ -94,13 +94,18 @@ def _backward_job(
 
     q, (lse, delta, d_out) = by_tile(qkv[0]), (by_tile(x) for x in rows_of)
     k, v = keys_by_tile(qkv[1]), keys_by_tile(qkv[2])
-    probs = torch.baddbmm(-lse, q, k.transpose(1, 2), alpha=scale).exp_()
-    if allowed is not None:
-        probs.view(job.count, groups, job.rows, job.width).masked_fill_(~allowed, 0.0)
-    _overlap_add(grads[2], probs.transpose(1, 2) @ d_out, job)
-    d_scores = torch.bmm(d_out, v.transpose(1, 2)).sub_(delta).mul_(probs).mul_(scale)
-    _overlap_add(grads[1], d_scores.transpose(1, 2) @ q, job)
-    d_q = (d_scores @ k).view(job.count, groups, job.rows, -1)
+    probs = bmm(q, k.transpose(1, 2)).mul_(scale).sub_(lse)
+    by_row = probs.view(job.count, groups, job.rows, job.width)
+    for first, bias in hidden:
+        by_row[..., first : first + bias.shape[1]] += bias
+    probs.exp_()
+    d_scores = bmm(d_out, v.transpose(1, 2)).sub_(delta).mul_(probs).mul_(scale)
+    # 16-bit inputs get 16-bit gradients: so may the factors of the last products be.
+    dtype = factor_dtype(qkv[0])
+    probs, d_scores, q, k, d_out = (x.to(dtype) for x in (probs, d_scores, q, k, d_out))
+    _overlap_add(grads[2], bmm(probs.transpose(1, 2), d_out), job)
+    _overlap_add(grads[1], bmm(d_scores.transpose(1, 2), q), job)
+    d_q = bmm(d_scores, k).view(job.count, groups, job.rows, -1)
     for tile in range(job.count):
         row = job.row + tile * job.step
         grads[0][:, row : row + job.rows] += d_q[tile]

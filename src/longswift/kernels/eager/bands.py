@@ -29,8 +29,8 @@ from longswift.kernels.eager.jobs import (
 _ROWS = 4096
 # Rows of a tile whose scores are held at once, all heads of a group together.
 _UNFUSED_ROWS = 256
-# Score elements per unfused step: 4 MiB in fp32.
-_SCORES = 1 << 20
+# Score elements per unfused step: 2 MiB in fp32.
+_SCORES = 1 << 19
 # Fewer scores than this are quicker in one fused call.
 _FEW_SCORES = 1 << 18
 

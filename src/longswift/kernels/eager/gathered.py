@@ -22,7 +22,7 @@ from longswift.kernels.eager.steps import HIDDEN, Step, StepTable
 from longswift.kernels.eager.unfused import softmax_, weigh
 
 # Bytes of scores a thread holds per step.
-_STEP_BYTES = 8 << 20
+_STEP_BYTES = 2 << 20
 
 
 class Gathered(StepTable):
@@ -136,19 +136,14 @@ class Gathered(StepTable):
         means.view(-1, dim).index_add_(0, flat, gathered.reshape(-1, dim), alpha=-1)
         return means.div_(step.count.transpose(1, 2).clamp(min=1.0))
 
-    def _attend_by_row(self, step: Step, space: Workspace) -> Partial:
+    def _attend_by_row(self, step: Step, _: Workspace) -> Partial:
         """Remainder columns through products and a scatter, as each row has its own."""
         token_scores, column_scores = self.scores(step)
         width = token_scores.shape[2]
         scores = token_scores
         if column_scores is not None:
             scores = torch.cat([token_scores, column_scores], 2)
-        top = scores.amax(2, keepdim=True)
-        nothing = top == HIDDEN
-        scores = scores.sub_(top.masked_fill(nothing, 0.0)).exp_()
-        mass = scores.sum(2, keepdim=True)
-        lse = (mass.log() + top).squeeze(2)
-        scores.div_(mass.masked_fill_(nothing, 1.0))
+        lse = softmax_(scores)
         column_weights = None if column_scores is None else scores[..., width:]
         tokens, columns = self.weights(step, scores[..., :width], column_weights)
         return Partial(self.combine(step, tokens, columns, step.v, "v"), lse)
@@ -194,7 +189,7 @@ class Gathered(StepTable):
         lse, delta, d_out = rows_of
         token_scores, column_scores = self.scores(step)
         probs = token_scores.sub_(lse).exp_()
-        d_probs = torch.bmm(d_out, step.v.transpose(1, 2))
+        d_probs = bmm(d_out, step.v.transpose(1, 2))
         column_probs = d_columns = None
         if column_scores is not None:
             column_probs = column_scores.sub_(lse).exp_()
@@ -202,8 +197,8 @@ class Gathered(StepTable):
         d_scores = d_probs.sub_(delta).mul_(probs)
         tokens, columns = self.weights(step, probs, column_probs)
         d_tokens, d_sums = self.weights(step, d_scores, d_columns)
-        self._add_rows(d_v, step.tokens, torch.bmm(tokens.transpose(1, 2), d_out))
-        self._add_rows(d_k, step.tokens, torch.bmm(d_tokens.transpose(1, 2), step.q))
+        self._add_rows(d_v, step.tokens, bmm(tokens.transpose(1, 2), d_out))
+        self._add_rows(d_k, step.tokens, bmm(d_tokens.transpose(1, 2), step.q))
         if pool_grads is not None and columns is not None and d_sums is not None:
             self._add_pools(step, columns, d_out, pool_grads[1], pool_grads[3])
             self._add_pools(step, d_sums, step.q, pool_grads[0], pool_grads[2])
@@ -240,5 +235,6 @@ def _spread(whole: Tensor, grains: Tensor, target: Tensor, pools: Pools | None) 
     """Every token receives the gradient of its pool's sum and of its grain's."""
     assert pools is not None
     per_grain = whole.repeat_interleave(pools.size // pools.grain, 2)[:, :, : grains.shape[2]]
-    per_grain = per_grain + grains
-    target += per_grain.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    grains[:, :, : per_grain.shape[2]] += per_grain
+    per_token = grains.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    target[:, :, : per_token.shape[2]] += per_token

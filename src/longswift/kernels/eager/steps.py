@@ -23,7 +23,8 @@ from longswift.core.pools import (
     pool_columns,
     token_columns,
 )
-from longswift.core.softmax import accumulator_dtype
+from longswift.core.products import bmm
+from longswift.core.softmax import accumulator_dtype, hide_
 from longswift.core.summary import KeySummary
 
 HIDDEN = float("-inf")
@@ -138,14 +139,16 @@ class StepTable:
         stacked = rows.reshape(batch, kv_heads, -1, rows.shape[2])
         total = torch.cat(
             [
-                (stacked @ whole.transpose(2, 3)).view(*rows.shape[:2], whole.shape[2]),
+                bmm(stacked.flatten(0, 1), whole.flatten(0, 1).transpose(1, 2)).view(
+                    *rows.shape[:2], whole.shape[2]
+                ),
                 rows @ cut.flatten(0, 2).transpose(1, 2),
             ],
             -1,
         )
         assert step.column_of is not None
         total.scatter_add_(
-            2, step.column_of.expand_as(tokens), tokens.masked_fill(~step.shown, 0.0).neg_()
+            2, step.column_of.expand_as(tokens), tokens * step.shown.to(self.acc).neg_()
         )
         return total.div_(step.count.clamp(min=1.0))
 
@@ -161,27 +164,28 @@ class StepTable:
             return token_part, None
         per_sum = column_part / step.count.clamp(min=1.0)
         taken_back = per_sum.gather(2, step.column_of.expand_as(token_part))
-        return token_part - taken_back.masked_fill_(~step.shown, 0.0), per_sum
+        return token_part - taken_back.mul_(step.shown.to(self.acc)), per_sum
 
     def combine(
         self, step: Step, tokens: Tensor, columns: Tensor | None, values: Tensor, sums: str
     ) -> Tensor:
         """``tokens @ values + columns @ sums``, ``[Z, R, *]``."""
-        result = torch.bmm(tokens, values)
+        result = bmm(tokens, values)
         if columns is None or step.columns is None or self.pools is None:
             return result
         whole = self.pools.k_sum if sums == "k" else self.pools.v_sum
         cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
         pools = step.columns.pools
         stacked = columns[..., :pools].reshape(*whole.shape[:2], self.rows(step), pools)
-        result += (stacked @ whole[:, :, :pools]).view_as(result)
+        whole = whole[:, :, :pools].flatten(0, 1)
+        result += bmm(stacked.flatten(0, 1), whole).view_as(result)
         return result.baddbmm_(columns[..., pools:], cut.flatten(0, 2))
 
     def scores(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Scores of tokens ``[Z, R, C]`` and of remainder columns ``[Z, R, P + 2]``."""
-        token_scores = torch.bmm(step.q, step.k.transpose(1, 2))
+        token_scores = bmm(step.q, step.k.transpose(1, 2))
         column_scores = None
         if step.count is not None:
             column_scores = self.products(step, step.q, token_scores, "k")
             column_scores.add_(step.count.clamp(min=0.0).log())
-        return token_scores.masked_fill_(~step.shown, HIDDEN), column_scores
+        return token_scores if step.complete else hide_(token_scores, step.shown), column_scores

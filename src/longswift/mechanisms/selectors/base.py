@@ -200,7 +200,7 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
         left empty.
     """
     problems, rows, keys = wanted.shape
-    free = torch.ones(problems, keys, dtype=torch.bool, device=wanted.device)
+    free = torch.ones(problems, keys, dtype=wanted.dtype, device=wanted.device)
     index, owner, taken = [], [], []
     given, head_start = 0, max(1, budget // 4)
     for row in range(rows):
@@ -208,13 +208,17 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
         quota, given = min(due - given, keys), due
         if quota <= 0:
             continue
-        weight, choice = wanted[:, row].masked_fill(~free, 0.0).topk(quota, dim=-1)
+        weight, choice = (wanted[:, row] * free).topk(quota, dim=-1)
         # A key nobody wanted yet stays free for a later row.
-        free.scatter_(1, choice, free.gather(1, choice) & (weight <= 0))
+        free.scatter_(1, choice, free.gather(1, choice).mul_(weight <= 0))
         index.append(choice)
-        owner.append(torch.full_like(choice, row))
-        taken.append(weight > 0)
+        owner.append(row)
+        taken.append(weight)
     if not index:
         none = torch.zeros(problems, 0, dtype=torch.long, device=wanted.device)
         return none, none, none.bool()
-    return torch.cat(index, 1), torch.cat(owner, 1), torch.cat(taken, 1)
+    chosen = torch.cat(index, 1)
+    rows_of = torch.tensor(owner, device=wanted.device).repeat_interleave(
+        torch.tensor([choice.shape[1] for choice in index], device=wanted.device)
+    )
+    return chosen, rows_of.expand_as(chosen), torch.cat(taken, 1) > 0

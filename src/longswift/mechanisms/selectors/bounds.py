@@ -27,7 +27,7 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
 from longswift.core.errors import ConfigError, problem
 from longswift.core.products import bmm, factor_dtype, mm
-from longswift.core.softmax import accumulator_dtype
+from longswift.core.softmax import accumulator_dtype, hide_
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import (
     EMPTY,
@@ -94,13 +94,15 @@ class _Pass:
         low, high = self._key_extremes()
         self._blocks = low.shape[2]
         # Heads flattened once: a slice of blocks then stays a view.
-        self._low, self._high = low.flatten(0, 1), high.flatten(0, 1)
         self._by_row = request.strict or request.q.shape[2] == 1
-        if not self._by_row:
-            centre, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
-            # Bounds only propose, so 16-bit input may be bounded in 16 bits.
-            features = torch.cat([centre, radius, centre.abs()], -1)
-            self._features = features.to(factor_dtype(request.k))
+        # Bounds only propose, so 16-bit input may be bounded in 16 bits.
+        dtype = factor_dtype(request.k)
+        if self._by_row:
+            self._boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
+        else:
+            low, high = low.to(self._acc), high.to(self._acc)
+            centre, radius = (low + high) / 2, (high - low) / 2
+            self._boxes = [torch.cat([centre, radius, centre.abs()], -1).to(dtype).flatten(0, 1)]
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
         self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
 
@@ -121,7 +123,7 @@ class _Pass:
             tail = k[:, :, k.shape[2] // size * size :]
             low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
             high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-        return low.to(self._acc), high.to(self._acc)
+        return low, high
 
     def run(self) -> Selection:
         blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
@@ -200,13 +202,14 @@ class _Pass:
         batch, kv_heads, count, rows = features.shape[:4]
         features = features.flatten(2, 3).flatten(0, 1)
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        if self._by_row:
-            # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
-            torch.bmm(features.clamp(min=0), self._high[:, :width].transpose(1, 2), out=bound)
-            bound.baddbmm_(features.clamp(max=0), self._low[:, :width].transpose(1, 2))
-        else:
-            boxes = self._features[:, :width].transpose(1, 2)
-            bmm(features.to(boxes.dtype), boxes, out=bound)
+        # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
+        factors = [features.clamp(min=0), features.clamp(max=0)] if self._by_row else [features]
+        for index, (factor, boxes) in enumerate(zip(factors, self._boxes, strict=True)):
+            boxes = boxes[:, :width].transpose(1, 2)
+            product = space.get("product", tuple(bound.shape), self._acc) if index else bound
+            bmm(factor.to(boxes.dtype), boxes, out=product)
+            if index:
+                bound += product
         bound = bound.view(batch, kv_heads, count, rows, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
@@ -280,7 +283,7 @@ class _Pass:
         if hidden is not None:
             scores += hidden
         if visible is not None:
-            scores[..., :-1].masked_fill_(~visible, _HIDDEN)
+            hide_(scores[..., :-1], visible)
         return torch.softmax(scores, -1, out=scores)
 
     def _largest_probabilities(
@@ -331,7 +334,8 @@ class _Pass:
             return Selection(nothing, nothing)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
         scores = self._block_scores(q, run, outside, width, space)
-        wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
+        # Without a candidate a block's softmax is 0 / 0; elsewhere hidden blocks are 0 already.
+        wanted = self._best_of_group(scores).nan_to_num_(0.0)
         wanted[..., : self._sink_blocks] = 0.0
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
         shape = (*q.shape[:3], index.shape[1])
@@ -345,8 +349,8 @@ class _Pass:
         if request.coverage is not None:
             probs = _needed(probs, request.coverage)
         probs = probs[..., :-1].view(*q.shape[:4], -1)
-        probs = probs.masked_fill_(self._barred(tokens, valid).unsqueeze(3), 0.0)
-        wanted = self._best_of_group(probs)
+        allowed = ~self._barred(tokens, valid).unsqueeze(3)
+        wanted = self._best_of_group(probs).mul_(allowed.to(self._acc))
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
         shape = (*q.shape[:3], index.shape[1])
         chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
