@@ -17,6 +17,7 @@ from longswift.core.errors import ConfigError, InputError, UnsupportedError, pro
 from longswift.core.mechanism import Mechanism
 from longswift.hf.converted import ConvertedAttention
 from longswift.hf.families import Family, attention_layers
+from longswift.hf.global_attention import GlobalAttention, encoder_layers
 from longswift.hf.settings import (
     KEY,
     attention_of,
@@ -27,10 +28,12 @@ from longswift.hf.settings import (
 )
 from longswift.mechanisms import from_dict
 from longswift.mechanisms.full import Full
+from longswift.mechanisms.longformer import Longformer
 from longswift.memory import get_memory, memory_from_dict
 from longswift.memory.base import MemoryAttention, MemoryConfig
 
-_SETTING = "memory"
+_MEMORY, _GLOBALS = "memory", "global_projections"
+_CONVERTED = (ConvertedAttention, GlobalAttention)
 
 
 class Conversion:
@@ -50,12 +53,10 @@ class Conversion:
         self._replaced: list[tuple[str, nn.Module]] = []
         self._active = True
 
-    def replace(self, name: str, layer: nn.Module, family: Family, memory: MemoryConfig) -> None:
-        """Put a memory in the place of one attention layer."""
-        new = ConvertedAttention(layer, family, memory)
+    def replace(self, name: str, layer: nn.Module, new: nn.Module) -> None:
+        """Put ``new`` in the place of an attention layer."""
         self.model.set_submodule(name, new)
         self._replaced.append((name, layer))
-        self.layers.append(new.layer_idx)
 
     def revert(self) -> None:
         """Restore the very modules, attention and settings. Further calls do nothing.
@@ -92,10 +93,13 @@ class Conversion:
 
 def convert(
     model: PreTrainedModel,
-    memory: MemoryConfig | str,
+    memory: MemoryConfig | Longformer | str,
     layers: Iterable[int] | None = None,
 ) -> Conversion:
-    """Give attention layers of ``model`` a memory, keeping their projections and norms.
+    """Give attention layers of ``model`` what needs parameters, keeping projections and norms.
+
+    A memory goes into a decoder. ``Longformer`` goes into an encoder, whose global tokens then
+    have query, key and value projections of their own, copies of the ordinary ones at first.
 
     The new parameters are fp32 whatever the model's type and start neutral (see the memory's
     page); projections keep their names, so that adapters find them. Layers not converted run exact
@@ -103,7 +107,8 @@ def convert(
     ``longswift.hf.from_pretrained`` loads what ``save_pretrained`` wrote.
 
     Args:
-        model: A loaded decoder of Llama, Mistral, Qwen3, SmolLM3 or GPT-NeoX.
+        model: A loaded decoder of Llama, Mistral, Qwen3, SmolLM3 or GPT-NeoX; for ``Longformer`` an
+            encoder of BERT, RoBERTa, XLM-RoBERTa, CamemBERT or ELECTRA.
         memory: A configuration, or a name for its defaults.
         layers: Indices of the layers to convert, all by default. Call again for another memory in
             other layers.
@@ -116,8 +121,10 @@ def convert(
             exact part.
         ConfigError: Layers that do not exist, or a mechanism without parameters.
     """
+    if memory == Longformer.name:
+        memory = Longformer()
     given: Any = get_memory(memory) if isinstance(memory, str) else memory
-    if not isinstance(given, MemoryConfig):
+    if not isinstance(given, MemoryConfig | Longformer):
         kind = "a mechanism" if isinstance(given, Mechanism) else type(given).__name__
         raise ConfigError(
             problem(
@@ -133,37 +140,47 @@ def convert(
 
 def install(
     model: PreTrainedModel,
-    by_layer: Mapping[int, MemoryConfig] | None,
-    every: MemoryConfig | None = None,
+    by_layer: Mapping[int, Any] | None,
+    every: MemoryConfig | Longformer | None = None,
 ) -> Conversion:
     """Convert the layers named, or all of them with ``every``, and note it in the configuration."""
-    found = {int(layer.layer_idx): (name, layer, f) for name, layer, f in attention_layers(model)}  # type: ignore[arg-type]
-    if by_layer is None:
-        assert every is not None
-        by_layer = dict.fromkeys(found, every)
-    wrong = [index for index in by_layer if index not in found]
+    first = every if by_layer is None else next(iter(by_layer.values()), None)
+    found: dict[int, tuple[str, nn.Module, Any]]
+    if isinstance(first, Longformer):
+        key, found = _GLOBALS, {i: (*layer, None) for i, layer in encoder_layers(model).items()}
+    else:
+        key = _MEMORY
+        found = {int(x.layer_idx): (n, x, f) for n, x, f in attention_layers(model)}  # type: ignore[arg-type]
+    chosen: Mapping[int, Any] = dict.fromkeys(found, every) if by_layer is None else by_layer
+    wrong = [index for index in chosen if index not in found]
     if wrong:
         raise ConfigError(
             problem(
                 "layers",
                 expected=f"indices among {sorted(found)}",
                 got=wrong,
-                fix="Count from 0; a layer that has a memory already must be reverted first.",
+                fix="Count from 0; a layer that was converted already must be reverted first.",
             )
         )
-    for index, memory in by_layer.items():
-        _check_window(*found[index][1:], memory)
+    if key == _MEMORY:
+        for index, memory in chosen.items():
+            _check_window(*found[index][1:], memory)
     handle = Conversion(model)
     try:
         if attention_of(model) is None:
             set_attention(model, Full())
-        for index, memory in by_layer.items():
-            handle.replace(*found[index], memory)
+        for index, given in chosen.items():
+            name, layer, family = found[index]
+            if family is None:
+                handle.replace(name, layer, GlobalAttention(layer, given, index))
+            else:
+                handle.replace(name, layer, ConvertedAttention(layer, family, given))
+            handle.layers.append(index)
         config = text_config(model)
-        stored = dict(read_settings(config).get(_SETTING, {}))
+        stored = dict(read_settings(config).get(key, {}))
         # JSON knows only strings as keys.
-        stored |= {str(index): memory.to_dict() for index, memory in by_layer.items()}
-        write_settings(config, **{_SETTING: stored})
+        stored |= {str(index): given.to_dict() for index, given in chosen.items()}
+        write_settings(config, **{key: stored})
     except BaseException:
         handle.revert()
         raise
@@ -190,24 +207,27 @@ def from_pretrained(
 
 
 def restore(model: PreTrainedModel, path: str | Path) -> None:
-    """Install the memories that a loaded model's configuration names, and load their parameters."""
+    """Convert a loaded model as its configuration says, and load the parameters that brings."""
     settings = read_settings(text_config(model))
-    missing = {
-        int(index): memory_from_dict(config)
-        for index, config in settings.get(_SETTING, {}).items()
-        if int(index) not in _converted(model)
-    }
-    if not missing:
+    present = {m.layer_idx for m in model.modules() if isinstance(m, _CONVERTED)}
+    missing = [
+        {int(i): build(c) for i, c in settings.get(key, {}).items() if int(i) not in present}
+        for key, build in ((_MEMORY, memory_from_dict), (_GLOBALS, from_dict))
+    ]
+    if not any(missing):
         return
     if isinstance(settings.get("attention"), dict):
         others = {int(i): from_dict(c) for i, c in settings.get("layers", {}).items()}
         set_attention(model, from_dict(settings["attention"]), others)
-    install(model, missing)
+    for by_layer in missing:
+        if by_layer:
+            install(model, by_layer)
     wanted = {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules()
-        if isinstance(module, MemoryAttention)
+        if isinstance(module, _CONVERTED)
         for leaf, parameter in module.named_parameters()
+        if leaf.split(".")[0] in module.new_parameters
     }
     folder = Path(path)
     if not folder.is_dir():
@@ -220,7 +240,7 @@ def restore(model: PreTrainedModel, path: str | Path) -> None:
         raise InputError(
             problem(
                 str(path),
-                expected="the parameters of every memory in its configuration",
+                expected="the parameters of every converted layer in its configuration",
                 got=f"a checkpoint without {', '.join(sorted(wanted))}",
                 fix="Save the converted model again with save_pretrained.",
             )
@@ -238,10 +258,6 @@ def memory_parameters(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, MemoryAttention)
         for parameter in module.parameters()
     ]
-
-
-def _converted(model: nn.Module) -> set[int]:
-    return {m.layer_idx for m in model.modules() if isinstance(m, ConvertedAttention)}
 
 
 def _check_window(layer: nn.Module, family: Family, memory: MemoryConfig) -> None:

@@ -26,6 +26,8 @@ class ConvertedAttention(nn.Module):
         layer_idx: Index of the layer.
     """
 
+    new_parameters = ("memory",)
+
     def __init__(self, layer: nn.Module, family: Family, memory: MemoryConfig) -> None:
         super().__init__()
         for name, child in layer.named_children():
