@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -71,8 +71,8 @@ class Calibration:
     model: str = TINY
     file: str | None = None
     length: int | None = None
-    documents: int = 1
-    blocks: int = 32
+    documents: int = 4
+    blocks: int = 16
     chunk: int = 1024
     seed: int = 0
     dtype: str = "auto"
@@ -324,6 +324,12 @@ def summarise(
         )
     heads = [pair for one in layers for pair in zip(one["predicted"], one["checked"], strict=True)]
     predicted, checked = fmean(p for p, _ in heads), fmean(c for _, c in heads)
+    documents: dict[int, list[float]] = {}
+    for row in (row for group in checks.values() for row in group):
+        documents.setdefault(row["document"], []).extend(
+            row["shares"][row["names"].index(_PROFILE)]
+        )
+    each = [fmean(shares) for shares in documents.values()]
     full = fmean(one["dense_cost"] for one in layers)
     return {
         "criterion": criterion,
@@ -331,6 +337,7 @@ def summarise(
         "checked": checked,
         "off": abs(predicted - checked),
         "worst_head_off": max(abs(p - c) for p, c in heads),
+        "spread": stdev(each) if len(each) > 1 else None,
         "default": fmean(share for one in layers for share in one["default"]),
         "cost": fmean(c for one in layers for c in one["cost"]) / full,
         "default_cost": fmean(c for one in layers for c in one["default_cost"]) / full,
@@ -345,13 +352,16 @@ def verdict(result: Result, profile: Profile) -> str:
     dense = sum(sum(layer.dense) for layer in profile.layers.values())
     heads = sum(len(layer.dense) for layer in profile.layers.values())
     held = "holds" if found["off"] <= 0.01 else "DOES NOT HOLD"
+    spread = ""
+    if found["spread"] is not None:
+        spread = f"; its documents differ by {100 * found['spread']:.1f} points among themselves"
     return (
         f"The profile keeps {100 * found['predicted']:.1f} % {what} where the default keeps "
         f"{100 * found['default']:.1f} %, for {100 * found['cost']:.0f} % of full attention's "
         f"keys (default {100 * found['default_cost']:.0f} %), choosing included; {dense} of "
         f"{heads} KV heads are dense. Checked on text it has not seen it keeps "
         f"{100 * found['checked']:.1f} %: the prediction {held} (within 1 point; worst head off by "
-        f"{100 * found['worst_head_off']:.1f})."
+        f"{100 * found['worst_head_off']:.1f}){spread}."
     )
 
 
