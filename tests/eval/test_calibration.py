@@ -24,6 +24,7 @@ from longswift.eval.calibration import (
     variant,
 )
 from longswift.eval.calibration_runs import Calibration
+from longswift.eval.calibration_summary import table
 from longswift.eval.models import load
 from longswift.mechanisms.profile import read_profile
 
@@ -175,7 +176,7 @@ def test_prediction_holds_on_unseen_text(model_directory: Path, text: Path, tmp_
     assert summary["predicted"] >= 0.45 and summary["cost"] < 0.9
     assert summary["worst_head_off"] >= summary["off"]
     assert profile.calibration["target"] == 0.45 and profile.calibration["file"] == "words.txt"
-    assert len(calibration_runs.table(profile, result).rows) == 2
+    assert len(table(profile, result).rows) == 2
     assert str(tmp_path) not in out.read_text()
     # The meter, on a document of its own accord, finds what the profile promises.
     loaded = load(str(model_directory))

@@ -43,6 +43,7 @@ def calibrate(
     from longswift.cli import render
     from longswift.eval import calibration_runs as runs
     from longswift.eval import options
+    from longswift.eval.calibration_summary import table
 
     asked = runs.Calibration(
         mechanism=options.mechanisms("ms_swift", settings or ())["ms_swift"].to_dict(),
@@ -62,5 +63,5 @@ def calibrate(
     )
     profile, result = runs.run(asked, out, fresh=fresh)
     typer.echo(result.summary["verdict"])
-    render.table(*runs.table(profile, result))
+    render.table(*table(profile, result))
     render.wrote(out)
