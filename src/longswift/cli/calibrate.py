@@ -26,10 +26,10 @@ def calibrate(
         str | None, Option(help="Key tokens to choose from; default: 0,64,128,...,2048.")
     ] = None,
     length: Annotated[
-        str | None, Option(help="Tokens of a document; default: half the text, at most 32k.")
+        str | None, Option(help="Tokens of a document; default: as the text allows, up to 32k.")
     ] = None,
-    documents: Annotated[int, Option(help="Documents of each half of the text.")] = 1,
-    blocks: Annotated[int, Option(help="Blocks of queries tried per layer and document.")] = 32,
+    documents: Annotated[int, Option(help="Documents of each half of the text.")] = 4,
+    blocks: Annotated[int, Option(help="Blocks of queries tried per layer and document.")] = 16,
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     seed: Annotated[int, Option(help="Chooses the blocks.")] = 0,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
@@ -43,6 +43,7 @@ def calibrate(
     from longswift.cli import render
     from longswift.eval import calibration_runs as runs
     from longswift.eval import options
+    from longswift.eval.calibration_summary import table
 
     asked = runs.Calibration(
         mechanism=options.mechanisms("ms_swift", settings or ())["ms_swift"].to_dict(),
@@ -62,5 +63,5 @@ def calibrate(
     )
     profile, result = runs.run(asked, out, fresh=fresh)
     typer.echo(result.summary["verdict"])
-    render.table(*runs.table(profile, result))
+    render.table(*table(profile, result))
     render.wrote(out)

@@ -114,10 +114,13 @@ class Tryout:
         """Sample blocks of one call."""
         q_len, k_len = call.q.shape[2], call.k.shape[2]
         offset, layer = k_len - q_len, call.layer or 0
-        first = -(-max(offset, self._first) // self._block) * self._block
-        for start in range(first, k_len, self._block):
-            # Of its own for every block and layer, so that neither chunks nor resuming matter.
-            if random.Random(f"{self._seed} {layer} {start}").random() < self._share:
+        origin = -(-self._first // self._block)
+        phase = random.Random(f"{self._seed} {layer}").random()
+        for index in range(max(origin, -(-offset // self._block)), -(-k_len // self._block)):
+            # Evenly spaced from a random phase, so that neither chunks nor resuming matter.
+            passed = (index - origin) * self._share + phase
+            if int(passed + self._share) > int(passed):
+                start = index * self._block
                 end = min(start + self._block, k_len)
                 self._try(call, layer, slice(start - offset, end - offset), end)
 

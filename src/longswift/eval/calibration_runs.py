@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,17 +12,15 @@ import torch
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import options
-from longswift.eval import text as text_of
 from longswift.eval.calibration import (
     CAPTURED,
     CRITERIA,
-    Candidate,
-    Tried,
     Tryout,
     candidates,
     cheapest,
     variant,
 )
+from longswift.eval.calibration_summary import DEFAULT, PROFILE, gather, summarise, verdict
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.reading import check_chunk
@@ -34,11 +30,10 @@ from longswift.eval.samples import samples
 from longswift.eval.walk import Walk, on_trial
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.ms_swift import MSSwift
-from longswift.mechanisms.profile import LayerProfile, Profile
+from longswift.mechanisms.profile import Profile
 
 KIND = "calibration"
 BUDGETS = (0, 64, 128, 256, 512, 1024, 2048)
-_PROFILE, _DEFAULT = "profile", "default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +66,8 @@ class Calibration:
     model: str = TINY
     file: str | None = None
     length: int | None = None
-    documents: int = 1
-    blocks: int = 32
+    documents: int = 4
+    blocks: int = 16
     chunk: int = 1024
     seed: int = 0
     dtype: str = "auto"
@@ -124,7 +119,7 @@ class _Calibrator:
             mechanisms,
             block=self.base.block,
             first=self.base.dense_below,
-            share=self.asked.blocks / blocks,
+            share=min(1.0, self.asked.blocks / blocks),
             criterion=self.asked.criterion,
             seed=1000 * self.asked.seed + number,
         )
@@ -146,7 +141,7 @@ class _Calibrator:
         """The profile and the configuration it started from, on a document of the second half."""
 
         def both(layer: int, _: int) -> dict[Any, Mechanism]:
-            return {_PROFILE: profile.mechanism(layer), _DEFAULT: self.base}
+            return {PROFILE: profile.mechanism(layer), DEFAULT: self.base}
 
         return self._rows("check", number, self.tryout(ids, number, both))
 
@@ -229,7 +224,7 @@ def run(
         }
         profile = Profile(
             architecture=architecture,
-            attention=variant_base(base),
+            attention=replace(base, collect=False),
             layers={layer: found[0] for layer, found in chosen.items()},
         )
         for number, ids in odd:
@@ -261,128 +256,3 @@ def run(
     write_text(target, profile.to_json())
     kept.done()
     return profile, result
-
-
-def variant_base(base: MSSwift) -> MSSwift:
-    """What all heads share; layers that were not seen run it."""
-    return MSSwift(**{k: v for k, v in base.to_dict().items() if k not in ("name", "collect")})
-
-
-def gather(rows: list[dict[str, Any]]) -> dict[int, Tried]:
-    """Means over the documents of the first half, by layer."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["part"] == "calibrate":
-            found.setdefault(row["layer"], []).append(row)
-    return {
-        layer: Tried(
-            shares=_mean([row["shares"] for row in group]),
-            costs=_mean([row["costs"] for row in group]),
-            dense=fmean(row["dense"] for row in group),
-        )
-        for layer, group in found.items()
-    }
-
-
-def _mean(tables: list[list[list[float]]]) -> list[list[float]]:
-    return [
-        [fmean(values) for values in zip(*lines, strict=True)]
-        for lines in zip(*tables, strict=True)
-    ]
-
-
-def summarise(
-    rows: list[dict[str, Any]],
-    chosen: Mapping[int, tuple[list[float], list[float]]],
-    dense: Mapping[int, float],
-    criterion: str,
-) -> dict[str, Any]:
-    """What the profile promises, what unseen text says, and what it costs."""
-    checks: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["part"] == "check":
-            checks.setdefault(row["layer"], []).append(row)
-    layers: list[dict[str, Any]] = []
-    for layer, (shares, cost) in chosen.items():
-        by_name = {
-            name: (
-                _mean([[r["shares"][r["names"].index(name)]] for r in checks[layer]])[0],
-                _mean([[r["costs"][r["names"].index(name)]] for r in checks[layer]])[0],
-            )
-            for name in (_PROFILE, _DEFAULT)
-        }
-        layers.append(
-            {
-                "layer": layer,
-                "predicted": shares,
-                "checked": by_name[_PROFILE][0],
-                "default": by_name[_DEFAULT][0],
-                "cost": cost,
-                "default_cost": by_name[_DEFAULT][1],
-                "dense_cost": dense[layer],
-            }
-        )
-    heads = [pair for one in layers for pair in zip(one["predicted"], one["checked"], strict=True)]
-    predicted, checked = fmean(p for p, _ in heads), fmean(c for _, c in heads)
-    full = fmean(one["dense_cost"] for one in layers)
-    return {
-        "criterion": criterion,
-        "predicted": predicted,
-        "checked": checked,
-        "off": abs(predicted - checked),
-        "worst_head_off": max(abs(p - c) for p, c in heads),
-        "default": fmean(share for one in layers for share in one["default"]),
-        "cost": fmean(c for one in layers for c in one["cost"]) / full,
-        "default_cost": fmean(c for one in layers for c in one["default_cost"]) / full,
-        "layers": layers,
-    }
-
-
-def verdict(result: Result, profile: Profile) -> str:
-    """What was found, in words."""
-    found = result.summary
-    what = "of the attention mass" if found["criterion"] == CAPTURED else "of the heads' output"
-    dense = sum(sum(layer.dense) for layer in profile.layers.values())
-    heads = sum(len(layer.dense) for layer in profile.layers.values())
-    held = "holds" if found["off"] <= 0.01 else "DOES NOT HOLD"
-    return (
-        f"The profile keeps {100 * found['predicted']:.1f} % {what} where the default keeps "
-        f"{100 * found['default']:.1f} %, for {100 * found['cost']:.0f} % of full attention's "
-        f"keys (default {100 * found['default_cost']:.0f} %), choosing included; {dense} of "
-        f"{heads} KV heads are dense. Checked on text it has not seen it keeps "
-        f"{100 * found['checked']:.1f} %: the prediction {held} (within 1 point; worst head off by "
-        f"{100 * found['worst_head_off']:.1f})."
-    )
-
-
-def table(profile: Profile, result: Result) -> text_of.Table:
-    """Every KV head's setting."""
-    columns = ("layer.head", "window", "key tokens", "cost", "predicted", "checked", "default")
-    cells = []
-    for one in result.summary["layers"]:
-        layer: LayerProfile = profile.layers[one["layer"]]
-        kv_heads = profile.architecture.kv_heads
-        size = profile.architecture.heads // kv_heads
-        for head in range(kv_heads):
-            own = slice(head * size, (head + 1) * size)
-            window = profile.attention.windows[layer.scale[head]]
-            cells.append(
-                (
-                    f"{one['layer']}.{head}",
-                    "dense" if layer.dense[head] else f"{window:,}",
-                    "-" if layer.dense[head] else f"{layer.key_tokens[head]:,}",
-                    f"{100 * one['cost'][head] / one['dense_cost']:.0f} %",
-                    *(
-                        f"{100 * min(one[c][own]):.1f} %"
-                        for c in ("predicted", "checked", "default")
-                    ),
-                )
-            )
-    title = (
-        f"{result.config['model']}, target {result.config['target']:g}; worst query head of each "
-        "KV head; cost in full attention's keys"
-    )
-    return text_of.Table(title, columns, cells)
-
-
-__all__ = ["BUDGETS", "Calibration", "Candidate", "run", "table", "verdict"]
