@@ -125,8 +125,8 @@ def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) 
         config=options,
         covering={"key_tokens": 1024, "coverage": None},
         subset=options["remainder"] is None,
-        content=options["key_tokens"] > 0,
-        strict=options["selector"] is not ANTIDIAGONAL,
+        content=options["key_tokens"] != 0,
+        strict=options["selector"] is not ANTIDIAGONAL and "min_coverage" not in options,
         grid=options["block"],
         kv_heads=kv_heads,
     )
@@ -179,6 +179,9 @@ _SMALL: dict[str, list[Case]] = {
         _swift("antidiagonal", selector=ANTIDIAGONAL, key_tokens=32),
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
+        _swift("budgets", key_tokens=(8, 24), remainder=16, kv_heads=(2,)),
+        _swift("dense_head", windows=(16, 32), dense_heads=(1,), kv_heads=(2, 3), remainder=16),
+        _swift("guard", min_coverage=0.9, key_tokens=8, windows=(16,), remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
     ],
     "longformer": [

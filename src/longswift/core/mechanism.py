@@ -18,9 +18,10 @@ from longswift.core.inputs import (
     check_summary,
     split_padding,
 )
+from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
-from longswift.core.types import AttentionResult, AttentionStats
+from longswift.core.types import AttentionResult, AttentionStats, CapturedMass, means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +107,25 @@ class Mechanism(ABC):
             training=training,
             summary=summary,
         )
-        if not torch.is_autocast_enabled(q.device.type):
-            return self._dispatch(q, k, v, key_mask, call)
-        # Autocast would round scores and selections that the contract keeps in fp32.
-        with torch.autocast(q.device.type, enabled=False):
-            return self._dispatch(q, k, v, key_mask, call)
+        if torch.is_autocast_enabled(q.device.type):
+            # Autocast would round scores and selections that the contract keeps in fp32.
+            with torch.autocast(q.device.type, enabled=False):
+                result = self._dispatch(q, k, v, key_mask, call)
+        else:
+            result = self._dispatch(q, k, v, key_mask, call)
+        if observed():
+            tell(
+                self,
+                q=q,
+                k=k,
+                v=v,
+                causal=causal,
+                key_mask=key_mask,
+                scale=scale,
+                training=training,
+                result=result,
+            )
+        return result
 
     def visible(
         self,
@@ -178,6 +193,14 @@ class Mechanism(ABC):
             backend="reference",
             training=training,
         )
+
+    def exact_part(self) -> Mechanism | None:
+        """The mechanism restricted to the keys it sees one by one, whose ``lse`` is over those.
+
+        None where the output is no softmax over a subset of the keys, so that "the attention mass
+        it captures" has no meaning.
+        """
+        return None
 
     @abstractmethod
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
@@ -304,6 +327,8 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
         keys_per_query=mean("keys_per_query"),
         density=mean("density"),
         dense_rows=mean("dense_rows"),
+        density_by_head=means([s.density_by_head for s in stats]),
+        captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
         extra=telling.extra,
     )
 

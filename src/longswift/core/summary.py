@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,16 @@ class KeySummary:
             k_max=self.k_max[rows, :, :pages],
             k_sum=self.k_sum[rows, :, :pages],
             v_sum=self.v_sum[rows, :, :pages],
+        )
+
+    def heads(self, heads: slice | list[int]) -> KeySummary:
+        """Summary of some KV heads."""
+        return replace(
+            self,
+            k_min=self.k_min[:, heads],
+            k_max=self.k_max[:, heads],
+            k_sum=self.k_sum[:, heads],
+            v_sum=self.v_sum[:, heads],
         )
 
     def coarsen(self, factor: int) -> KeySummary:

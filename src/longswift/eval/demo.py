@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, InputError, problem
+from longswift.core.errors import InputError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
@@ -71,16 +71,7 @@ class Demo:
             chunk=self.chunk,
             decoded=self.decoded,
         )
-        block = self.mechanism.get("block", 1)
-        if self.chunk % block:
-            raise ConfigError(
-                problem(
-                    "demo.chunk",
-                    expected=f"a multiple of the mechanism's block ({block})",
-                    got=self.chunk,
-                    fix=f"Try {8 * block}.",
-                )
-            )
+        reading.check_chunk("demo.chunk", self.chunk, options.from_json(self.mechanism))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,8 @@ def divergence(loaded: Loaded, ids: Sequence[int], full: Tensor, other: Tensor) 
     for start in range(0, len(targets), _ROWS):
         wanted = targets[start : start + _ROWS, None]
         rows = slice(start, start + len(wanted))
-        p = reading.logits_of(model, full[rows]).log_softmax(-1)
-        q = reading.logits_of(model, other[rows]).log_softmax(-1)
+        p = reading.next_token_logits(model, full[rows]).log_softmax(-1)
+        q = reading.next_token_logits(model, other[rows]).log_softmax(-1)
         kl += (p.exp() * (p - q)).sum().item()
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         full_nll -= p.gather(1, wanted).sum().item()

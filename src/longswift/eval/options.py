@@ -53,6 +53,22 @@ def lengths(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated counts of at least 0, ascending.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    parts = names(text)
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(
+            problem(
+                "counts", expected="whole numbers", got=repr(text), fix="Give them as 0,64,256."
+            )
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def dtype(name: str) -> torch.dtype:
     """A dtype by its PyTorch name.
 
@@ -103,7 +119,7 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
     Raises:
         ConfigError: Unknown mechanism or option, or a setting for a mechanism not in ``text``.
     """
-    return {name: from_json(config) for name, config in _configs("mechanism", text, settings)}
+    return {name: from_json(config) for name, config in configs("mechanism", text, settings)}
 
 
 def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, Task]:
@@ -120,7 +136,7 @@ def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, T
     from longswift.eval.tasks import TASKS, from_dict
 
     found = {}
-    for name, config in _configs("task", text, settings):
+    for name, config in configs("task", text, settings):
         cls = TASKS.get(name)
         known = {f.name for f in fields(cls)} - ({"form"} if len(cls.forms) == 1 else set())
         # The questions of qa come from a file of another kind than the text of the others.
@@ -136,7 +152,7 @@ def settings_of(settings: Sequence[str], chosen: Sequence[str]) -> list[str]:
     return [s for s in settings if s.partition(".")[0].strip().replace("-", "_") in known]
 
 
-def _configs(kind: str, text: str, settings: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def configs(kind: str, text: str, settings: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and options of each part of ``text``."""
     chosen = [name.replace("-", "_") for name in names(text)]
     options: dict[str, dict[str, object]] = {name: {} for name in chosen}

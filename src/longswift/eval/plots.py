@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,21 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(fig: Figure, path: str | Path) -> Path:
-    """Write a PNG in one step, without date or software in its metadata."""
-    return replace(
-        path, lambda file: fig.savefig(file, dpi=150, format="png", metadata={"Software": None})
-    )
+    """Write an SVG if the name says so, else a PNG, in one step; equal figures give equal bytes."""
+    kind = "svg" if Path(path).suffix.lower() == ".svg" else "png"
+    return replace(path, lambda file: file.write_bytes(rendered(fig, kind)))
+
+
+def rendered(fig: Figure, kind: str = "png") -> bytes:
+    """The figure as PNG or SVG, without date or software in its metadata."""
+    from matplotlib import rc_context
+
+    stripped = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    buffer = BytesIO()
+    # The salt names the parts of an SVG; a random one would change every file.
+    with rc_context({"svg.hashsalt": "longswift"}):
+        fig.savefig(buffer, dpi=150, format=kind, metadata=stripped)
+    return buffer.getvalue()
 
 
 def _length_axis(axis: Any, lengths: list[int]) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval.progress import Bar, silent
 
-_SCORED_ROWS = 512
+SCORED_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +46,48 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """fp32 logits ``[rows, vocabulary]`` of a decoder's last states ``[rows, width]``."""
-    logits: Tensor = model.get_output_embeddings()(hidden).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
+    """fp32 logits ``[T, vocabulary]`` behind ``hidden [T, width]``, as the model scales them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    # Cohere multiplies, Granite divides, Gemma caps.
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each of ``targets [T]`` after ``hidden [1, >= T, width]``."""
     losses = []
-    for start in range(0, targets.shape[0], _SCORED_ROWS):
-        wanted = targets[start : start + _SCORED_ROWS]
-        logits = logits_of(model, hidden[0, start : start + len(wanted)])
+    for start in range(0, targets.shape[0], SCORED_ROWS):
+        wanted = targets[start : start + SCORED_ROWS]
+        logits = next_token_logits(model, hidden[0, start : start + len(wanted)])
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
     return torch.cat(losses) if losses else torch.zeros(0)
+
+
+def check_chunk(owner: str, chunk: int, mechanism: Mechanism | None) -> None:
+    """Raise ``ConfigError`` unless reading in chunks gives what reading at once gives."""
+    block = getattr(mechanism, "block", 1)
+    if chunk % block:
+        raise ConfigError(
+            problem(
+                owner,
+                expected=f"a multiple of the mechanism's block ({block})",
+                got=chunk,
+                fix=f"Try {8 * block}.",
+            )
+        )
+
+
+@torch.inference_mode()
+def hidden_states(model: Any, ids: Sequence[int], cache: Any, chunk: int) -> Iterator[Tensor]:
+    """The decoder's last hidden states ``[1, T, width]``, a chunk of the document at a time."""
+    decoder = model.get_decoder()
+    tokens = torch.tensor(ids, device=model.device)
+    for part in tokens.split(chunk):
+        yield decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @torch.inference_mode()
@@ -81,22 +110,19 @@ def read(
         score: Also sum the log-likelihood; logits exist for a few hundred rows at a time.
         step: Progress, in tokens.
     """
-    decoder = model.get_decoder()
     tokens = torch.tensor(ids, device=model.device)
+    states = hidden_states(model, ids, cache, chunk)
     seconds = 0.0
     losses = []
     for start in range(0, len(ids), chunk):
-        part = tokens[start : start + chunk]
         _finish(tokens.device)
         begin = time.perf_counter()
-        hidden = decoder(
-            input_ids=part[None], past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        hidden = next(states)
         _finish(tokens.device)
         seconds += time.perf_counter() - begin
         if score:
-            losses.append(_score(model, hidden, tokens[start + 1 : start + 1 + len(part)]))
-        step(len(part))
+            losses.append(_score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]]))
+        step(hidden.shape[1])
     every = torch.cat(losses) if losses else torch.zeros(0)
     return Reading(tokens=len(ids), seconds=seconds, nll=every.double().sum().item(), losses=every)
 

@@ -77,7 +77,7 @@ class Config:
             Stage(length=2048, tokens=400 * 8192, batch=8192, rate=(1.0, 0.7)),
             Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.7, 0.35)),
             Stage(length=16384, tokens=80 * 16384, batch=16384, rate=(0.35, 0.15)),
-            Stage(length=32768, tokens=20 * 32768, batch=32768, rate=(0.15, 0.02)),
+            Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.15, 0.02)),
         )
     )
     family: str = "smollm3"

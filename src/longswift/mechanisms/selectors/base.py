@@ -105,6 +105,13 @@ class Selector(ABC):
     def select(self, request: Request) -> Selection:
         """Tokens for every block; O(n) memory, cost stated by each selector."""
 
+    def choosing_cost(self, budget: int, keys: float) -> float:
+        """What choosing costs a query that has ``keys`` keys to choose from.
+
+        In keys attended to: a product with a key without its value counts half.
+        """
+        return keys / 2 if budget else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Name and fields, JSON-ready."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}

@@ -73,6 +73,11 @@ class Bounds(Selector):
         """Decoding scores pages of 16 keys, everything else blocks of ``key_block``."""
         return min(PAGE, self.key_block) if q_len == 1 else self.key_block
 
+    def choosing_cost(self, budget: int, keys: float) -> float:
+        """Bounds are three products for every box of rows and block of keys."""
+        boxes = 3 * keys / (self.row_group * self.key_block)
+        return (boxes + self.proposals * budget) / 2 if budget else 0.0
+
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
         return _Pass(self, request).run()
