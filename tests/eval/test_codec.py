@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from longswift.core.errors import ConfigError
 from longswift.eval import tasks
 from longswift.eval.models import Codec
 
@@ -79,6 +80,10 @@ def test_a_chat_template_is_filled_once(model_directory: Path) -> None:
     assert shown == f"{tokenizer.bos_token}<|user|>Before. After.<|end|><|assistant|>The answer is"
     assert head.count(plain.begin()[0]) == 1
     assert plain.frame("B", "A") == ([*plain.begin(), *codec.encode("B")], codec.encode("A"))
+    tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
+    with pytest.raises(ConfigError, match="--no-chat"):
+        codec.frame("Before.", "After.")
+    tokenizer.chat_template = TEMPLATE
     task = tasks.get_task("needle")
     assert task.form_for(codec) == "instruct"
     assert task.form_for(plain) == "continuation"
