@@ -58,13 +58,14 @@ def test_tile_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_precision(dtype: torch.dtype) -> None:
-    """16-bit inputs: sums and log-sum-exp are fp32, the output is rounded once."""
+    """Sums and log-sum-exp are fp32; 16-bit inputs round the weights to their precision."""
     q, k, v = (torch.randn(1, h, 40, 16).to(dtype) for h in (2, 1, 1))
     pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),))
     fast, slow = (x.attend(q, k, v, pattern, 0.25) for x in (triton, reference))
     assert fast.out.dtype == dtype and fast.lse.dtype == torch.float32
     torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(fast.out, slow.out)
+    atol = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(fast.out, slow.out, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
