@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,6 +115,24 @@ def test_the_gradient_is_the_same_every_time() -> None:
     )
     for a, b in zip(once, twice, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    """Through Triton's compiler and ptxas, which need no GPU; what fits there is not run here."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiling"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    shared = [int(line.split()[-1]) for line in run.stdout.splitlines()]
+    assert len(shared) == 8
+    # What a program may have on the GPUs with the least of those that compute bf16.
+    assert max(shared) <= 99 << 10
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

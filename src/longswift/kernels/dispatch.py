@@ -24,8 +24,13 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
-def available(device: torch.device | str = "cpu") -> dict[str, tuple[bool, str]]:
-    """Every backend with whether it is usable on ``device``, and why or why not."""
+def available(device: torch.device | str | None = None) -> dict[str, tuple[bool, str]]:
+    """Every backend with whether it is usable on ``device``, and why or why not.
+
+    Without a device: on the GPU if there is one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: module.verify(torch.device(device)) for name, module in BACKENDS.items()}
 
 
