@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -58,13 +63,14 @@ def test_tile_sizes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_precision(dtype: torch.dtype) -> None:
-    """16-bit inputs: sums and log-sum-exp are fp32, the output is rounded once."""
+    """Sums and log-sum-exp are fp32; 16-bit inputs round the weights to their precision."""
     q, k, v = (torch.randn(1, h, 40, 16).to(dtype) for h in (2, 1, 1))
     pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),))
     fast, slow = (x.attend(q, k, v, pattern, 0.25) for x in (triton, reference))
     assert fast.out.dtype == dtype and fast.lse.dtype == torch.float32
     torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(fast.out, slow.out)
+    atol = 1e-5 if dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(fast.out, slow.out, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,24 @@ def test_the_gradient_is_the_same_every_time() -> None:
     )
     for a, b in zip(once, twice, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    """Through Triton's compiler and ptxas, which need no GPU; what fits there is not run here."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiling"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    shared = [int(line.split()[-1]) for line in run.stdout.splitlines()]
+    assert len(shared) == 8
+    # What a program may have on the GPUs with the least of those that compute bf16.
+    assert max(shared) <= 99 << 10
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,13 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
-def available(device: torch.device | str = "cpu") -> dict[str, tuple[bool, str]]:
-    """Every backend with whether it is usable on ``device``, and why or why not."""
+def available(device: torch.device | str | None = None) -> dict[str, tuple[bool, str]]:
+    """Every backend with whether it is usable on ``device``, and why or why not.
+
+    Without a device: on the GPU if there is one.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return {name: module.verify(torch.device(device)) for name, module in BACKENDS.items()}
 
 
@@ -104,11 +109,10 @@ def disagreement(module: ModuleType, device: torch.device) -> str:
     Covers bands, gathered tokens row by row, the remainder, grouped heads and every gradient.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, h, n, 32, generator=generator) for h, n in ((4, 70), (2, 90), (2, 90))
-    )
-    tokens = torch.tensor([[0, 3, -1], [1, 6, 17], [2, 30, 8]], dtype=torch.int32)
-    since = torch.tensor([[20, 0, 0], [40, 50, 0], [64, 70, 89]], dtype=torch.int32)
+    shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    tokens = torch.tensor([[-1, -1, -1], [1, 6, -1], [2, 30, 8]], dtype=torch.int32)
+    since = torch.tensor([[0, 0, 0], [40, 0, 0], [64, 70, 89]], dtype=torch.int32)
     pattern = BlockPattern(
         causal=True,
         bands=(Band(tile=32, left=0), Band(tile=32, left=16)),
