@@ -163,12 +163,8 @@ class _Pass:
     ) -> tuple[Tensor, Tensor]:
         """Blocks with the largest bounds, and whether each is a real choice, ``[B, Hkv, N, M]``."""
         if self._request.best_blocks is not None:
-            if self._by_row:
-                rows = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
-                keys = torch.cat([self._high, self._low], -1)
-            else:
-                rows, keys = self._group_features(q, run), self._features
-            keys = keys[:, :width].unflatten(0, q.shape[:2])
+            rows = torch.cat(self._row_factors(q, run), -1)
+            keys = torch.cat(self._boxes, -1)[:, :width].unflatten(0, q.shape[:2]).to(self._acc)
             most = min(self._wanted_blocks(), width)
             return self._request.best_blocks(rows, keys, outside, self._sink_blocks, most)
         scores = self._block_scores(q, run, outside, width, space)
@@ -180,6 +176,13 @@ class _Pass:
         batch, kv_heads = self._request.k.shape[:2]
         device = self._request.k.device
         return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+
+    def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
+        """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
+        if not self._by_row:
+            return [self._group_features(q, run)]
+        # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
+        return [q.clamp(min=0), q.clamp(max=0)]
 
     def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
         """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
@@ -198,14 +201,11 @@ class _Pass:
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
         """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows or groups, W]``."""
-        features = q if self._by_row else self._group_features(q, run)
-        batch, kv_heads, count, rows = features.shape[:4]
-        features = features.flatten(2, 3).flatten(0, 1)
+        factors = self._row_factors(q, run)
+        batch, kv_heads, count, rows = factors[0].shape[:4]
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
-        factors = [features.clamp(min=0), features.clamp(max=0)] if self._by_row else [features]
         for index, (factor, boxes) in enumerate(zip(factors, self._boxes, strict=True)):
-            boxes = boxes[:, :width].transpose(1, 2)
+            factor, boxes = factor.flatten(2, 3).flatten(0, 1), boxes[:, :width].transpose(1, 2)
             product = space.get("product", tuple(bound.shape), self._acc) if index else bound
             bmm(factor.to(boxes.dtype), boxes, out=product)
             if index:
