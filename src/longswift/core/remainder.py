@@ -137,10 +137,13 @@ class _Taken:
         self._acc = accumulator_dtype(q.dtype)
         tokens = slots.clamp(min=0)
         shown = (slots >= 0).unsqueeze(3)
-        if pattern.visible_from is not None:
-            since = pattern.visible_from[:, :, blocks].to(q.device).unsqueeze(3)
+        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
+        if any(limit is not None for limit, _ in limits):
             position = torch.arange(run.count * run.rows, device=q.device) + run.position
-            shown = shown & (since <= position.view(run.count, run.rows, 1))
+            for limit, sees in limits:
+                if limit is not None:
+                    limit = limit[:, :, blocks].to(q.device).unsqueeze(3)
+                    shown = shown & sees(limit, position.view(run.count, run.rows, 1))
             shown = shown.repeat(1, 1, 1, q.shape[1] // k.shape[1], 1)
         self._shown = shown
         self._column = column.unsqueeze(3)

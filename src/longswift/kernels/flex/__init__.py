@@ -134,13 +134,19 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: flo
     since = slots if pattern.causal else torch.zeros_like(slots)
     if pattern.visible_from is not None:
         since = torch.maximum(since, pattern.visible_from.to(q.device))
-    since = (since - start).masked_fill(slots < 0, rows).transpose(1, 2).flatten(0, 1).int()
+    until = torch.full_like(slots, k_len)
+    if pattern.visible_until is not None:
+        until = torch.minimum(until, pattern.visible_until.to(q.device))
+    since, until = (
+        x.transpose(1, 2).flatten(0, 1).int().contiguous()
+        for x in ((since - start).masked_fill(slots < 0, rows), until - start)
+    )
     batches = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
     kv = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
     keys, values = (
         x[batches, kv, slots.clamp(min=0)].transpose(1, 2).flatten(0, 1) for x in (k, v)
     )
-    mask = gathered_blocks(since.contiguous(), rows, heads // kv_heads)
+    mask = gathered_blocks(since, until, rows, heads // kv_heads)
     out, lse = _flex(blocks, keys, values, mask, scale)
     kept = slice(before, before + q_len)
     out = out.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, kept]

@@ -21,6 +21,7 @@ class Tables(NamedTuple):
         end: ``[Hkv, Lq]``, one past its last.
         tokens: ``[B, Hkv, N, C]``, gathered positions, empty slots at 0.
         since: Like ``tokens``, first position that sees the slot.
+        until: Like ``tokens``, first position that no longer sees it.
         block: Query rows that share a list.
         before: Rows missing at the start of the first block.
         blocks: ``N``.
@@ -31,10 +32,16 @@ class Tables(NamedTuple):
     end: Tensor
     tokens: Tensor
     since: Tensor
+    until: Tensor
     block: int
     before: int
     blocks: int
     k_len: int
+
+    @property
+    def slots(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernels read of every slot."""
+        return self.tokens, self.since, self.until
 
 
 def tables(
@@ -50,14 +57,23 @@ def tables(
         slots = pattern.tokens.to(device=device, dtype=torch.int32).expand(batch, -1, -1, -1)
     since = slots if pattern.causal else torch.zeros_like(slots)
     if pattern.visible_from is not None:
-        since = torch.maximum(since, pattern.visible_from.to(device=device, dtype=torch.int32))
+        since = torch.maximum(since, _position(pattern.visible_from, slots, k_len))
+    until = torch.full_like(slots, k_len)
+    if pattern.visible_until is not None:
+        until = torch.minimum(until, _position(pattern.visible_until, slots, k_len))
     return Tables(
         first,
         end,
         slots.clamp(min=0).contiguous(),
         since.masked_fill(slots < 0, _NEVER).contiguous(),
+        until.contiguous(),
         pattern.block,
         before,
         blocks,
         k_len,
     )
+
+
+def _position(limit: Tensor, slots: Tensor, k_len: int) -> Tensor:
+    """A limit of visibility in the type of ``slots``; "never" is a number that type lacks."""
+    return limit.clamp(max=k_len).to(device=slots.device, dtype=slots.dtype)
