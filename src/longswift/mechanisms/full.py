@@ -11,6 +11,7 @@ FlashAttention's tiling (Dao et al., 2022, arXiv 2205.14135) is what makes the m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +31,7 @@ class Full(Patterned):
         return full_pattern(k_len, kv_heads, causal, q_len=q_len)
 
 
+@functools.lru_cache(maxsize=64)
 def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:
     """One tile that sees every key; cross attention may have more queries than keys."""
     if causal:

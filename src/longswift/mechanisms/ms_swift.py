@@ -233,15 +233,11 @@ class MSSwift(Mechanism):
         )
         if exact_rows:
             end = k_len - q_len + exact_rows if call.causal else k_len
-            parts.append(
-                backend.attend(
-                    q[:, :, :exact_rows],
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    full_pattern(end, k.shape[1], call.causal),
-                    call.scale,
-                )
-            )
+            first, keys, values = q, k, v
+            if exact_rows < q_len:
+                first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
+            dense = full_pattern(end, k.shape[1], call.causal)
+            parts.append(backend.attend(first, keys, values, dense, call.scale))
         if exact_rows < q_len:
             rest = q[:, :, exact_rows:]
             pattern, bands = self._choose(rest, k, v, call)

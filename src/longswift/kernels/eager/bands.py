@@ -111,10 +111,11 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float)
     kv_heads, k_len = k.shape[1], k.shape[2]
     groups = heads // kv_heads
     acc = accumulator_dtype(q.dtype)
-    if len(set(pattern.bands)) == 1:
-        whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
-        if len(whole) == 1 and whole[0].count == 1:
-            return _one_rectangle(q, k, v, whole[0], pattern, scale)
+    first = pattern.bands[0]
+    one_tile = (k_len - q_len) // first.tile == (k_len - 1) // first.tile
+    if one_tile and all(band is first or band == first for band in pattern.bands):
+        (whole,) = jobs(first, q_len, k_len, pattern.causal)
+        return _one_rectangle(q, k, v, whole, pattern, scale)
     out = torch.empty(batch, heads, q_len, v.shape[-1], dtype=acc, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=acc, device=q.device)
     pieces = [
