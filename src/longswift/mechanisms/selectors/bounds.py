@@ -8,6 +8,10 @@
 2. Inside the proposals every row scores every key. Probabilities, normalised together with the
    window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
 
+Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they
+are (sums in fp32, each score rounded once): it decides between near ties only. Probabilities and
+ranks are fp32 always.
+
 Decoding (one query) uses pages of 16 keys, Quest's bounds (Tang et al., 2024, arXiv 2406.10774),
 taken from a cache's incremental summaries when it has them.
 
