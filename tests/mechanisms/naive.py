@@ -6,7 +6,7 @@ Nothing here calls the library. Slow, for one unpadded sequence of a hundred tok
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +33,19 @@ class NaiveSwift:
     key_block: int = 8
     row_group: int = 4
     proposals: int = 2
-    row_radius: float = 0.5
+    key_radius: float = 0.5
+    row_radius: float = 0.25
     remainder: int | None = None
     strict: bool = False
     causal: bool = True
+
+    def with_pages(self, q_len: int) -> NaiveSwift:
+        """Itself, with blocks of 16 keys if a single query is decoded and they fit."""
+        fits = (
+            16 % self.key_block == 0 and self.block % 16 == 0 and (self.remainder or 16) % 16 == 0
+        )
+        decodes = q_len == 1 and fits and type(self) is NaiveSwift
+        return replace(self, key_block=16) if decodes else self
 
     def scale_order(self) -> list[int]:
         """Windows in the order in which heads take them: the middle one, then the next narrower."""
@@ -81,17 +90,18 @@ class NaiveSwift:
         groups = heads // kv_heads
         offset = n - q_len
         seen = np.zeros((heads, q_len, n), dtype=bool)
-        dense = self.dense_until(n, kv_heads)
+        dense = self.with_pages(q_len).dense_until(n, kv_heads)
         for row in range(q_len):
             if offset + row < dense:
                 seen[:, row, : offset + row + 1 if self.causal else n] = True
         first_row = max(0, dense - offset)
+        rest = self.with_pages(q_len - first_row)
         for kv in range(kv_heads):
             window = self.scale_order()[kv % len(self.windows)]
             own = slice(kv * groups, (kv + 1) * groups)
             for rows in self.row_blocks(first_row, q_len, offset):
-                start, end = self.band(window, offset + rows[0], n)
-                since = self.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
+                start, end = rest.band(window, offset + rows[0], n)
+                since = rest.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
                 for row in rows:
                     position = offset + row
                     keys = [j for j in range(n) if start <= j < end or j < self.sinks]
@@ -145,10 +155,11 @@ class NaiveSwift:
         for g in range(q.shape[0]):
             # Rows of a cut block are bounded one by one.
             alone = len(rows) < self.block or len(rows) == 1
-            group, share = (1, self.row_radius) if alone else (self.row_group, 1.0)
+            group = 1 if alone else self.row_group
+            shares = (self.key_radius, self.row_radius, self.key_radius)
             for i in range(0, len(rows), group):
                 part = q[g, i : i + group]
-                bounds = np.array([self.bound(part, blocks[b], share) for b in outside])
+                bounds = np.array([self.bound(part, blocks[b], shares) for b in outside])
                 for b, p in zip(outside, softmax(bounds), strict=True):
                     rank[b] = max(rank[b], p)
         proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
@@ -161,11 +172,17 @@ class NaiveSwift:
             chosen = self.cover(chosen, tokens, probs, q, k, window)
         return {tokens[i]: 0 for i in chosen}
 
-    def bound(self, q: Array, keys: Array, share: float = 1.0) -> float:
-        """Upper bound of every score between two boxes, the keys' shrunk to ``share``."""
+    def bound(
+        self, q: Array, keys: Array, shares: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    ) -> float:
+        """Upper bound of every score between two boxes, their radii shrunk.
+
+        ``shares`` are those of the keys' radius, the rows' radius and their product.
+        """
         qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
-        kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2 * share
-        return float(qc @ kc + abs(qc) @ kr + qr @ abs(kc) + qr @ kr)
+        kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
+        a, b, c = shares
+        return float(qc @ kc + a * abs(qc) @ kr + b * qr @ abs(kc) + c * qr @ kr)
 
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
         size = self.key_block
@@ -219,7 +236,8 @@ class NaiveSwift:
             for i in range(len(rows)):
                 row = q[g, i : i + 1]
                 bounds = [
-                    self.bound(row, k[b * size : (b + 1) * size], self.row_radius) for b in outside
+                    self.bound(row, k[b * size : (b + 1) * size], (self.key_radius, 0.0, 0.0))
+                    for b in outside
                 ]
                 shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
                 asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
@@ -255,7 +273,8 @@ class NaiveSwift:
         heads, q_len, _ = q.shape
         kv_heads, n, _ = k.shape
         seen = self.visible(q, k, scale)
-        dense = self.dense_until(n, kv_heads)
+        dense = self.with_pages(q_len).dense_until(n, kv_heads)
+        pages = self.with_pages(q_len - max(0, dense - (n - q_len)))
         out, lse = np.zeros((heads, q_len, v.shape[-1])), np.zeros((heads, q_len))
         for h in range(heads):
             kv = h * kv_heads // heads
@@ -265,7 +284,7 @@ class NaiveSwift:
                 exact = np.flatnonzero(seen[h, row])
                 scores, values = [k[kv, exact] @ q[h, row] * scale], [v[kv, exact]]
                 if self.remainder is not None and position >= dense:
-                    start, end = self.band(window, position, n)
+                    start, end = pages.band(window, position, n)
                     rest = [j for j in range(n) if not seen[h, row, j]]
                     for pool in range(math.ceil(n / self.remainder)):
                         in_pool = [j for j in rest if j // self.remainder == pool]

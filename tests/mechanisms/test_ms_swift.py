@@ -41,7 +41,7 @@ def twin(naive: NaiveSwift) -> MSSwift:
     options = asdict(naive)
     options.pop("causal")
     causality = "strict" if options.pop("strict") else "shared"
-    names = "key_block", "row_group", "proposals", "row_radius"
+    names = "key_block", "row_group", "proposals", "key_radius", "row_radius"
     inner = {name: options.pop(name) for name in names}
     selector: dict[str, Any] = {"name": "bounds", **inner}
     if isinstance(naive, NaiveAntidiagonal):
@@ -288,7 +288,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"remainder": 64.0},
     {"remainder": True},
     {"block": 0},
-    {"block": 24},
+    {"block": 20},
     {"block": "64"},
     {"scale_of_head": (3,)},
     {"scale_of_head": (-1,)},

@@ -159,9 +159,15 @@ class MSSwift(Mechanism):
 
         return read_profile(profile).mechanism(layer)
 
+    def _grain(self, q_len: int) -> int:
+        """Granularity of window edges: the selector's wish, if blocks and pools are multiples."""
+        grain = self._selector.grain(q_len)
+        fits = self.block % grain == 0 and (self.remainder is None or self.remainder % grain == 0)
+        return grain if fits else self._selector.key_block
+
     def bands(self, q_len: int, kv_heads: int, causal: bool) -> tuple[Band, ...]:
         """Band of each KV head."""
-        grain = self._selector.grain(q_len)
+        grain = self._grain(q_len)
         bands = []
         for window in self.window_of_head(kv_heads):
             tile = max(self.block, round((1 - self.overlap) * window) // self.block * self.block)
@@ -275,7 +281,7 @@ class MSSwift(Mechanism):
             bands=bands,
             block=self.block,
             pool=self.remainder,
-            pool_grain=self._selector.grain(q.shape[2]),
+            pool_grain=self._grain(q.shape[2]),
         )
         strict = self._strict(call)
         sinks = self._sink_slots(pattern, q.shape[2], k)

@@ -2,17 +2,18 @@
 
 1. Keys in blocks of ``key_block`` have per-channel centre ``kc`` and radius ``kr``, query rows in
    groups of ``row_group`` likewise ``qc`` and ``qr``. Every score between a group and a block is at
-   most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Softmax over
-   blocks, max over the query block's groups and the GQA group; the best
+   most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Boxes are much
+   larger than what is in them, so that radii are shrunk (``key_radius``, ``row_radius``). Softmax
+   over blocks, max over the query block's groups and the GQA group; the best
    ``proposals * budget / key_block`` blocks are proposed.
 2. The exact stage of ``two_stage``.
 
 Rows of a block that is not complete, as when decoding or asking a short question, are few and
-bounded one by one, with ``row_radius * kr`` for the radius. Decoding uses pages of 16 keys, as in
+bounded one by one. Decoding uses pages of 16 keys, as in
 Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
-Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/85 of
-full attention's scores at 16 x 16) and ``proposals * budget * D`` for the exact stage. In strict
+Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/43 of
+full attention's scores at 16 x 8) and ``proposals * budget * D`` for the exact stage. In strict
 mode bounds are per row: ``2 D n / key_block``.
 """
 
@@ -42,16 +43,18 @@ class Bounds(Selector):
         key_block: Keys per bound; a power of two.
         row_group: Query rows per bound; a power of two.
         proposals: Proposed tokens per token of the budget.
-        row_radius: Share of a key block's radius that counts where rows are bounded one by one.
-            No key is extreme in all channels at once, so that less than 1, which makes it an upper
-            bound, ranks blocks better.
+        key_radius: Share of a key block's radius that counts. No key is extreme in all channels at
+            once, so that shares below 1, which make it an upper bound, rank blocks better.
+        row_radius: Likewise for a group of rows.
     """
 
     name: ClassVar[str] = "bounds"
 
+    key_block: int = 8
     row_group: int = 16
     proposals: int = 4
-    row_radius: float = 0.5
+    key_radius: float = 0.5
+    row_radius: float = 0.25
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
@@ -65,19 +68,21 @@ class Bounds(Selector):
                 )
             )
 
-        if not isinstance(self.row_radius, int | float) or not 0.0 <= self.row_radius <= 1.0:
-            raise ConfigError(
-                problem(
-                    "Bounds.row_radius",
-                    expected="a number from 0 to 1",
-                    got=repr(self.row_radius),
-                    fix="0.5 is the measured default; 1 gives upper bounds.",
+        for name in ("key_radius", "row_radius"):
+            share = getattr(self, name)
+            if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+                raise ConfigError(
+                    problem(
+                        f"Bounds.{name}",
+                        expected="a number from 0 to 1",
+                        got=repr(share),
+                        fix="Leave it at its measured default; 1 gives upper bounds.",
+                    )
                 )
-            )
 
     def grain(self, q_len: int) -> int:
-        """Decoding scores pages of 16 keys, everything else blocks of ``key_block``."""
-        return min(PAGE, self.key_block) if q_len == 1 else self.key_block
+        """Decoding scores a cache's pages where they fit, everything else blocks of its own."""
+        return PAGE if q_len == 1 and PAGE % self.key_block == 0 else self.key_block
 
     def choosing_cost(self, budget: int, keys: float) -> float:
         """Bounds are three products for every box of rows and block of keys."""
@@ -93,8 +98,8 @@ class _Pass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        low, high = _key_extremes(request, selector.grain(request.q.shape[2]))
-        super().__init__(selector, request, selector.proposals, low.shape[2])
+        low, high = _key_extremes(request, request.pattern.pool_grain)
+        super().__init__(request, selector.proposals, low.shape[2])
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
         offset = k_len - request.q.shape[2]
@@ -143,7 +148,7 @@ class _Pass(TwoStage):
         # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
         # with the smallest one in proportion, it is the bound of a box of a smaller radius.
         up, down = q.clamp(min=0), q.clamp(max=0)
-        share = (1 + self._selector.row_radius) / 2
+        share = (1 + self._selector.key_radius) / 2
         return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
 
     def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
@@ -156,7 +161,8 @@ class _Pass(TwoStage):
         boxes = by_head.unflatten(4, (-1, size))
         low, high = boxes.amin(5), boxes.amax(5)
         centre, radius = (low + high) / 2, (high - low) / 2
-        features = torch.cat([centre, centre.abs() + radius, radius], -1)
+        of_keys, of_rows = self._selector.key_radius, self._selector.row_radius
+        features = torch.cat([centre, of_keys * (centre.abs() + radius), of_rows * radius], -1)
         return features.flatten(3, 4)
 
     def _block_scores(

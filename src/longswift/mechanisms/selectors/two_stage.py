@@ -22,7 +22,6 @@ from longswift.mechanisms.selectors.base import (
     EMPTY,
     Request,
     Selection,
-    Selector,
     by_run,
     candidate_blocks,
     take_in_turn,
@@ -35,15 +34,14 @@ class TwoStage(ABC):
     """One selection: the tables it needs; subclasses say what a key block is worth to a row.
 
     Args:
-        selector: Whose blocks they are.
         request: The request.
         proposals: Proposed tokens per token of the budget.
         blocks: Key blocks that may be candidates.
     """
 
-    def __init__(self, selector: Selector, request: Request, proposals: int, blocks: int) -> None:
+    def __init__(self, request: Request, proposals: int, blocks: int) -> None:
         self._request, self._proposals, self._blocks = request, proposals, blocks
-        self._key_block = selector.grain(request.q.shape[2])
+        self._key_block = request.pattern.pool_grain
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
