@@ -106,6 +106,9 @@ def _retrieval(result: Result) -> dict[str, Any] | None:
     if suite is None:
         return None
     labels = measured.labels(result)
+    if suite.summary["windows"]:
+        # Another window at each length.
+        labels[WINDOW] = "window of equal cost"
     table = standings.table(suite)
     found = standings.rows(suite)
     return {
