@@ -21,7 +21,7 @@ def compare(
     lengths: Annotated[
         str, Option(help="Tokens at which attention alone is timed.")
     ] = "2048,4096,8192,16384",
-    length: Annotated[str, Option(help="Tokens of the tasks and of the text.")] = "4096",
+    length: Annotated[str, Option(help="Tokens of the tasks and of the text.")] = "8192",
     tasks: Annotated[str, Option(help="Tasks, comma-separated.")] = "needle",
     samples: Annotated[int, Option(help="Documents per task.")] = 20,
     form: Annotated[str, Option(help="Form of the tasks, see longswift eval.")] = "auto",

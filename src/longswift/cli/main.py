@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from longswift.cli import (
     bench,
+    calibrate,
     compare,
     demo,
     eval,
@@ -137,6 +138,7 @@ app.command()(demo.demo)
 app.command(name="eval")(eval.evaluate)
 app.command()(compare.compare)
 app.command()(fidelity.fidelity)
+app.command()(calibrate.calibrate)
 app.command()(patterns.patterns)
 app.command()(report.report)
 app.add_typer(tiny.app, name="tiny")

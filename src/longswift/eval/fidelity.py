@@ -15,21 +15,20 @@ dense model does not run, and there are no divergences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longswift.core.errors import UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
-from longswift.core.observe import Observed, Observer, observe
-from longswift.eval.cost import Scored, equal_cost_window
+from longswift.eval.cost import equal_cost_window
 from longswift.eval.judging import EndJudge, EndRow, HeadRow, LayerJudge
 from longswift.eval.progress import Bar, silent
-from longswift.eval.reading import check_chunk, hidden_states
-from longswift.eval.rivals import FULL, UNIFORM, WINDOW, Rival, Uniform, on_trial
+from longswift.eval.reading import check_chunk
+from longswift.eval.rivals import FULL, UNIFORM, WINDOW, Rival, Uniform
+from longswift.eval.walk import Walk, on_trial
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.profile import Profile
 from longswift.mechanisms.sliding_window import SlidingWindow
@@ -37,10 +36,6 @@ from longswift.mechanisms.sliding_window import SlidingWindow
 EXACT_BELOW = 32768
 # Rows of a chunk judged where the dense model does not run: 1/64 of dense attention's work.
 _SAMPLED_SHARE = 64
-
-
-def _ignore(start: int, hidden: Tensor) -> None:
-    """Nothing is done with a chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +94,7 @@ def measure(
     check_chunk("chunk", chunk, own.choose(None))
     exact = len(ids) <= exact_below
     with on_trial(model), torch.inference_mode():
-        walk = _Walk(model, ids, chunk, step)
+        walk = Walk(model, ids, chunk, step)
         states, keys = {}, {}
         states[own.name], keys[own.name] = walk.keep(own)
         window = equal_cost_window(keys[own.name], len(ids))
@@ -129,46 +124,3 @@ def measure(
 def name_of(mechanism: Mechanism | Profile) -> str:
     """How rows call what is measured."""
     return "profile" if isinstance(mechanism, Profile) else mechanism.name
-
-
-class _Walk:
-    """Readings of one document by one model."""
-
-    def __init__(self, model: Any, ids: Sequence[int], chunk: int, step: Bar) -> None:
-        self._model, self._ids, self._chunk, self._step = model, ids, chunk, step
-
-    def read(
-        self, rival: Rival, observer: Observer, see: Callable[[int, Tensor], None] = _ignore
-    ) -> None:
-        """Read with ``rival``, whose calls ``observer`` sees; ``see(start, hidden)`` a chunk."""
-        from longswift.hf import SwiftCache
-        from longswift.hf.settings import stand_in
-
-        def tell(call: Observed) -> None:
-            if rival.used(call):
-                observer(call)
-
-        self._step(text=f"{rival.name}: reading")
-        cache = SwiftCache(self._model.config)
-        with stand_in(rival.choose), observe(tell):
-            start = 0
-            for hidden in hidden_states(self._model, self._ids, cache, self._chunk):
-                see(start, hidden)
-                start += hidden.shape[1]
-                self._step(hidden.shape[1])
-
-    def keep(self, rival: Rival) -> tuple[list[Tensor], float]:
-        """The last hidden states of a reading, and the mean number of keys scored per query."""
-        kept: list[Tensor] = []
-        scored = Scored()
-        self.read(rival, scored.add, lambda _, hidden: kept.append(hidden))
-        if not scored.queries:
-            raise UnsupportedError(
-                problem(
-                    type(self._model).__name__,
-                    expected="layers with full attention",
-                    got="none that a mechanism could replace",
-                    fix="There is nothing to measure in this model.",
-                )
-            )
-        return kept, scored.keys / scored.queries

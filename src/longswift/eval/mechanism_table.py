@@ -16,11 +16,12 @@ from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
 from longswift.eval.cost import equal_cost_window
 from longswift.eval.divergence import divergence, last_states
-from longswift.eval.models import Loaded, load
+from longswift.eval.models import Loaded
 from longswift.eval.progress import bar
 from longswift.eval.results import Result, writable
 from longswift.eval.results import load as load_result
-from longswift.eval.suite import FULL, SWIFT, WINDOW, Suite
+from longswift.eval.runner import FULL, SWIFT, WINDOW
+from longswift.eval.suite import Suite
 from longswift.eval.tasks.haystack import text_tokens
 
 ALL = "all"
@@ -177,13 +178,7 @@ def run(
     asked = _suite(comparison.quality, judged)
     scored = suite.run(asked, _beside(output, "eval"), fresh=fresh, progress=progress)
     _scores(scored, found)
-    loaded = load(
-        asked.model,
-        dtype=asked.dtype,
-        device=asked.device,
-        trust_remote_code=asked.trust_remote_code,
-    )
-    _divergences(comparison, loaded, judged, found, progress)
+    _divergences(comparison, suite.prepare(asked), judged, found, progress)
     rows = [asdict(MechanismRow(**{"scores": {}, "kept": {}, **row})) for row in found.values()]
     rows += [
         asdict(MechanismRow(name=name, scores={}, kept={}, note=f"not configured: {why}"))
@@ -195,7 +190,7 @@ def run(
         config={"speed": speed, "quality": scored.config, "text_tokens": length},
         seed=comparison.speed.seed,
         rows=rows,
-        summary={"window": window, "how": _NOTES},
+        summary={"window": window, "dense": list(standings.dense(scored)), "how": _NOTES},
     )
     if output is not None:
         result.save(output)
@@ -309,6 +304,15 @@ def _divergences(
     length, chunk = comparison.quality.lengths[0], comparison.quality.chunk
     begin = loaded.begin()
     ids = [*begin, *text_tokens(loaded, comparison.file)[: length - len(begin)]]
+    if len(ids) < length:
+        raise InputError(
+            problem(
+                "text",
+                expected=f"at least {length} tokens",
+                got=len(ids),
+                fix="Give a longer file, or a shorter length.",
+            )
+        )
     full = None
     with bar(len(mechanisms) * len(ids), "reading", shown=progress) as step:
         for mechanism in mechanisms:
@@ -364,8 +368,13 @@ def table(result: Result) -> text_of.Table:
 
 
 def sentences(result: Result) -> list[str]:
-    """What did not run, and which window was of equal cost."""
+    """What did not run, what saved nothing, and which window was of equal cost."""
     said = [f"{row['name']}: {row['note']}" for row in result.rows if row["note"]]
+    tokens = result.config["text_tokens"]
+    said += [
+        f"{name} is dense at {tokens} tokens: its quality says nothing."
+        for name in result.summary["dense"]
+    ]
     window = result.summary["window"]
     if window is not None:
         said.insert(0, f"sliding_window has {window} tokens, the cost of ms_swift.")

@@ -71,6 +71,9 @@ class Codec:
             before: Text before the document.
             after: Text after it.
             begun: How the answer begins.
+
+        Raises:
+            ConfigError: The chat template does not show the message as it is.
         """
         if not self.has_chat:
             return [*self.begin(), *self.encode(before)], self.encode(after + begun)
@@ -79,7 +82,16 @@ class Codec:
             [message], tokenize=False, add_generation_prompt=True
         )
         # The template writes the special tokens itself; a second one before it changes scores.
-        head, _, tail = text.partition(_DOCUMENT)
+        head, found, tail = text.partition(_DOCUMENT)
+        if not found:
+            raise ConfigError(
+                problem(
+                    "chat template",
+                    expected="one that repeats the message it is given",
+                    got="one that changes or drops it",
+                    fix="Use --no-chat.",
+                )
+            )
         return self.encode(head), self.encode(tail + begun.lstrip())
 
 

@@ -53,6 +53,22 @@ def lengths(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated counts of at least 0, ascending.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    parts = names(text)
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(
+            problem(
+                "counts", expected="whole numbers", got=repr(text), fix="Give them as 0,64,256."
+            )
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def dtype(name: str) -> torch.dtype:
     """A dtype by its PyTorch name.
 

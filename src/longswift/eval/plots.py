@@ -175,8 +175,6 @@ def plot_comparison(result: Result, path: str | Path) -> Path:
     places = list(range(len(found)))[::-1]
     tasks = [task["name"] for task in result.config["quality"]["tasks"]]
     longest, length = max(result.config["speed"]["lengths"]), result.config["text_tokens"]
-    fig = figure(15, 0.42 * len(found) + 2.0)
-    axes = fig.subplots(1, 5, sharey=True)
 
     def kept(row: MechanismRow) -> float | None:
         # The worst task: a mean hides what a mechanism cannot do.
@@ -203,16 +201,21 @@ def plot_comparison(result: Result, path: str | Path) -> Path:
             "{:.0f} %",
             False,
         ),
-        ("next-token KL from full", [row.kl for row in found], "{:.3f}", False),
+        ("next-token KL from full", [row.kl for row in found], "{:.4f}", False),
     ]
+    # What was not measured, such as memory without its extra run, needs no room.
+    panels = [panel for panel in panels if any(value is not None for value in panel[1])]
+    fig = figure(3 * len(panels), 0.42 * len(found) + 2.0)
+    axes: Any = fig.subplots(1, len(panels), sharey=True)
     for axis, (title, values, form, logarithmic) in zip(axes, panels, strict=True):
         for place, row, value in zip(places, found, values, strict=True):
             colour = COLOURS[2] if row.name == "ms_swift" else COLOURS[0]
-            if value is not None:
-                axis.barh(place, value, color=colour, height=0.65, alpha=0.9)
+            start = 1.0 if logarithmic else 0.0
+            end = start if value is None else value
+            axis.barh(place, end - start, left=start, color=colour, height=0.65, alpha=0.9)
             axis.annotate(
                 "-" if value is None else form.format(value),
-                (1 if logarithmic and value is None else value or 0, place),
+                (max(start, end), place),
                 xytext=(4, 0),
                 textcoords="offset points",
                 va="center",
@@ -224,9 +227,12 @@ def plot_comparison(result: Result, path: str | Path) -> Path:
             axis.axvline(1, color="black", linewidth=0.8)
             low = min([v for v in values if v is not None], default=1.0)
             axis.set_xlim(min(0.5, low / 2), max(2.0, 4 * top))
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+            axis.xaxis.set_major_formatter(
+                lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
+            )
         else:
-            axis.set_xlim(0, 1.4 * max(top, 1e-9))
+            low = min([v for v in values if v is not None], default=0.0)
+            axis.set_xlim(min(0.0, low), 1.4 * max(top, 1e-9))
             axis.locator_params(axis="x", nbins=4)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from typing import Any
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.core.observe import Observed, observe
-from longswift.eval import fidelity, fidelity_runs, memory, options, reading, suite
+from longswift.eval import fidelity, fidelity_runs, memory, options, reading, runner, suite
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import Bar, bar
@@ -234,7 +234,7 @@ class _Work:
         )
         length = len(self.ids)
         lengths = tuple(sorted({max(_SHORTEST, length // share) for share in (4, 2, 1)}))
-        names = [{"name": suite.MODEL}]
+        names = [{"name": runner.MODEL}]
         names += [m.to_dict() for m in self.mechanisms.values() if m is not None]
         found = suite.run(
             suite.Suite(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from longswift.eval.results import Result
-from longswift.eval.suite import MODEL
+from longswift.eval.runner import MODEL
 
 FULL, WINDOW = "full", "sliding_window"
 READING, RETRIEVAL, FIDELITY = "reading", "retrieval", "fidelity"

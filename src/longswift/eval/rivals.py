@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import AttentionResult, AttentionStats
-from longswift.mechanisms.full import Full, full_pattern
+from longswift.mechanisms.patterned import full_pattern
 from longswift.mechanisms.profile import Profile
 
 WINDOW, UNIFORM, FULL = "window", "uniform", "full"
@@ -76,18 +75,3 @@ class Rival:
     def used(self, call: Any) -> bool:
         """Whether an observed call was this rival's; layers with a window of their own are not."""
         return call.mechanism is self.choose(call.layer)
-
-
-@contextmanager
-def on_trial(model: Any) -> Iterator[None]:
-    """Room for ``stand_in``: afterwards the model's configuration is what it was before."""
-    from longswift.hf import Extension, set_attention
-
-    training = model.training
-    with Extension(model, 0):
-        set_attention(model, Full())
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)

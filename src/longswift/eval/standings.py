@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from longswift.eval import text
 from longswift.eval.results import Result
+from longswift.eval.runner import FULL, MODEL
 from longswift.eval.scores import NLL, ScoreRow
-from longswift.eval.suite import FULL, MODEL
 from longswift.eval.tasks import TASKS
 
 # A share of a score near zero is noise.
 _ABLE = 0.5
+_DENSE = 0.99
 
 
 def share(row: ScoreRow, judge: ScoreRow | None) -> float | None:
@@ -69,6 +70,15 @@ def compared(result: Result) -> Iterator[tuple[ScoreRow, ScoreRow, float]]:
             yield row, other, kept
 
 
+def dense(result: Result) -> dict[str, list[int]]:
+    """Mechanisms other than full attention that scored every key, and at which lengths."""
+    found: dict[str, list[int]] = {}
+    for entry in result.summary["cost"]:
+        if entry["mechanism"] != judge(result) and (entry["density"] or 0) > _DENSE:
+            found.setdefault(entry["mechanism"], []).append(entry["length"])
+    return found
+
+
 def sentences(result: Result) -> list[str]:
     """What the rows say, in words; the worst task, because a mean hides it."""
     worst: dict[str, tuple[ScoreRow, ScoreRow, float]] = {}
@@ -86,6 +96,11 @@ def sentences(result: Result) -> list[str]:
     if windows:
         sizes = ", ".join(f"{window} at {length} tokens" for length, window in windows.items())
         said.append(f"The window of equal cost is {sizes}.")
+    said += [
+        f"{name} is dense at {length} tokens: it saves nothing there, and its scores say nothing."
+        for name, lengths in dense(result).items()
+        for length in lengths
+    ]
     said += [f"{name} did not run: {why}" for name, why in result.summary["refused"].items()]
     return said
 

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import Mechanism, check_positive
-from longswift.eval import options, reading, scores, tasks
-from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.core.mechanism import check_positive
+from longswift.eval import options, scores, tasks
 from longswift.eval.documents import source
 from longswift.eval.environment import environment
 from longswift.eval.journal import Journal
 from longswift.eval.models import Loaded, load
-from longswift.eval.progress import Bar, bar
+from longswift.eval.progress import bar
 from longswift.eval.results import Result, writable
-from longswift.eval.tasks.base import AUTO, DoesNotFit, Output, Sample, Task
+from longswift.eval.runner import MODEL, SWIFT, WINDOW, Case, Runner, identity
+from longswift.eval.tasks.base import AUTO, Task
 
-MODEL, FULL, WINDOW, SWIFT = "model", "full", "sliding_window", "ms_swift"
 _NOTES = {
     "model": "the model's own attention (sdpa), as Transformers runs it; the other mechanisms "
     "replace only its full-attention layers",
@@ -136,24 +135,6 @@ def asked(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Case:
-    """One sample to be measured."""
-
-    length: int
-    mechanism: dict[str, Any]
-    task: Task
-    index: int
-
-    def key(self) -> dict[str, Any]:
-        return {
-            "mechanism": self.mechanism["name"],
-            "task": self.task.name,
-            "length": self.length,
-            "index": self.index,
-        }
-
-
 def _config(suite: Suite, loaded: Loaded) -> dict[str, Any]:
     """Everything that changes the figures; contents by their hash, so that no path is kept."""
     content: dict[str, Any] = json.loads(json.dumps(asdict(suite)))
@@ -167,7 +148,12 @@ def _config(suite: Suite, loaded: Loaded) -> dict[str, Any]:
     return content
 
 
-def _load(suite: Suite) -> Loaded:
+def prepare(suite: Suite) -> Loaded:
+    """Load the suite's model and extend it if that is asked for.
+
+    Raises:
+        InputError: A length is beyond the model's window.
+    """
     from longswift.hf import check_length, extend
 
     loaded = load(
@@ -209,7 +195,7 @@ def run(
     """
     if output is not None:
         writable(output)
-    loaded = _load(suite)
+    loaded = prepare(suite)
     chosen = [tasks.from_dict(entry) for entry in suite.tasks]
     config, here = _config(suite, loaded), environment()
     kept = Journal(
@@ -218,34 +204,40 @@ def run(
         fresh=fresh,
     )
     cases = _cases(suite, loaded, chosen)
-    summary: dict[str, Any] = {"windows": {}, "refused": {}}
     with bar(sum(case.length for case in cases), "starting", shown=progress) as step:
-        runner = _Runner(suite, loaded, kept, summary, step)
+        runner = Runner(loaded, kept, chunk=suite.chunk, equal_cost=suite.equal_cost, step=step)
         for case in cases:
             runner.measure(case)
-    if len(summary["refused"]) == len(suite.mechanisms):
-        raise UnsupportedError(next(iter(summary["refused"].values())))
-    keys = [case.key() for case in cases]
-    entries = [e for key in keys for e in kept.find(**key)]
+    if len(runner.refused) == len(suite.mechanisms):
+        raise UnsupportedError(next(iter(runner.refused.values())))
+    measured = {identity(entry): entry for entry in kept.entries}
+    wanted = [identity(case.key()) for case in cases]
+    entries = [measured[key] for key in wanted if key in measured]
     result = Result(
         kind="eval",
         config=config,
         seed=chosen[0].seed,
         rows=scores.aggregate(entries),
+        summary={
+            "windows": runner.windows,
+            "refused": runner.refused,
+            "cost": _cost(entries),
+            "reused": kept.reused,
+            "how": _NOTES,
+        },
         environment=here,
     )
-    result.summary.update(summary, seconds=_seconds(entries), reused=kept.reused, how=_NOTES)
     if output is not None:
         result.save(output)
     return result
 
 
-def _cases(suite: Suite, loaded: Loaded, chosen: list[Task]) -> list[_Case]:
+def _cases(suite: Suite, loaded: Loaded, chosen: list[Task]) -> list[Case]:
     """Everything to measure; what fixes the cost of another comes before it."""
     names = [entry["name"] for entry in suite.mechanisms]
     order = sorted(suite.mechanisms, key=lambda m: m["name"] == WINDOW and SWIFT in names)
     return [
-        _Case(length=length, mechanism=mechanism, task=task, index=index)
+        Case(length=length, mechanism=mechanism, task=task, index=index)
         for length in suite.lengths
         for mechanism in order
         for task in chosen
@@ -253,134 +245,24 @@ def _cases(suite: Suite, loaded: Loaded, chosen: list[Task]) -> list[_Case]:
     ]
 
 
-class _Runner:
-    """Measures cases one after another, changing the model's attention as they demand."""
-
-    def __init__(
-        self, suite: Suite, loaded: Loaded, kept: Journal, summary: dict[str, Any], step: Bar
-    ) -> None:
-        self.suite, self.loaded, self.kept, self.summary = suite, loaded, kept, summary
-        self.step = step
-        self.done = {_identity(entry) for entry in kept.entries}
-        self.current: tuple[int, str] | None = None
-        self.mechanism: Mechanism | None = None
-        self.ready = False
-
-    def measure(self, case: _Case) -> None:
-        """Measure one case, unless that was done before."""
-        name = case.mechanism["name"]
-        self.step(text=f"{case.length} tokens, {name}: {case.task.name} {case.index + 1}")
-        if (case.length, name) != self.current:
-            self.current = case.length, name
-            self.mechanism, self.ready = self._mechanism(case), False
-        if _identity(case.key()) not in self.done and name not in self.summary["refused"]:
-            try:
-                if not self.ready:
-                    self._activate()
-                    self.ready = True
-                self.kept.add({**case.key(), **self._read(case)})
-            except UnsupportedError as error:
-                self.summary["refused"][name] = str(error)
-        self.step(case.length)
-
-    def _mechanism(self, case: _Case) -> Mechanism | None:
-        """The mechanism of a case, with the window of equal cost where that is asked for."""
-        if case.mechanism["name"] == MODEL:
-            return None
-        mechanism = options.from_json(case.mechanism)
-        if mechanism.name != WINDOW or not self.suite.equal_cost:
-            return mechanism
-        measured = self.kept.find(mechanism=SWIFT, length=case.length)
-        read = [entry for entry in measured if entry.get("queries")]
-        if not read:
-            return mechanism
-        keys = sum(e["keys"] for e in read) / sum(e["queries"] for e in read)
-        window = equal_cost_window(keys, round(sum(e["read"] for e in read) / len(read)))
-        self.summary["windows"][str(case.length)] = window
-        return options.from_json({**case.mechanism, "window": window})
-
-    def _activate(self) -> None:
-        if self.mechanism is not None and not self.mechanism.supports_causal:
-            raise UnsupportedError(
-                problem(
-                    self.mechanism.name,
-                    expected="a mechanism with a causal form",
-                    got="one without",
-                    fix="It cannot run in a language model that writes.",
-                )
-            )
-        self.loaded.use(self.mechanism)
-
-    def _read(self, case: _Case) -> dict[str, Any]:
-        """Read one document, answer its questions, score the answers."""
-        try:
-            sample = case.task.generate(self.loaded, case.length, case.index)
-        except DoesNotFit as error:
-            return {"refused": str(error)}
-        seen = Scored()
-        told, output = answer(
-            self.loaded,
-            sample,
-            chunk=self.suite.chunk,
-            likelihood=case.task.likelihood,
-            mechanism=self.mechanism,
-            scored=seen,
-        )
-        return {
-            "read": told.tokens,
-            "seconds": told.seconds,
-            "keys": seen.keys,
-            "queries": seen.queries,
-            "texts": list(output.texts),
-            "scores": [asdict(score) for score in case.task.score(sample, output)],
-            "meta": sample.meta,
-        }
-
-
-def _identity(key: dict[str, Any]) -> tuple[Any, ...]:
-    return key["mechanism"], key["task"], key["length"], key["index"]
-
-
-def answer(
-    loaded: Loaded,
-    sample: Sample,
-    *,
-    chunk: int,
-    likelihood: bool = False,
-    mechanism: Mechanism | None = None,
-    scored: Scored | None = None,
-) -> tuple[reading.Reading, Output]:
-    """Let the model, as it attends now, read a document once and answer all its questions.
-
-    Args:
-        loaded: The model.
-        sample: Document and questions.
-        chunk: Tokens per forward pass.
-        likelihood: Also give the loss of every token of the document.
-        mechanism: The mechanism in force, whose keys are counted.
-        scored: Where they are counted.
-    """
-    from longswift.hf import SwiftCache
-
-    cache = SwiftCache(loaded.model.config)
-    with count_keys(mechanism, Scored() if scored is None else scored):
-        told = reading.read(loaded.model, sample.document, cache, chunk=chunk, score=likelihood)
-    stop = loaded.stop_tokens()
-    texts = [
-        loaded.decode(reading.ask(loaded.model, q.ids, cache, q.limit, stop))
-        for q in sample.questions
-    ]
-    return told, Output(texts=tuple(texts), losses=told.losses.tolist() if likelihood else ())
-
-
-def _seconds(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean time to read a document, per mechanism and length."""
-    found: dict[tuple[str, int], list[float]] = {}
+def _cost(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What reading took; the keys of the model's own attention are unknown."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in entries:
         if "seconds" in entry:
-            case = entry["mechanism"], entry["length"]
-            found.setdefault(case, []).append(entry["seconds"])
-    return [
-        {"mechanism": name, "length": length, "seconds": sum(s) / len(s), "samples": len(s)}
-        for (name, length), s in found.items()
-    ]
+            found.setdefault((entry["mechanism"], entry["length"]), []).append(entry)
+    costs = []
+    for (name, length), some in found.items():
+        queries, keys = (sum(e[key] for e in some) for key in ("queries", "keys"))
+        dense = sum(e["queries"] * (e["read"] + 1) / 2 for e in some)
+        costs.append(
+            {
+                "mechanism": name,
+                "length": length,
+                "samples": len(some),
+                "seconds": sum(e["seconds"] for e in some) / len(some),
+                "keys_per_query": keys / queries if queries else None,
+                "density": keys / dense if queries else None,
+            }
+        )
+    return costs

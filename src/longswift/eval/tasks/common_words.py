@@ -43,17 +43,18 @@ class CommonWords(base.Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        often, seldom = self._times(0)
-        check_positive(self.name, common=self.common, common_times=often, other_times=seldom)
-        if often <= seldom:
-            raise ConfigError(
-                problem(
-                    f"{self.name}.common_times",
-                    expected=f"more than other_times ({seldom})",
-                    got=often,
-                    fix="Common words must stand out.",
+        for length in (0, _SHORT):
+            often, seldom = self._times(length)
+            check_positive(self.name, common=self.common, common_times=often, other_times=seldom)
+            if often <= seldom:
+                raise ConfigError(
+                    problem(
+                        f"{self.name}.common_times",
+                        expected=f"more than other_times ({seldom})",
+                        got=often,
+                        fix="Common words must stand out.",
+                    )
                 )
-            )
 
     def _times(self, length: int) -> tuple[int, int]:
         usual = (6, 1) if length < _SHORT else (30, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from bisect import bisect_left
@@ -99,13 +100,20 @@ def fill(codec: Codec, make: Callable[[], str], room: int) -> list[list[int]]:
 
 
 def grid(depths: int, index: int) -> float:
-    """Depth number ``index`` of an even grid from 0 (start) to 1 (end), over and over."""
-    return 0.5 if depths == 1 else index % depths / (depths - 1)
+    """Depth number ``index`` on an even grid from 0 (start) to 1 (end), over and over.
+
+    Neighbouring numbers lie far apart, so that a few samples cover the document, too.
+    """
+    if depths == 1:
+        return 0.5
+    golden = round(depths * 0.618)
+    stride = next(s for s in range(golden, depths + golden) if math.gcd(s, depths) == 1)
+    return index * stride % depths / (depths - 1)
 
 
 def nearest(depths: int, depth: float) -> float:
     """The grid's depth nearest to ``depth``."""
-    return grid(depths, round(depth * (depths - 1)))
+    return 0.5 if depths == 1 else round(depth * (depths - 1)) / (depths - 1)
 
 
 def new_word(rng: random.Random, used: set[str]) -> str:

@@ -89,9 +89,9 @@ class Needle(base.Task):
         values = [[self._draw(rng, form) for _ in range(self.values)] for _ in keys]
         pairs = [(k, v) for k, several in zip(keys, values, strict=True) for v in several]
         # The first value of the first key lies where the grid says, the others anywhere.
-        depths = [haystack.grid(self.depths, index)]
-        while len(depths) < len(pairs):
-            depths.append(rng.randrange(_OTHER_DEPTHS) / (_OTHER_DEPTHS - 1))
+        others = max(_OTHER_DEPTHS, len(pairs))
+        drawn = rng.sample(range(others), len(pairs) - 1)
+        depths = [haystack.grid(self.depths, index), *(n / (others - 1) for n in drawn)]
         places = dict(zip(pairs, depths, strict=True))
 
         before, questions = self._questions(codec, form, keys, values, places)
