@@ -57,6 +57,7 @@ def test_report_writes_page_and_json(model_directory: Path, document: Path, tmp_
         (["patterns", "--mechanism", "nothing", "--out", "x.png"], "'nothing'"),
         (["patterns", "--out", "x.pdf"], ".svg"),
         (["patterns", "tiny"], "--file"),
+        (["patterns", "tiny", "--file", "no.txt", "--mechanism", "linear"], "through a state"),
         (["patterns", "--length", "9", "--out", "x.png"], "16 to 512"),
         (["report", "tiny", "--file", "no.txt", "--attention", "full"], "beside full"),
         (["report", "tiny", "--file", "no.txt"], "no such file"),
