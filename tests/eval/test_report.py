@@ -95,7 +95,7 @@ def retrieval(*rows: dict[str, Any], **summary: Any) -> dict[str, Any]:
             },
             "seed": 0,
             "rows": list(rows),
-            "summary": {"windows": {}, "refused": {}, **summary},
+            "summary": {"windows": {}, "refused": {}, "cost": [], **summary},
         },
     }
 
@@ -195,6 +195,10 @@ def test_what_was_not_learned_is_said() -> None:
     failing = say(row(FULL), FAST, retrieval(scored("model", 0.1), scored("ms_swift", 0.1)))
     assert failing.level == NOTE
     assert any("Retrieval tells nothing" in f.text for f in failing.findings)
+    cost = [{"mechanism": "ms_swift", "length": 1000, "density": 1.0}]
+    everything = retrieval(scored("model", 1.0), scored("ms_swift", 1.0), cost=cost)
+    said = say(row(FULL), FAST, everything)
+    assert said.level == NOTE and any("every key was scored" in f.text for f in said.findings)
     few = retrieval(scored("model", 1.0, count=3.0), scored("ms_swift", 1.0, count=3.0, low=0.44))
     assert any("44 %" in f.text for f in say(row(FULL), FAST, few).findings)
 

@@ -137,6 +137,16 @@ def _retrieval(result: Result, name: str) -> list[Finding]:
                 "every task asked. Try easier tasks, shorter lengths or another model.",
             )
         ]
+    dense = standings.dense(suite).get(name, [])
+    found = [case for case in found if case[0].length not in dense]
+    if not found:
+        return [
+            Finding(
+                level=NOTE,
+                text="Retrieval tells nothing: at the lengths asked every key was scored. "
+                "Give a longer text.",
+            )
+        ]
     # Of equally good cases the longest tells most.
     row, full, kept = min(found, key=lambda case: (case[2], -case[0].length))
     said = (
