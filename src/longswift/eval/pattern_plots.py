@@ -31,6 +31,8 @@ _FRAME, _NODE = "#8a8f98", "#333333"
 # Beyond this many shapes a drawing program suffers more from vectors than from pixels.
 _MOST_VECTORS = 6000
 _ON_CIRCLE = 24
+# Colours of a drawing with a few flat ones and their edges.
+DRAWING = 48
 _WIDTH = 9.6
 
 
@@ -66,7 +68,8 @@ def draw(
             )
         )
     pairs = pictures(names, length=length, settings=settings, causal=causal)
-    plots.save(draw_picture(*pairs[0]) if len(pairs) == 1 else draw_sheet(pairs), path)
+    fig = draw_picture(*pairs[0]) if len(pairs) == 1 else draw_sheet(pairs)
+    plots.save(fig, path, colours=DRAWING)
     return [shown for shown, _ in pairs]
 
 

@@ -23,6 +23,13 @@ _CONFIGS: dict[str, Callable[[int], dict[str, Any]]] = {
         "remainder": 4 * u,
         "dense_below": 0,
     },
+    "longformer": lambda u: {"left": 4 * u, "right": 4 * u, "global_tokens": u},
+    "bigbird": lambda u: {"block": 2 * u, "random_blocks": 2},
+    "bigbird_tokens": lambda u: {"window": 4 * u + 1, "global_tokens": u},
+    "block_sparse": lambda u: {"block": 4 * u},
+    "dilated_window": lambda u: {"window": 4 * u, "dilation": 3},
+    "chunked": lambda u: {"chunk": 6 * u, "overlap": 2 * u},
+    "hierarchical": lambda u: {"chunk": 6 * u},
 }
 
 # A text of a few pages fits into the default windows; with these there is something to choose.
@@ -54,6 +61,14 @@ _OWN_LABELS: dict[str, dict[Why, str]] = {
         Why.FULL_ROW: "exact row",
         Why.SUMMARY: "through a mean",
     },
+    "longformer": {Why.FULL_ROW: "global row"},
+    "bigbird": {Why.CHOSEN: "random", Why.FULL_ROW: "global row"},
+    "bigbird_tokens": {Why.CHOSEN: "random", Why.FULL_ROW: "global row"},
+    "block_sparse": {Why.WINDOW: "block", Why.CHOSEN: "another block"},
+    "dilated_window": {Why.WINDOW: "itself", Why.CHOSEN: "dilated window"},
+    "chunked": {Why.WINDOW: "chunk and overlap"},
+    "hierarchical": {Why.WINDOW: "own chunk", Why.SUMMARY: "through its chunk's summary"},
+    "nystrom": {Why.STATE: "all, through landmarks"},
 }
 
 

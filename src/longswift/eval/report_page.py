@@ -106,6 +106,9 @@ def _retrieval(result: Result) -> dict[str, Any] | None:
     if suite is None:
         return None
     labels = measured.labels(result)
+    if suite.summary["windows"]:
+        # Another window at each length.
+        labels[WINDOW] = "window of equal cost"
     table = standings.table(suite)
     found = standings.rows(suite)
     return {
@@ -244,4 +247,5 @@ def _pattern(name: str) -> str | None:
     if name not in list_mechanisms():
         return None
     ((shown, graph),) = pattern_plots.pictures(name)
-    return pages.data_uri(plots.rendered(pattern_plots.draw_picture(shown, graph)), "image/png")
+    fig = pattern_plots.draw_picture(shown, graph)
+    return pages.data_uri(plots.rendered(fig, colours=pattern_plots.DRAWING), "image/png")

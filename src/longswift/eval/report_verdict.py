@@ -52,7 +52,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "findings": [asdict(finding) for finding in self.findings]}
 
 
 def verdict(result: Result) -> Verdict:
@@ -89,8 +89,7 @@ def verdict(result: Result) -> Verdict:
 
 
 def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool) -> str:
-    pace = text.times_faster(full.seconds / subject.seconds)
-    begin = f"{subject.label} reads these {subject.tokens:,} tokens {pace} than full attention"
+    begin = f"{subject.label} reads these {subject.tokens:,} tokens {_pace(subject, full)}"
     if subject.density > _ALL:
         return (
             f"{subject.label} scores {100 * subject.density:.0f} % of the keys here: at this "
@@ -107,13 +106,19 @@ def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool) -
             f"{begin}, and loses what full attention keeps. Do not use this configuration for such "
             "texts: raise key_tokens or the windows, or let longswift calibrate choose."
         )
-    slower = full.seconds < subject.seconds * (1 - _SAME_TIME)
-    if slower:
+    if full.seconds / subject.seconds <= 1 - _SAME_TIME:
         return (
             f"{begin}, so there is no reason to use it at this length, though it keeps what full "
             "attention finds."
         )
     return f"{begin} and keeps what full attention finds."
+
+
+def _pace(subject: ReadingRow, full: ReadingRow) -> str:
+    ratio = full.seconds / subject.seconds
+    if 1 - _SAME_TIME < ratio < 1 + _SAME_TIME:
+        return "about as fast as full attention"
+    return f"{text.times_faster(ratio)} than full attention"
 
 
 def _retrieval(result: Result, name: str) -> list[Finding]:
@@ -130,6 +135,16 @@ def _retrieval(result: Result, name: str) -> list[Finding]:
                 level=NOTE,
                 text="Retrieval tells nothing: full attention itself gets less than half right in "
                 "every task asked. Try easier tasks, shorter lengths or another model.",
+            )
+        ]
+    dense = standings.dense(suite).get(name, [])
+    found = [case for case in found if case[0].length not in dense]
+    if not found:
+        return [
+            Finding(
+                level=NOTE,
+                text="Retrieval tells nothing: at the lengths asked every key was scored. "
+                "Give a longer text.",
             )
         ]
     # Of equally good cases the longest tells most.

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.eval import pages, pattern_table
 from longswift.eval.models import load
 from longswift.eval.options import from_json
-from longswift.eval.patterns import Why, options_in_words
+from longswift.eval.patterns import SHORTEST, Why, options_in_words, picture
 from longswift.eval.results import writable, write_text
 from longswift.eval.words import View, Words, look
 
@@ -122,10 +122,21 @@ def run(page: Page, path: str | Path) -> list[str]:
     Raises:
         InputError: The file is no text, or there is no such position.
         ConfigError: The model or the mechanism cannot be had.
+        UnsupportedError: The mechanism makes no choice.
     """
     assert page.model is not None and page.file is not None
     target = writable(path)
     mechanism = pattern_table.reading(page.mechanism, page.settings)
+    (small,) = pattern_table.mechanisms(mechanism.name, (), SHORTEST)
+    if Why.STATE in picture(small, SHORTEST, causal=small.supports_causal).reasons:
+        raise UnsupportedError(
+            problem(
+                mechanism.name,
+                expected="a mechanism that sees some keys and not others",
+                got="one that sees all of them through a state",
+                fix="There is no choice of words to show; try ms_swift.",
+            )
+        )
     shown = look(load(page.model), mechanism, page.file, query=page.query, position=page.position)
     write(shown, target)
     return [_line(shown, view) for view in shown.views]
