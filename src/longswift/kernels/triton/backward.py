@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.triton.forward import load_heads, load_rows, tile_rows
-from longswift.kernels.triton.launch import Shape
+from longswift.kernels.triton.launch import LENGTHS, Shape
 from longswift.kernels.triton.tables import Tables
 
 
@@ -31,7 +31,7 @@ def _score_gradients(
     return probs, probs * (d_probs - delta[:, None]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_queries(
     Q,
     K,
@@ -112,7 +112,7 @@ def _d_queries(
     tl.store(D_Q + line[:, None] * D + column[None, :], d_q, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_band_keys(
     Q,
     K,
@@ -185,7 +185,7 @@ def _d_band_keys(
     tl.store(D_V + line[:, None] * DV + column[None, :], d_v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_slots(
     Q,
     K,
@@ -259,7 +259,7 @@ def _d_slots(
     tl.store(SHARES + at + D + column[None, :], d_v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _add_shares(
     SHARES,
     ORDER,

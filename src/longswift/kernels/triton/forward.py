@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import Partial
-from longswift.kernels.triton.launch import Shape
+from longswift.kernels.triton.launch import LENGTHS, Shape
 from longswift.kernels.triton.tables import Tables
 
 
@@ -63,7 +63,7 @@ def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: 
     return new_top, mass, acc * kept[:, None] + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     Q,
     K,
