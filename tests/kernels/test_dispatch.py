@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longswift import ConfigError, Full
+from longswift.core.errors import UnsupportedError
 from longswift.core.types import Partial
 from longswift.kernels import dispatch, reference
 
@@ -35,6 +36,11 @@ def test_an_unusable_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "verify", lambda device: (False, "the device is on strike"))
     with pytest.raises(ConfigError, match="on strike"):
         dispatch.resolve("eager", torch.device("cpu"))
+
+
+def test_a_backend_without_the_kernel_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="attend_landmarks .*eager"):
+        dispatch.resolve("flex", torch.device("cpu"), kernel="attend_landmarks")
 
 
 @pytest.fixture

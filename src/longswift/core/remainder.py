@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longswift.core.blocks import BlockRun, block_runs, stack_queries, unstack_queries
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import Pools, band_edges, build_pools, pool_columns, token_columns
+from longswift.core.pools import Pools, block_edges, build_pools, pool_columns, token_columns
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
@@ -85,8 +85,8 @@ def _attend_run(
     """Blocks are problems ``Z = [B, Hkv, N]`` of ``R`` rows over ``P + 2`` columns."""
     kv_heads, heads = k.shape[1], q.shape[1]
     acc = accumulator_dtype(q.dtype)
-    edges = torch.stack(band_edges(pattern, run, k.shape[2]), -1).to(q.device)
-    columns = pool_columns(pools, pattern, run)
+    edges = block_edges(pattern, q.shape[2], k.shape[2])[:, run.first : run.first + run.count]
+    columns = pool_columns(pools, pattern.causal, edges)
     rows = stack_queries(q, run, kv_heads).to(acc) * scale
     count = columns.count
     whole_k, whole_v = (x[:, :, None, : columns.pools] for x in (pools.k_sum, pools.v_sum))
@@ -100,7 +100,7 @@ def _attend_run(
     taken = None
     if pattern.tokens is not None:
         slots = pattern.tokens[:, :, run.first : run.first + run.count].to(q.device).long()
-        column = token_columns(slots.clamp(min=0), columns, pools, edges)
+        column = token_columns(slots.clamp(min=0), columns, pools, edges.to(q.device))
         taken = _Taken(q, k, v, slots, column, pattern, run)
     if taken is not None:
         scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))

@@ -18,6 +18,15 @@ def safe_exp_difference(lse: Tensor, total: Tensor) -> Tensor:
     return torch.exp(lse - total).masked_fill(lse == float("-inf"), 0.0)
 
 
+def hide_(scores: Tensor, shown: Tensor) -> Tensor:
+    """Scores become ``-inf`` where not ``shown`` (bool, broadcastable); in place.
+
+    ``masked_fill_`` says the same, several times slower on CPUs.
+    """
+    limit = shown.to(scores.dtype).sub_(0.5).mul_(float("inf"))
+    return torch.minimum(scores, limit, out=scores)
+
+
 def merge(*parts: Partial) -> Partial:
     """Attention over the union of disjoint key sets.
 

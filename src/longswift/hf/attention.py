@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.observe import layer_scope
 from longswift.core.summary import KeySummary
 from longswift.hf.cache import pages_of
 from longswift.hf.masks import KeyMask, Rule
@@ -67,7 +68,7 @@ def make_attention(name: str) -> AttentionFunction:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        _refuse_unsupported(module, dropout, kwargs)
+        refuse_unsupported(module, dropout, kwargs)
         seen = _what_is_seen(module, query, key, attention_mask, kwargs)
         mechanism = _mechanism(module, name, seen, query.shape[2])
         summary = _summary(mechanism, key, query.shape[2], seen)
@@ -78,17 +79,18 @@ def make_attention(name: str) -> AttentionFunction:
             # One hidden key more: equal lengths would mean that queries are padded like keys.
             key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
             real = pad(real, (0, 1))
-        result = mechanism(
-            query,
-            key,
-            value,
-            causal=seen.rule.causal,
-            key_mask=real,
-            scale=scaling,
-            # A recomputed layer must make the choice it made before, gradients on or off.
-            training=True if module.training else None,
-            summary=summary,
-        )
+        with layer_scope(getattr(module, "layer_idx", None)):
+            result = mechanism(
+                query,
+                key,
+                value,
+                causal=seen.rule.causal,
+                key_mask=real,
+                scale=scaling,
+                # A recomputed layer must make the choice it made before, gradients on or off.
+                training=True if module.training else None,
+                summary=summary,
+            )
         return result.out.transpose(1, 2).contiguous(), None
 
     attention.__name__ = f"longswift_{name}"
@@ -209,7 +211,7 @@ def _weights_are_collected() -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
-def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise for anything that changes the result and that no mechanism computes."""
     got = next((what for k, what in _REFUSED.items() if kwargs.get(k) is not None), None)
     fix = "Use attn_implementation='eager' (or 'sdpa', if the model allows it)."

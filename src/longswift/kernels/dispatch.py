@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels import eager, flex, reference, triton
 
@@ -34,16 +34,21 @@ def available(device: torch.device | str | None = None) -> dict[str, tuple[bool,
     return {name: module.verify(torch.device(device)) for name, module in BACKENDS.items()}
 
 
-def resolve(backend: str, device: torch.device, *inputs: Tensor) -> tuple[str, ModuleType]:
+def resolve(
+    backend: str, device: torch.device, *inputs: Tensor, kernel: str = "attend"
+) -> tuple[str, ModuleType]:
     """Name and module of the backend to use.
 
     Args:
         backend: ``"auto"`` or a name.
         device: Where the tensors are.
         inputs: q, k and v. Without them ``"auto"`` is the eager kernel, which computes anything.
+        kernel: The function that will be called: ``"attend"`` for a pattern, ``"attend_linear"``
+            or ``"attend_landmarks"``.
 
     Raises:
         ConfigError: Unknown backend, or an explicit one that cannot run on ``device``.
+        UnsupportedError: An explicit backend without this family of kernel.
     """
     if backend == "auto":
         name = _automatic(device, inputs)
@@ -62,6 +67,16 @@ def resolve(backend: str, device: torch.device, *inputs: Tensor) -> tuple[str, M
         raise ConfigError(
             problem(
                 f"backend {backend!r}", expected="it to be usable", got=reason, fix="Use 'auto'."
+            )
+        )
+    if not hasattr(BACKENDS[backend], kernel):
+        able = [name for name, module in BACKENDS.items() if hasattr(module, kernel)]
+        raise UnsupportedError(
+            problem(
+                f"backend {backend!r}",
+                expected=f"one that has {kernel} ({', '.join(able)})",
+                got="one that has not",
+                fix="Use 'auto'.",
             )
         )
     return backend, BACKENDS[backend]
