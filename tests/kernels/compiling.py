@@ -16,7 +16,18 @@ from longswift.kernels.triton.tables import tables
 
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
 TABLES = {
-    *("FIRST", "END", "TOKENS", "SINCE", "ROW_FIRST", "ROW_END", "ORDER", "STARTS", "COUNT"),
+    *(
+        "FIRST",
+        "END",
+        "TOKENS",
+        "SINCE",
+        "UNTIL",
+        "ROW_FIRST",
+        "ROW_END",
+        "ORDER",
+        "STARTS",
+        "COUNT",
+    ),
 }
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 

@@ -47,11 +47,12 @@ def band_blocks(
     return _assemble(tensors, (q_len, k_len), inside)
 
 
-def gathered_blocks(since: Tensor, rows: int, groups: int) -> BlockMask:
-    """All of the gathered keys, each from a row on.
+def gathered_blocks(since: Tensor, until: Tensor, rows: int, groups: int) -> BlockMask:
+    """All of the gathered keys, each for a range of rows.
 
     Args:
         since: int32 ``[Z, Hkv, C]``, first of the ``rows`` rows that sees a key.
+        until: Likewise, first that no longer does.
         rows: Queries of one problem.
         groups: Query heads per KV head.
     """
@@ -59,7 +60,8 @@ def gathered_blocks(since: Tensor, rows: int, groups: int) -> BlockMask:
     q_blocks, k_blocks = -(-rows // BLOCK), -(-keys // BLOCK)
 
     def shown(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return since[b, h // groups, k_index] <= q_index
+        head = h // groups
+        return (since[b, head, k_index] <= q_index) & (q_index < until[b, head, k_index])
 
     tensors = []
     for here, there in ((q_blocks, k_blocks), (k_blocks, q_blocks)):

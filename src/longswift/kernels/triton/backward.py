@@ -44,6 +44,7 @@ def _d_queries(
     END,
     TOKENS,
     SINCE,
+    UNTIL,
     scale,
     q_len,
     k_len,
@@ -101,10 +102,12 @@ def _d_queries(
     for start in range(0, slots, N):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
-        k = load_rows(K, token, since < k_len, k_l, D, D_PAD)
-        v = load_rows(V, token, since < k_len, v_l, DV, DV_PAD)
-        seen = exists[:, None] & (since[None, :] <= position[:, None])
+        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
+        until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
+        k = load_rows(K, token, since < until, k_l, D, D_PAD)
+        v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
+        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+        seen &= exists[:, None]
         _, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=EXACT, out_dtype=ACC)
     column = tl.arange(0, D_PAD)
@@ -196,6 +199,7 @@ def _d_slots(
     SHARES,
     TOKENS,
     SINCE,
+    UNTIL,
     scale,
     q_len,
     k_len,
@@ -232,9 +236,10 @@ def _d_slots(
     Q += batch * q_b + head * G * q_h
     lists = (tl.program_id(1).to(tl.int64) * blocks + index) * slots
     token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-    since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
-    k = load_rows(K + batch * k_b + head * k_h, token, since < k_len, k_l, D, D_PAD)
-    v = load_rows(V + batch * v_b + head * v_h, token, since < k_len, v_l, DV, DV_PAD)
+    since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
+    until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
+    k = load_rows(K + batch * k_b + head * k_h, token, since < until, k_l, D, D_PAD)
+    v = load_rows(V + batch * v_b + head * v_h, token, since < until, v_l, DV, DV_PAD)
     d_k = tl.zeros([N, D_PAD], ACC)
     d_v = tl.zeros([N, DV_PAD], ACC)
     tiles = tl.cdiv(block, ROWS)
@@ -246,7 +251,8 @@ def _d_slots(
         lse = tl.load(LSE + line, mask=exists, other=0.0)
         delta = tl.load(DELTA + line, mask=exists, other=0.0)
         position = row + (k_len - q_len)
-        seen = exists[:, None] & (since[None, :] <= position[:, None])
+        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+        seen &= exists[:, None]
         probs, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_v += tl.dot(tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC)
         d_k += tl.dot(tl.trans(d_scores).to(q.dtype), q, input_precision=EXACT, out_dtype=ACC)
@@ -330,7 +336,7 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     options = {**shape.constants(), "num_warps": shape.warps}
     _d_queries[shape.query_grid](
-        *given, d_q, *table[:4], scale, *shape.sizes(), *strides, **options
+        *given, d_q, *table[:5], scale, *shape.sizes(), *strides, **options
     )
     row_first, row_end = _rows_of_tiles(table, shape)
     _d_band_keys[shape.key_grid](
@@ -351,7 +357,7 @@ def backward(
         width = shape.dim + shape.v_dim
         shares = torch.empty(*lists, shape.slots, width, dtype=acc, device=q.device)
         _d_slots[shape.slot_grid](
-            *given, shares, table.tokens, table.since, scale, *shape.sizes(), *strides, **options
+            *given, shares, *table[2:5], scale, *shape.sizes(), *strides, **options
         )
         _collect(shares, table, shape, d_k, d_v)
     return d_q, d_k, d_v
@@ -372,7 +378,7 @@ def _rows_of_tiles(table: Tables, shape: Shape) -> tuple[Tensor, Tensor]:
 def _collect(shares: Tensor, table: Tables, shape: Shape, d_k: Tensor, d_v: Tensor) -> None:
     """Adds every block's shares to the keys they belong to."""
     k_len = table.k_len
-    seen = table.since < k_len
+    seen = table.since < table.until
     keys = torch.where(seen, table.tokens, k_len).flatten(2).flatten(0, 1)
     keys, order = keys.sort(dim=1, stable=True)
     edge = torch.arange(k_len + 1, dtype=torch.int32, device=keys.device)

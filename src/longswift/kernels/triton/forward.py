@@ -74,6 +74,7 @@ def _forward(
     END,
     TOKENS,
     SINCE,
+    UNTIL,
     scale,
     q_len,
     k_len,
@@ -131,10 +132,11 @@ def _forward(
     for start in range(0, slots, N):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
-        k = load_rows(K, token, since < k_len, k_l, D, D_PAD)
-        v = load_rows(V, token, since < k_len, v_l, DV, DV_PAD)
-        seen = since[None, :] <= position[:, None]
+        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
+        until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
+        k = load_rows(K, token, since < until, k_l, D, D_PAD)
+        v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
+        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
         top, mass, acc = _accumulate(q, k, v, seen, scale, top, mass, acc, ACC, EXACT)
     nothing = mass == 0.0
     acc = acc / tl.where(nothing, 1.0, mass)[:, None]
@@ -172,7 +174,7 @@ def forward(
         v,
         out,
         lse,
-        *table[:4],
+        *table[:5],
         scale,
         *shape.sizes(),
         *q.stride()[:3],

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from longswift.core.pattern import BlockPattern
 
-# Beyond every position: a slot nobody sees.
-_NEVER = torch.iinfo(torch.int32).max
-
 
 class Tables(NamedTuple):
     """int32 tables of one pattern over one batch.
@@ -21,6 +18,7 @@ class Tables(NamedTuple):
         end: ``[Hkv, Lq]``, one past its last.
         tokens: ``[B, Hkv, N, C]``, gathered positions, empty slots at 0.
         since: Like ``tokens``, first position that sees the slot.
+        until: Like ``tokens``, first position that no longer does.
         block: Query rows that share a list.
         before: Rows missing at the start of the first block.
         blocks: ``N``.
@@ -31,6 +29,7 @@ class Tables(NamedTuple):
     end: Tensor
     tokens: Tensor
     since: Tensor
+    until: Tensor
     block: int
     before: int
     blocks: int
@@ -45,19 +44,9 @@ def tables(
     before = (k_len - q_len) % pattern.block
     blocks = -(-(before + q_len) // pattern.block)
     if pattern.tokens is None:
-        slots = torch.zeros(batch, len(pattern.bands), blocks, 0, dtype=torch.int32, device=device)
+        none = torch.zeros(batch, len(pattern.bands), blocks, 0, dtype=torch.int32, device=device)
+        slots = none, none, none
     else:
-        slots = pattern.tokens.to(device=device, dtype=torch.int32).expand(batch, -1, -1, -1)
-    since = slots if pattern.causal else torch.zeros_like(slots)
-    if pattern.visible_from is not None:
-        since = torch.maximum(since, pattern.visible_from.to(device=device, dtype=torch.int32))
-    return Tables(
-        first,
-        end,
-        slots.clamp(min=0).contiguous(),
-        since.masked_fill(slots < 0, _NEVER).contiguous(),
-        pattern.block,
-        before,
-        blocks,
-        k_len,
-    )
+        slots = pattern.slots(device)
+    tokens, since, until = (x.expand(batch, -1, -1, -1).contiguous() for x in slots)
+    return Tables(first, end, tokens, since, until, pattern.block, before, blocks, k_len)
