@@ -108,7 +108,7 @@ def test_the_rate_follows_the_stages():
         config.locate(total)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "sentences", "streams", "dense", "packed"])
+@pytest.mark.parametrize("kind", ["mixed", "sentences", "streams", "dense", "texts", "packed"])
 def test_batches_depend_on_the_step_alone(tmp_path, kind):
     _, pool = train._prepare(tmp_path, SMALL)
     first, second, other = (

@@ -45,13 +45,13 @@ def compare(
 ) -> None:
     """Time, memory, growth and quality of every mechanism, on the same work."""
     from longswift.cli import render
-    from longswift.eval import mechanism_table, options, suite
+    from longswift.eval import mechanism_runs, mechanism_table, options, suite
     from longswift.eval.attention import AttentionBench
     from longswift.eval.plots import plot_comparison
     from longswift.eval.results import writable
 
-    chosen, left_out = mechanism_table.choose(attention, settings or ())
-    asked = mechanism_table.Comparison(
+    chosen, left_out = mechanism_runs.choose(attention, settings or ())
+    asked = mechanism_runs.Comparison(
         speed=AttentionBench(
             lengths=options.lengths(lengths),
             mechanisms=tuple(mechanism.to_dict() for mechanism in chosen),
@@ -82,7 +82,7 @@ def compare(
     )
     if plot is not None:
         writable(plot)
-    result = mechanism_table.run(asked, json, fresh=fresh)
+    result = mechanism_runs.run(asked, json, fresh=fresh)
     for sentence in mechanism_table.sentences(result):
         typer.echo(sentence)
     render.table(*mechanism_table.table(result))

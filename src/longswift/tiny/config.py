@@ -20,7 +20,7 @@ class Stage:
             passages. "sentences": the same, but most secrets are packed, as many as fit with next
             to no text between them. "streams": a third states numbers and states some again, a
             third hides secrets, half of them packed. "dense": two of three hide secrets. "packed":
-            five of six pack them.
+            five of six pack them. "texts": two of three are text, a third hides secrets.
     """
 
     length: int
@@ -78,6 +78,8 @@ class Config:
             Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.7, 0.35)),
             Stage(length=16384, tokens=80 * 16384, batch=16384, rate=(0.35, 0.15)),
             Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.15, 0.02)),
+            # Far text disturbs the prediction of text until long texts have been read for a while.
+            Stage(length=16384, tokens=110 * 16384, batch=16384, rate=(0.35, 0.02), kind="texts"),
         )
     )
     family: str = "smollm3"

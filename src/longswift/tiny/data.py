@@ -277,6 +277,7 @@ def _makers(kind: str) -> tuple[_Maker, ...]:
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
         "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
         "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
+        "texts": (_text_row, _secret_row, _text_row),
         "packed": (packed, _text_row, packed, packed, packed, packed),
     }
     if kind not in kinds:

@@ -173,4 +173,5 @@ def _pattern_of_head(pattern: BlockPattern, b: int, head: int) -> BlockPattern:
         bands=(pattern.bands[head],),
         tokens=own(pattern.tokens),
         visible_from=own(pattern.visible_from),
+        visible_until=own(pattern.visible_until),
     )

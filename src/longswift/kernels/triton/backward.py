@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
-from longswift.kernels.triton.forward import load_heads, load_rows, tile_rows
+from longswift.kernels.triton.forward import load_heads, load_rows, shown, tile_rows
 from longswift.kernels.triton.launch import LENGTHS, Shape
 from longswift.kernels.triton.tables import Tables
 
@@ -106,8 +106,7 @@ def _d_queries(
         until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
         k = load_rows(K, token, since < until, k_l, D, D_PAD)
         v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
-        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
-        seen &= exists[:, None]
+        seen = shown(since, until, position) & exists[:, None]
         _, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=EXACT, out_dtype=ACC)
     column = tl.arange(0, D_PAD)
@@ -251,8 +250,7 @@ def _d_slots(
         lse = tl.load(LSE + line, mask=exists, other=0.0)
         delta = tl.load(DELTA + line, mask=exists, other=0.0)
         position = row + (k_len - q_len)
-        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
-        seen &= exists[:, None]
+        seen = shown(since, until, position) & exists[:, None]
         probs, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_v += tl.dot(tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC)
         d_k += tl.dot(tl.trans(d_scores).to(q.dtype), q, input_precision=EXACT, out_dtype=ACC)

@@ -49,6 +49,12 @@ def load_heads(X, row, group, exists, stride_h, stride_l, D: tl.constexpr, D_PAD
 
 
 @triton.jit
+def shown(since, until, position):
+    """Which lines see which gathered tokens, ``[M, N]``."""
+    return (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+
+
+@triton.jit
 def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: tl.constexpr):
     """Online softmax over one more tile of keys."""
     scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * scale
@@ -136,7 +142,7 @@ def _forward(
         until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
         k = load_rows(K, token, since < until, k_l, D, D_PAD)
         v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
-        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+        seen = shown(since, until, position)
         top, mass, acc = _accumulate(q, k, v, seen, scale, top, mass, acc, ACC, EXACT)
     nothing = mass == 0.0
     acc = acc / tl.where(nothing, 1.0, mass)[:, None]
