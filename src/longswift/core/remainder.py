@@ -54,6 +54,7 @@ def attend_remainder(
         width += pattern.tokens.shape[3]
     most = max(1, _SCORES // (q.shape[0] * q.shape[1] * pattern.block * width))
     edges = block_edges(pattern, q.shape[2], k.shape[2])
+    slots = None if pattern.tokens is None else pattern.slots(q.device)
     outs, lses = [], []
     for run in block_runs(q.shape[2], k.shape[2], pattern.block, most):
 
@@ -62,7 +63,7 @@ def attend_remainder(
         ) -> tuple[Tensor, Tensor]:
             k_sum, v_sum, k_grain, v_grain = sums
             again = pools._replace(k_sum=k_sum, v_sum=v_sum, k_grain=k_grain, v_grain=v_grain)
-            return _attend_run(q, k, v, again, pattern, edges, scale, run)
+            return _attend_run(q, k, v, again, pattern, edges, slots, scale, run)
 
         inputs = (q, k, v, *pools[:4])
         if tracked:
@@ -81,6 +82,7 @@ def _attend_run(
     pools: Pools,
     pattern: BlockPattern,
     edges: Tensor,
+    slots: tuple[Tensor, Tensor, Tensor] | None,
     scale: float,
     run: BlockRun,
 ) -> tuple[Tensor, Tensor]:
@@ -101,11 +103,11 @@ def _attend_run(
         -1,
     )
     taken = None
-    if pattern.tokens is not None:
-        slots = [x[:, :, blocks] for x in pattern.slots(q.device)]
-        column = token_columns(slots[0].long(), columns, pools, edges.to(q.device))
+    if slots is not None:
+        here = [x[:, :, blocks] for x in slots]
+        column = token_columns(here[0].long(), columns, pools, edges.to(q.device))
         by_row = pattern.visible_from is not None or pattern.visible_until is not None
-        taken = _Taken(k, v, slots, column, by_row, run, heads // kv_heads)
+        taken = _Taken(k, v, here, column, by_row, run, heads // kv_heads)
     if taken is not None:
         scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
         count = count - taken.counts(columns.pools + 2, acc)
