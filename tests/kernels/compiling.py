@@ -15,20 +15,8 @@ from longswift.kernels.triton.launch import Shape, precision
 from longswift.kernels.triton.tables import tables
 
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
-TABLES = {
-    *(
-        "FIRST",
-        "END",
-        "TOKENS",
-        "SINCE",
-        "UNTIL",
-        "ROW_FIRST",
-        "ROW_END",
-        "ORDER",
-        "STARTS",
-        "COUNT",
-    ),
-}
+TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
+TABLES |= {"ORDER", "STARTS", "COUNT"}
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 
 

@@ -15,6 +15,10 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels import flex, reference
 from longswift.kernels.flex import masks
 from tests.kernels.test_patterns import CLOSE, Problem, gathered, problems
+from tests.mechanisms.table import CASES, Case
+
+# Sums of fixed size and landmarks are other families of kernel.
+WITHOUT_PATTERN = {"linear", "efficient", "performer", "nystrom"}
 
 
 def gradients(backend: ModuleType, problem: Problem, weights: Tensor) -> list[Tensor]:
@@ -135,6 +139,19 @@ def test_mechanisms(
             results[backend] += torch.autograd.grad((r.out**2).sum() + r.lse.sum(), (q, k, v))
     for fast, slow in zip(*results.values(), strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name not in WITHOUT_PATTERN], ids=lambda c: c.label
+)
+def test_every_pattern_of_the_table(case: Case) -> None:
+    mechanism = case.build()
+    kv_heads = case.kv_heads[-1]
+    q, k, v = (torch.randn(1, heads, 130, 16) for heads in (2 * kv_heads, kv_heads, kv_heads))
+    for causal in case.directions:
+        fast, slow = (mechanism(q, k, v, causal=causal, backend=b) for b in ("flex", "reference"))
+        torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-4, atol=1e-5)
 
 
 def test_what_it_cannot_do_is_refused() -> None:

@@ -105,6 +105,27 @@ class BlockPattern:
             ends.append(end.clamp(min=0))
         return torch.stack(firsts).int(), torch.stack(ends).int()
 
+    def slots(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Gathered positions, and the first and one-past-last query position that sees each.
+
+        int32, shaped like ``tokens``; causality is applied. An empty slot points at key 0 and is
+        seen by nobody: its range ends before it starts.
+        """
+        assert self.tokens is not None
+        limits = torch.iinfo(torch.int32)
+
+        def narrow(x: Tensor) -> Tensor:
+            return x.to(device).clamp(limits.min, limits.max).to(torch.int32)
+
+        tokens = narrow(self.tokens)
+        since = tokens if self.causal else torch.full_like(tokens, limits.min)
+        if self.visible_from is not None:
+            since = torch.maximum(since, narrow(self.visible_from))
+        until = torch.full_like(tokens, limits.max)
+        if self.visible_until is not None:
+            until = narrow(self.visible_until)
+        return tokens.clamp(min=0), since, until.masked_fill(tokens < 0, limits.min)
+
     def gathered_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """Keys each row gathers, bool ``[B or 1, Hkv, Lq, Lk]``."""
         if self.tokens is None:

@@ -53,6 +53,8 @@ def attend_remainder(
     if pattern.tokens is not None:
         width += pattern.tokens.shape[3]
     most = max(1, _SCORES // (q.shape[0] * q.shape[1] * pattern.block * width))
+    edges = block_edges(pattern, q.shape[2], k.shape[2])
+    slots = None if pattern.tokens is None else pattern.slots(q.device)
     outs, lses = [], []
     for run in block_runs(q.shape[2], k.shape[2], pattern.block, most):
 
@@ -61,7 +63,7 @@ def attend_remainder(
         ) -> tuple[Tensor, Tensor]:
             k_sum, v_sum, k_grain, v_grain = sums
             again = pools._replace(k_sum=k_sum, v_sum=v_sum, k_grain=k_grain, v_grain=v_grain)
-            return _attend_run(q, k, v, again, pattern, scale, run)
+            return _attend_run(q, k, v, again, pattern, edges, slots, scale, run)
 
         inputs = (q, k, v, *pools[:4])
         if tracked:
@@ -79,13 +81,16 @@ def _attend_run(
     v: Tensor,
     pools: Pools,
     pattern: BlockPattern,
+    edges: Tensor,
+    slots: tuple[Tensor, Tensor, Tensor] | None,
     scale: float,
     run: BlockRun,
 ) -> tuple[Tensor, Tensor]:
     """Blocks are problems ``Z = [B, Hkv, N]`` of ``R`` rows over ``P + 2`` columns."""
     kv_heads, heads = k.shape[1], q.shape[1]
     acc = accumulator_dtype(q.dtype)
-    edges = block_edges(pattern, q.shape[2], k.shape[2])[:, run.first : run.first + run.count]
+    blocks = slice(run.first, run.first + run.count)
+    edges = edges[:, blocks]
     columns = pool_columns(pools, pattern.causal, edges)
     rows = stack_queries(q, run, kv_heads).to(acc) * scale
     count = columns.count
@@ -98,10 +103,11 @@ def _attend_run(
         -1,
     )
     taken = None
-    if pattern.tokens is not None:
-        slots = pattern.tokens[:, :, run.first : run.first + run.count].to(q.device).long()
-        column = token_columns(slots.clamp(min=0), columns, pools, edges.to(q.device))
-        taken = _Taken(q, k, v, slots, column, pattern, run)
+    if slots is not None:
+        here = [x[:, :, blocks] for x in slots]
+        column = token_columns(here[0].long(), columns, pools, edges.to(q.device))
+        by_row = pattern.visible_from is not None or pattern.visible_until is not None
+        taken = _Taken(k, v, here, column, by_row, run, heads // kv_heads)
     if taken is not None:
         scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
         count = count - taken.counts(columns.pools + 2, acc)
@@ -124,32 +130,27 @@ class _Taken:
 
     def __init__(
         self,
-        q: Tensor,
         k: Tensor,
         v: Tensor,
-        slots: Tensor,
+        slots: list[Tensor],
         column: Tensor,
-        pattern: BlockPattern,
+        by_row: bool,
         run: BlockRun,
+        groups: int,
     ) -> None:
-        blocks = slice(run.first, run.first + run.count)
-        slots = slots.expand(q.shape[0], -1, -1, -1)
-        self._acc = accumulator_dtype(q.dtype)
-        tokens = slots.clamp(min=0)
-        shown = (slots >= 0).unsqueeze(3)
-        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
-        if any(limit is not None for limit, _ in limits):
-            position = torch.arange(run.count * run.rows, device=q.device) + run.position
-            for limit, sees in limits:
-                if limit is not None:
-                    limit = limit[:, :, blocks].to(q.device).unsqueeze(3)
-                    shown = shown & sees(limit, position.view(run.count, run.rows, 1))
-            shown = shown.repeat(1, 1, 1, q.shape[1] // k.shape[1], 1)
+        tokens, since, until = (x.expand(k.shape[0], -1, -1, -1) for x in slots)
+        self._acc = accumulator_dtype(k.dtype)
+        shown = (since < until).unsqueeze(3)
+        if by_row:
+            position = torch.arange(run.count * run.rows, device=k.device) + run.position
+            position = position.view(run.count, run.rows, 1)
+            shown = (since.unsqueeze(3) <= position) & (position < until.unsqueeze(3))
+            shown = shown.repeat(1, 1, 1, groups, 1)
         self._shown = shown
-        self._column = column.unsqueeze(3)
-        batch = torch.arange(k.shape[0], device=q.device).view(-1, 1, 1, 1)
-        head = torch.arange(k.shape[1], device=q.device).view(-1, 1, 1)
-        self._keys, self._values = (x[batch, head, tokens].to(self._acc) for x in (k, v))
+        self._column = column.expand(k.shape[0], -1, -1, -1).unsqueeze(3)
+        batch = torch.arange(k.shape[0], device=k.device).view(-1, 1, 1, 1)
+        head = torch.arange(k.shape[1], device=k.device).view(-1, 1, 1)
+        self._keys, self._values = (x[batch, head, tokens.long()].to(self._acc) for x in (k, v))
 
     def column_of(self, like: Tensor) -> Tensor:
         """Column of each token, ``[B, Hkv, N, R, C]``."""

@@ -103,33 +103,34 @@ def trusted(name: str, device: torch.device) -> bool:
     return True
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def disagreement(module: ModuleType, device: torch.device) -> str:
     """How a backend differs from the reference on a small problem, or nothing.
 
     Covers bands, gathered tokens row by row, the remainder, grouped heads and every gradient.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32)
-    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
-    tokens = torch.tensor([[-1, -1, -1], [1, 6, -1], [2, 30, 8]], dtype=torch.int32)
-    since = torch.tensor([[0, 0, 0], [40, 0, 0], [64, 70, 89]], dtype=torch.int32)
+    q, k, v = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    tokens = torch.tensor([[-1, -1, -1], [1, 6, -1], [2, 30, 8]], dtype=torch.int32, device=device)
+    since = torch.tensor([[0, 0, 0], [40, 0, 0], [64, 70, 89]], dtype=torch.int32, device=device)
     pattern = BlockPattern(
         causal=True,
         bands=(Band(tile=32, left=0), Band(tile=32, left=16)),
         block=32,
-        tokens=tokens.to(device).expand(1, 2, -1, -1),
-        visible_from=since.to(device).expand(1, 2, -1, -1),
+        tokens=tokens.expand(1, 2, -1, -1),
+        visible_from=since.expand(1, 2, -1, -1),
         pool=32,
         pool_grain=16,
     )
     results = []
     try:
-        with torch.enable_grad():
-            for backend in (module, reference):
-                leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-                out, lse = backend.attend(*leaves, pattern, 0.2)
-                grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
-                results.append([out.detach(), lse.detach(), *grads])
+        for backend in (module, reference):
+            leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+            out, lse = backend.attend(*leaves, pattern, 0.2)
+            grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+            results.append([out.detach(), lse.detach(), *grads])
     except Exception as error:  # whatever a compiler raises: the point is to learn of it
         return f"{type(error).__name__}: {error}"
     names = ("output", "log-sum-exp", "dq", "dk", "dv")

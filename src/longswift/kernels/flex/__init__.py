@@ -119,8 +119,7 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: flo
     """Every block of queries over its own copy of the tokens it gathers."""
     from longswift.kernels.flex.masks import gathered_blocks
 
-    assert pattern.tokens is not None
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, _ = q.shape
     kv_heads, k_len, block = k.shape[1], k.shape[2], pattern.block
     offset = k_len - q_len
     count = block_count(q_len, k_len, block)
@@ -129,23 +128,15 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: flo
     padding = (0, 0, before, count * rows - before - q_len)
     blocks = torch.nn.functional.pad(q, padding).unflatten(2, (count, rows))
     blocks = blocks.transpose(1, 2).flatten(0, 1)
-    slots = pattern.tokens.to(q.device).long().expand(batch, -1, -1, -1)
     start = offset - before + torch.arange(count, device=q.device)[:, None] * rows
-    since = slots if pattern.causal else torch.zeros_like(slots)
-    if pattern.visible_from is not None:
-        since = torch.maximum(since, pattern.visible_from.to(q.device))
-    until = torch.full_like(slots, k_len)
-    if pattern.visible_until is not None:
-        until = torch.minimum(until, pattern.visible_until.to(q.device))
+    slots, since, until = (x.expand(batch, -1, -1, -1).long() for x in pattern.slots(q.device))
     since, until = (
-        x.transpose(1, 2).flatten(0, 1).int().contiguous()
-        for x in ((since - start).masked_fill(slots < 0, rows), until - start)
+        (x - start).clamp(0, rows).transpose(1, 2).flatten(0, 1).int().contiguous()
+        for x in (since, until)
     )
     batches = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
     kv = torch.arange(kv_heads, device=q.device).view(-1, 1, 1)
-    keys, values = (
-        x[batches, kv, slots.clamp(min=0)].transpose(1, 2).flatten(0, 1) for x in (k, v)
-    )
+    keys, values = (x[batches, kv, slots].transpose(1, 2).flatten(0, 1) for x in (k, v))
     mask = gathered_blocks(since, until, rows, heads // kv_heads)
     out, lse = _flex(blocks, keys, values, mask, scale)
     kept = slice(before, before + q_len)

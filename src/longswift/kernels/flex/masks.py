@@ -52,7 +52,7 @@ def gathered_blocks(since: Tensor, until: Tensor, rows: int, groups: int) -> Blo
 
     Args:
         since: int32 ``[Z, Hkv, C]``, first of the ``rows`` rows that sees a key.
-        until: Like ``since``, first row that no longer sees it.
+        until: Likewise, first that no longer does.
         rows: Queries of one problem.
         groups: Query heads per KV head.
     """

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
-from longswift.kernels.triton.forward import load_heads, load_rows, tile_rows
-from longswift.kernels.triton.launch import Shape
+from longswift.kernels.triton.forward import load_heads, load_rows, shown, tile_rows
+from longswift.kernels.triton.launch import LENGTHS, Shape
 from longswift.kernels.triton.tables import Tables
 
 
@@ -31,7 +31,7 @@ def _score_gradients(
     return probs, probs * (d_probs - delta[:, None]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_queries(
     Q,
     K,
@@ -102,12 +102,11 @@ def _d_queries(
     for start in range(0, slots, N):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
+        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
         until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
-        k = load_rows(K, token, since < k_len, k_l, D, D_PAD)
-        v = load_rows(V, token, since < k_len, v_l, DV, DV_PAD)
-        shown = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
-        seen = exists[:, None] & shown
+        k = load_rows(K, token, since < until, k_l, D, D_PAD)
+        v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
+        seen = shown(since, until, position) & exists[:, None]
         _, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=EXACT, out_dtype=ACC)
     column = tl.arange(0, D_PAD)
@@ -115,7 +114,7 @@ def _d_queries(
     tl.store(D_Q + line[:, None] * D + column[None, :], d_q, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_band_keys(
     Q,
     K,
@@ -188,7 +187,7 @@ def _d_band_keys(
     tl.store(D_V + line[:, None] * DV + column[None, :], d_v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _d_slots(
     Q,
     K,
@@ -236,10 +235,10 @@ def _d_slots(
     Q += batch * q_b + head * G * q_h
     lists = (tl.program_id(1).to(tl.int64) * blocks + index) * slots
     token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-    since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
+    since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
     until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
-    k = load_rows(K + batch * k_b + head * k_h, token, since < k_len, k_l, D, D_PAD)
-    v = load_rows(V + batch * v_b + head * v_h, token, since < k_len, v_l, DV, DV_PAD)
+    k = load_rows(K + batch * k_b + head * k_h, token, since < until, k_l, D, D_PAD)
+    v = load_rows(V + batch * v_b + head * v_h, token, since < until, v_l, DV, DV_PAD)
     d_k = tl.zeros([N, D_PAD], ACC)
     d_v = tl.zeros([N, DV_PAD], ACC)
     tiles = tl.cdiv(block, ROWS)
@@ -251,8 +250,7 @@ def _d_slots(
         lse = tl.load(LSE + line, mask=exists, other=0.0)
         delta = tl.load(DELTA + line, mask=exists, other=0.0)
         position = row + (k_len - q_len)
-        shown = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
-        seen = exists[:, None] & shown
+        seen = shown(since, until, position) & exists[:, None]
         probs, d_scores = _score_gradients(q, k, v, d_out, lse, delta, seen, scale, ACC, EXACT)
         d_v += tl.dot(tl.trans(probs).to(d_out.dtype), d_out, input_precision=EXACT, out_dtype=ACC)
         d_k += tl.dot(tl.trans(d_scores).to(q.dtype), q, input_precision=EXACT, out_dtype=ACC)
@@ -265,7 +263,7 @@ def _d_slots(
     tl.store(SHARES + at + D + column[None, :], d_v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _add_shares(
     SHARES,
     ORDER,
@@ -357,7 +355,7 @@ def backward(
         width = shape.dim + shape.v_dim
         shares = torch.empty(*lists, shape.slots, width, dtype=acc, device=q.device)
         _d_slots[shape.slot_grid](
-            *given, shares, *table.slots, scale, *shape.sizes(), *strides, **options
+            *given, shares, *table[2:5], scale, *shape.sizes(), *strides, **options
         )
         _collect(shares, table, shape, d_k, d_v)
     return d_q, d_k, d_v
@@ -378,7 +376,7 @@ def _rows_of_tiles(table: Tables, shape: Shape) -> tuple[Tensor, Tensor]:
 def _collect(shares: Tensor, table: Tables, shape: Shape, d_k: Tensor, d_v: Tensor) -> None:
     """Adds every block's shares to the keys they belong to."""
     k_len = table.k_len
-    seen = table.since < k_len
+    seen = table.since < table.until
     keys = torch.where(seen, table.tokens, k_len).flatten(2).flatten(0, 1)
     keys, order = keys.sort(dim=1, stable=True)
     edge = torch.arange(k_len + 1, dtype=torch.int32, device=keys.device)

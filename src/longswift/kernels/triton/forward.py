@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import Partial
-from longswift.kernels.triton.launch import Shape
+from longswift.kernels.triton.launch import LENGTHS, Shape
 from longswift.kernels.triton.tables import Tables
 
 
@@ -49,6 +49,12 @@ def load_heads(X, row, group, exists, stride_h, stride_l, D: tl.constexpr, D_PAD
 
 
 @triton.jit
+def shown(since, until, position):
+    """Which lines see which gathered tokens, ``[M, N]``."""
+    return (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+
+
+@triton.jit
 def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: tl.constexpr):
     """Online softmax over one more tile of keys."""
     scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * scale
@@ -63,7 +69,7 @@ def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: 
     return new_top, mass, acc * kept[:, None] + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     Q,
     K,
@@ -132,11 +138,11 @@ def _forward(
     for start in range(0, slots, N):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + lists + slot, mask=slot < slots, other=0)
-        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=k_len)
+        since = tl.load(SINCE + lists + slot, mask=slot < slots, other=0)
         until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
-        k = load_rows(K, token, since < k_len, k_l, D, D_PAD)
-        v = load_rows(V, token, since < k_len, v_l, DV, DV_PAD)
-        seen = (since[None, :] <= position[:, None]) & (position[:, None] < until[None, :])
+        k = load_rows(K, token, since < until, k_l, D, D_PAD)
+        v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
+        seen = shown(since, until, position)
         top, mass, acc = _accumulate(q, k, v, seen, scale, top, mass, acc, ACC, EXACT)
     nothing = mass == 0.0
     acc = acc / tl.where(nothing, 1.0, mass)[:, None]

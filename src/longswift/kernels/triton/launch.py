@@ -12,6 +12,9 @@ from torch import Tensor
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.triton.tables import Tables
 
+# Lengths are plain numbers to a kernel: Triton would compile again for 1 and for multiples of 16.
+LENGTHS = ("q_len", "k_len", "block", "before", "blocks", "slots", "entries")
+
 # tl.dot multiplies nothing smaller.
 _LEAST = 16
 # Most query lines and keys of a tile, and the bytes of such lines that fit shared memory.

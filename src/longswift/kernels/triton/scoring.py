@@ -55,7 +55,7 @@ def _bounds(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "width", "runs", "skip"))
 def _rank(
     ROWS,
     KEYS,
@@ -105,7 +105,7 @@ def _rank(
         tl.store(RANK + block, largest, mask=block < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("width", "most"))
 def _best(RANK, INDEX, COUNT, width, most, BITS: tl.constexpr, N: tl.constexpr):
     """Indices of the ``most`` largest non-negative ranks, in ascending order, and how many."""
     problem = tl.program_id(0).to(tl.int64)
