@@ -50,6 +50,9 @@ def problems(draw: st.DrawFn, *, longest: int = 120) -> Problem:
         left = draw(st.integers(0, 30)) if pool is None else grain * draw(st.integers(0, 12))
         right = 0 if causal else (left if pool is None else grain * draw(st.integers(0, 12)))
         limit = None
+        if pool is None and draw(st.integers(0, 5)) == 0:
+            tile = block * draw(st.integers(1, 4))
+            return Band(tile=tile, left=0, right=-tile)
         if pool is None and draw(st.booleans()):
             limit = (draw(st.integers(0, 40)), 0 if causal else draw(st.integers(0, 40)))
         return Band(tile=block * draw(st.integers(1, 4)), left=left, right=right, reach=limit)
@@ -58,10 +61,12 @@ def problems(draw: st.DrawFn, *, longest: int = 120) -> Problem:
     if draw(st.booleans()):
         bands = bands[:1] * kv_heads
     batch = draw(st.integers(1, 2))
-    tokens = since = None
+    tokens = since = until = None
     if draw(st.booleans()):
         slots = draw(st.integers(0, 12))
         tokens, since = gathered(bands, batch, block, q_len, k_len, causal, slots, generator)
+        if draw(st.booleans()):
+            until = since + torch.randint(0, 2 * block, since.shape, generator=generator)
         if draw(st.booleans()):
             since = None
         if draw(st.booleans()):
@@ -79,6 +84,7 @@ def problems(draw: st.DrawFn, *, longest: int = 120) -> Problem:
             block=block,
             tokens=tokens,
             visible_from=since,
+            visible_until=until,
             pool=pool,
             pool_grain=grain if pool is not None else 1,
         ),
@@ -142,6 +148,9 @@ def attend_naively(problem: Problem) -> tuple[Tensor, Tensor]:
                     for slot, j in enumerate(p.tokens[b, h // groups, index].tolist()):
                         since = p.visible_from
                         shown = since is None or since[b, h // groups, index, slot] <= position
+                        until = p.visible_until
+                        if until is not None:
+                            shown = shown and position < until[b, h // groups, index, slot]
                         if j >= 0 and shown:
                             picked.add(j)
                 exact = sorted(j for j in inside | picked if not p.causal or j <= position)
@@ -240,9 +249,10 @@ def test_small_steps_give_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) 
     expected = everything()
     monkeypatch.setattr("longswift.kernels.eager.bands._ROWS", limit)
     monkeypatch.setattr("longswift.kernels.eager.bands._SCORES", limit)
-    monkeypatch.setattr("longswift.kernels.eager.bands._BACKWARD_ROWS", limit)
-    monkeypatch.setattr("longswift.kernels.eager.fused._SCORES", limit)
-    monkeypatch.setattr("longswift.kernels.eager.fused._KEYS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.bands._UNFUSED_ROWS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.band_gradients._SCORES", limit)
+    monkeypatch.setattr("longswift.kernels.eager.band_gradients._ROWS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.unfused._KEYS", limit)
     monkeypatch.setattr("longswift.kernels.eager.gathered._STEP_BYTES", limit)
     for a, b in zip(everything(), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)

@@ -90,7 +90,7 @@ def inputs(
     """A random call of a case: shapes, padding, memory layout, dtype."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     if causal is None:
-        causal = draw(st.booleans()) if case.bidirectional else True
+        causal = draw(st.sampled_from(case.directions))
     batch = draw(st.integers(1, 3))
     kv_heads = draw(st.sampled_from(case.kv_heads))
     groups = draw(st.integers(1, 3))

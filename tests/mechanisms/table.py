@@ -27,8 +27,13 @@ class Case:
         strict: The mechanism can choose without looking ahead, hence can be trained.
         grid: Chunks in multiples of this equal one shot.
         kv_heads: Numbers of key/value heads the configuration accepts.
+        alike: All KV heads see the same keys.
         bidirectional: Has a bidirectional form.
+        causal: Has a causal form.
         cross: The bidirectional form accepts any number of queries.
+        softmax: With ``covering`` it is softmax attention, and ``lse`` that of the scores. False
+            for other kernels and for estimates, which only their reference judges.
+        vanishing: A query may meet no weight at all; it is then 0 as if it saw no key.
     """
 
     name: str
@@ -40,8 +45,12 @@ class Case:
     strict: bool = True
     grid: int = 1
     kv_heads: tuple[int, ...] = (1, 2, 3)
+    alike: bool = True
     bidirectional: bool = True
+    causal: bool = True
     cross: bool = False
+    softmax: bool = True
+    vanishing: bool = False
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"Case({self.label})")
@@ -50,6 +59,11 @@ class Case:
     def trainings(self) -> tuple[bool, ...]:
         """Values of ``training`` that a call may pass."""
         return (False, True) if self.strict else (False,)
+
+    @property
+    def directions(self) -> tuple[bool, ...]:
+        """Values of ``causal`` that a call may pass."""
+        return (True,) * self.causal + (False,) * self.bidirectional
 
     def build(self, **overrides: Any) -> Mechanism:
         return get_mechanism(self.name, **{**self.config, **overrides})
@@ -61,6 +75,36 @@ def _window(label: str, **config: Any) -> Case:
         label=f"sliding_window-{label}",
         config=config,
         covering={"window": 1024},
+    )
+
+
+def _longformer(label: str, **config: Any) -> Case:
+    return Case(
+        name="longformer",
+        label=f"longformer-{label}",
+        config=config,
+        covering={"left": 1024, "right": 1024},
+    )
+
+
+def _bigbird(label: str, **config: Any) -> Case:
+    return Case(
+        name="bigbird",
+        label=f"bigbird-{label}",
+        config={"block": 8, **config},
+        covering={"window_blocks": 2047},
+        alike=False,
+    )
+
+
+def _blocks(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) -> Case:
+    return Case(
+        name="block_sparse",
+        label=f"block_sparse-{label}",
+        config=config,
+        covering={"layout": ("x",), "block": 1024},
+        kv_heads=kv_heads,
+        alike=kv_heads != (2,),
     )
 
 
@@ -85,6 +129,30 @@ def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) 
         strict=options["selector"] is not ANTIDIAGONAL and "min_coverage" not in options,
         grid=options["block"],
         kv_heads=kv_heads,
+    )
+
+
+def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any) -> Case:
+    return Case(
+        name=name,
+        label=f"{name}-{label}" if label else name,
+        # Short chunks, so that short texts cross many.
+        config={"chunk": 16, **config},
+        subset=False,
+        cross=True,
+        softmax=False,
+        vanishing=vanishing,
+    )
+
+
+def _nystrom(label: str, **config: Any) -> Case:
+    return Case(
+        name="nystrom",
+        label=f"nystrom-{label}",
+        config=config,
+        subset=False,
+        causal=False,
+        softmax=False,
     )
 
 
@@ -116,6 +184,69 @@ _SMALL: dict[str, list[Case]] = {
         _swift("guard", min_coverage=0.9, key_tokens=8, windows=(16,), remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
     ],
+    "longformer": [
+        _longformer("9,4", left=9, right=4, global_tokens=2, global_positions=(37, 38, 64, 150)),
+    ],
+    "bigbird": [
+        _bigbird("1+1", random_blocks=2, last_global_blocks=1),
+        _bigbird("wide", random_blocks=1, window_blocks=5, global_blocks=0, block=5, seed=3),
+    ],
+    "block_sparse": [
+        _blocks("8", layout=("x..x", "xx..", "x.xx", "xx.x"), block=8),
+        _blocks(
+            "by_head",
+            kv_heads=(2,),
+            layout=(("x...", "xx..", "xxxx", "..xx"), ("x.x.", "xx.x", "xxxx", "x..x")),
+            block=13,
+        ),
+    ],
+    "dilated_window": [
+        Case(
+            name="dilated_window",
+            label="dilated_window-5@3,1",
+            config={"window": 5, "dilation": (3, 1)},
+            covering={"window": 1024, "dilation": 1},
+            alike=False,
+        ),
+    ],
+    "chunked": [
+        Case(
+            name="chunked",
+            label="chunked-11+4",
+            config={"chunk": 11, "overlap": 4},
+            covering={"overlap": 1024},
+        ),
+    ],
+    "hierarchical": [
+        Case(
+            name="hierarchical",
+            label="hierarchical-12",
+            config={"chunk": 12, "pooling": "attention"},
+            covering={"chunk": 1024},
+            subset=False,
+        ),
+    ],
+    "bigbird_tokens": [
+        Case(
+            name="bigbird_tokens",
+            label="bigbird_tokens-7",
+            config={"window": 7, "global_tokens": 2},
+            covering={"random_ratio": 1.0},
+            alike=False,
+        ),
+    ],
+    "linear": [
+        _state("linear", "elu1"),
+        _state("linear", "relu", feature_map="relu", vanishing=True, chunk=5),
+        _state("linear", "sums", normalise=False),
+        _state("linear", "identity", feature_map="identity", normalise=False, chunk=128),
+    ],
+    "efficient": [_state("efficient"), _state("efficient", "chunk1", chunk=1)],
+    "performer": [
+        _state("performer", features=24),
+        _state("performer", "hyperbolic", features=10, hyperbolic=True, seed=3),
+    ],
+    "nystrom": [_nystrom("8", landmarks=8), _nystrom("3x2", landmarks=3, iterations=2)],
 }
 
 

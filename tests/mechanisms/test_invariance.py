@@ -14,6 +14,12 @@ from tests.mechanisms.drawing import Inputs, allowed_pairs, inputs, masked_softm
 from tests.mechanisms.table import CASES, Case
 
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+causal_of = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.causal], ids=lambda case: case.label
+)
+softmax_of = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.softmax], ids=lambda case: case.label
+)
 
 
 def batch_row(x: Inputs, row: int) -> Inputs:
@@ -72,8 +78,9 @@ def test_an_all_true_mask_is_no_mask(case: Case) -> None:
     heads = case.kv_heads[-1]
     q, k, v = (torch.randn(2, heads, 50, 8) for _ in range(3))
     mechanism = case.build()
-    masked = mechanism(q, k, v, key_mask=torch.ones(2, 50, dtype=torch.bool))
-    assert torch.equal(masked.out, mechanism(q, k, v).out)
+    for causal in case.directions:
+        masked = mechanism(q, k, v, causal=causal, key_mask=torch.ones(2, 50, dtype=torch.bool))
+        assert torch.equal(masked.out, mechanism(q, k, v, causal=causal).out)
 
 
 def in_chunks(x: Inputs, case: Case, cuts: list[int], training: bool) -> tuple[Tensor, Tensor]:
@@ -95,7 +102,7 @@ def in_chunks(x: Inputs, case: Case, cuts: list[int], training: bool) -> tuple[T
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-@case_of
+@causal_of
 @settings(max_examples=20)
 @given(st.data())
 def test_chunked_equals_one_shot(case: Case, data: st.DataObject) -> None:
@@ -113,7 +120,7 @@ def test_chunked_equals_one_shot(case: Case, data: st.DataObject) -> None:
     torch.testing.assert_close(lse, whole.lse, **tolerance(x.q.dtype))
 
 
-@case_of
+@causal_of
 @settings(max_examples=10)
 @given(st.data())
 def test_left_padded_chunks_equal_one_shot(case: Case, data: st.DataObject) -> None:
@@ -133,7 +140,7 @@ def test_left_padded_chunks_equal_one_shot(case: Case, data: st.DataObject) -> N
     torch.testing.assert_close(lse, whole.lse, **tolerance(x.q.dtype))
 
 
-@case_of
+@causal_of
 @settings(max_examples=15)
 @given(st.data())
 def test_decode_equals_prefill(case: Case, data: st.DataObject) -> None:
@@ -155,7 +162,7 @@ def test_decode_equals_prefill(case: Case, data: st.DataObject) -> None:
         torch.testing.assert_close(step.lse[:, :, 0], whole.lse[:, :, end - 1], **close)
 
 
-@case_of
+@softmax_of
 @settings(max_examples=20)
 @given(st.data())
 def test_full_budget_equals_full_attention(case: Case, data: st.DataObject) -> None:
@@ -168,7 +175,7 @@ def test_full_budget_equals_full_attention(case: Case, data: st.DataObject) -> N
         torch.testing.assert_close(r.lse.double(), lse, **tolerance(x.q.dtype))
 
 
-ONE_SCALE = [c for c in CASES if len(c.config.get("windows", ())) <= 1]
+ONE_SCALE = [c for c in CASES if c.alike and len(c.config.get("windows", ())) <= 1]
 
 
 @pytest.mark.parametrize("case", ONE_SCALE, ids=lambda case: case.label)

@@ -53,7 +53,8 @@ def test_statistics_count_what_is_visible(case: Case, data: st.DataObject) -> No
     seen = mechanism.visible(x.q, x.k, **x.options).float().sum(-1).mean().item()
     assert stats.mechanism == mechanism.name
     assert stats.backend != "auto"
-    assert stats.keys_per_query >= 0.95 * seen
+    if case.softmax:
+        assert stats.keys_per_query >= 0.95 * seen
     full = allowed_pairs(x).float().sum(-1).mean().item()
     assert stats.density == pytest.approx(stats.keys_per_query / full)
     assert 0.0 <= stats.dense_rows <= 1.0
@@ -64,6 +65,6 @@ def test_statistics_count_what_is_visible(case: Case, data: st.DataObject) -> No
 def test_group_shares_the_keys_of_its_kv_head(case: Case) -> None:
     kv_heads = case.kv_heads[-1]
     q, k = torch.randn(1, 3 * kv_heads, 70, 8), torch.randn(1, kv_heads, 70, 8)
-    seen = case.build().visible(q, k).unflatten(1, (kv_heads, 3))
+    seen = case.build().visible(q, k, causal=case.causal).unflatten(1, (kv_heads, 3))
     assert torch.equal(seen[:, :, 0], seen[:, :, 1])
     assert torch.equal(seen[:, :, 0], seen[:, :, 2])

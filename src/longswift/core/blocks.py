@@ -49,6 +49,16 @@ def block_runs(q_len: int, k_len: int, block: int, most: int) -> Iterator[BlockR
         position, index = position + rows * count, index + count
 
 
+def tokens_of_blocks(blocks: Tensor, block: int, k_len: int) -> Tensor:
+    """Key positions, int32 ``[1, Hkv, N, C * block]``, of key blocks ``[Hkv, N, C]``.
+
+    -1 marks an empty slot in both; the last block may be cut short.
+    """
+    tokens = blocks[..., None] * block + torch.arange(block, device=blocks.device)
+    real = (blocks >= 0)[..., None] & (tokens < k_len)
+    return torch.where(real, tokens, -1).flatten(2).unsqueeze(0).to(torch.int32)
+
+
 def stack_queries(x: Tensor, run: BlockRun, kv_heads: int) -> Tensor:
     """Rows of a run by KV head and block: ``[B, Hq, Lq, *]`` to ``[B, Hkv, count, G * rows, *]``.
 

@@ -107,14 +107,12 @@ class Mechanism(ABC):
             training=training,
             summary=summary,
         )
-        # Autocast would round scores and selections that the contract keeps in fp32.
-        with torch.autocast(q.device.type, enabled=False):
-            if q.numel() == 0 or k.numel() == 0:
-                result = self._nothing(q, k, v)
-            elif key_mask is None or bool(key_mask.all()):
-                result = self._forward(q, k, v, call)
-            else:
-                result = self._forward_padded(q, k, v, key_mask, call)
+        if torch.is_autocast_enabled(q.device.type):
+            # Autocast would round scores and selections that the contract keeps in fp32.
+            with torch.autocast(q.device.type, enabled=False):
+                result = self._dispatch(q, k, v, key_mask, call)
+        else:
+            result = self._dispatch(q, k, v, key_mask, call)
         if observed():
             tell(
                 self,
@@ -240,6 +238,15 @@ class Mechanism(ABC):
         q_len, k_len = q.shape[2], k.shape[2]
         return split_padding(key_mask, q_len, k_len, aligned=causal or q_len == k_len)
 
+    def _dispatch(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
+    ) -> AttentionResult:
+        if q.numel() == 0 or k.numel() == 0:
+            return self._nothing(q, k, v)
+        if key_mask is None or bool(key_mask.all()):
+            return self._forward(q, k, v, call)
+        return self._forward_padded(q, k, v, key_mask, call)
+
     def _forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, call: Call
     ) -> AttentionResult:
@@ -324,6 +331,20 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
         captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
         extra=telling.extra,
     )
+
+
+def check_count(owner: str, **values: int) -> None:
+    """Raise ``ConfigError`` unless every value is an integer of at least 0."""
+    for field_name, value in values.items():
+        if type(value) is not int or value < 0:
+            raise ConfigError(
+                problem(
+                    f"{owner}.{field_name}",
+                    expected="an integer >= 0",
+                    got=repr(value),
+                    fix="Use 0 to turn it off.",
+                )
+            )
 
 
 def check_positive(owner: str, **values: int) -> None:

@@ -10,7 +10,7 @@ Two kinds of keys, disjoint by construction:
   triangle and to ``reach``: with ``reach = (a, b)`` query ``p`` sees ``p - a <= j <= p + b``
   (both inclusive).
 * **Gathered** keys: per KV head and block of ``block`` queries a list of single tokens outside the
-  band, each from a query position on, and optionally the pooled remainder of everything else.
+  band, each for a range of query positions, and optionally the pooled remainder of everything else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Band:
     """Contiguous keys of one KV head.
 
     The tile of queries ``[t, t + tile)`` sees keys ``[t - left, t + tile + right)``;
-    ``reach = (a, b)`` narrows it to ``p - a <= j <= p + b`` for the query at ``p``.
+    ``reach = (a, b)`` narrows it to ``p - a <= j <= p + b`` for the query at ``p``. With
+    ``left = 0`` and ``right = -tile`` it holds no key at all.
     """
 
     tile: int
@@ -54,6 +55,8 @@ class BlockPattern:
             nothing is gathered. Never inside the band, never twice, never after the block.
         visible_from: integers like ``tokens``: first query position that may see the slot, or None
             when every row of the block sees it.
+        visible_until: integers like ``tokens``: first query position that no longer sees the slot,
+            or None. A token may fill two slots of a block if no row sees both.
         pool: Size of the remainder's pools, or None. A pool stands for its tokens outside the
             band and not gathered by the row (or its block), through their mean key and value
             plus the log of their count. Band edges lie on multiples of ``pool_grain``.
@@ -65,6 +68,7 @@ class BlockPattern:
     block: int = 64
     tokens: Tensor | None = None
     visible_from: Tensor | None = None
+    visible_until: Tensor | None = None
     pool: int | None = None
     pool_grain: int = 1
 
@@ -82,6 +86,25 @@ class BlockPattern:
             heads.append(inside)
         return torch.stack(heads).unsqueeze(0)
 
+    def intervals(self, q_len: int, k_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key each row sees through its band, int32 ``[Hkv, Lq]``.
+
+        Reach and causality are applied. Neither ever decreases along the rows; a row whose end does
+        not lie after its first key sees nothing.
+        """
+        position = torch.arange(k_len - q_len, k_len, device=device)
+        firsts, ends = [], []
+        for band in self.bands:
+            first, end = band.bounds(position, k_len)
+            if band.reach is not None:
+                first = torch.maximum(first, position - band.reach[0])
+                end = torch.minimum(end, position + band.reach[1] + 1)
+            if self.causal:
+                end = torch.minimum(end, position + 1)
+            firsts.append(first)
+            ends.append(end.clamp(min=0))
+        return torch.stack(firsts).int(), torch.stack(ends).int()
+
     def gathered_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """Keys each row gathers, bool ``[B or 1, Hkv, Lq, Lk]``."""
         if self.tokens is None:
@@ -93,6 +116,8 @@ class BlockPattern:
         shown = slots >= 0
         if self.visible_from is not None:
             shown = shown & (self.visible_from[:, :, row_block] <= position[:, None])
+        if self.visible_until is not None:
+            shown = shown & (self.visible_until[:, :, row_block] > position[:, None])
         mask = torch.zeros(*slots.shape[:3], k_len + 1, dtype=torch.bool, device=device)
         return mask.scatter_(3, torch.where(shown, slots, k_len), True)[..., :k_len]
 

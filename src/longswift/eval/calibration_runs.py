@@ -202,7 +202,7 @@ def run(
         model=loaded.name,
         length=len(text.documents[0]),
         text_sha256=text.sha256,
-        model_sha256=loaded.sha256(),
+        model_sha256=loaded.fingerprint(),
     )
     result = Result(kind=KIND, config=config, seed=asked.seed, rows=[])
     kept = Progress(result, target, fresh=fresh)

@@ -141,7 +141,7 @@ def run(
         model=loaded.name,
         length=len(text.documents[0]),
         text_sha256=text.sha256,
-        model_sha256=loaded.sha256(),
+        model_sha256=loaded.fingerprint(),
     )
     result = Result(kind=KIND, config=config, seed=0, rows=[])
     kept = Progress(result, target, fresh=fresh, finished=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class Reading:
         seconds: Time of the decoder over all chunks, without the scoring.
         nll: Negative log-likelihood of every token after the first, summed, in nats; 0 if not
             scored.
+        losses: The same for each of them, fp32 ``[tokens - 1]`` on the CPU; empty if not scored.
     """
 
     tokens: int
     seconds: float
     nll: float
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -55,14 +57,14 @@ def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _score(model: Any, hidden: Tensor, targets: Tensor) -> float:
-    """Summed negative log-likelihood of ``targets [T]`` after ``hidden [1, T, width]``."""
-    total = 0.0
+def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each of ``targets [T]`` after ``hidden [1, >= T, width]``."""
+    losses = []
     for start in range(0, targets.shape[0], SCORED_ROWS):
-        rows = slice(start, start + SCORED_ROWS)
-        logits = next_token_logits(model, hidden[0, rows][: targets[rows].shape[0]])
-        total += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
-    return total
+        wanted = targets[start : start + SCORED_ROWS]
+        logits = next_token_logits(model, hidden[0, start : start + len(wanted)])
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
+    return torch.cat(losses) if losses else torch.zeros(0)
 
 
 def check_chunk(owner: str, chunk: int, mechanism: Mechanism | None) -> None:
@@ -110,7 +112,8 @@ def read(
     """
     tokens = torch.tensor(ids, device=model.device)
     states = hidden_states(model, ids, cache, chunk)
-    seconds = nll = 0.0
+    seconds = 0.0
+    losses = []
     for start in range(0, len(ids), chunk):
         _finish(tokens.device)
         begin = time.perf_counter()
@@ -118,9 +121,10 @@ def read(
         _finish(tokens.device)
         seconds += time.perf_counter() - begin
         if score:
-            nll += _score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]])
+            losses.append(_score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]]))
         step(hidden.shape[1])
-    return Reading(tokens=len(ids), seconds=seconds, nll=nll)
+    every = torch.cat(losses) if losses else torch.zeros(0)
+    return Reading(tokens=len(ids), seconds=seconds, nll=every.double().sum().item(), losses=every)
 
 
 @torch.inference_mode()
@@ -181,10 +185,12 @@ def bookmark(cache: Any) -> Iterator[None]:
             vars(layer).update(state)
 
 
-def ask(model: Any, ids: Sequence[int], cache: Any, limit: int) -> list[int]:
+def ask(
+    model: Any, ids: Sequence[int], cache: Any, limit: int, stop: Collection[int] = ()
+) -> list[int]:
     """Greedy answer to a question about the text in the cache, which is left as it was."""
     with bookmark(cache):
-        return list(decode(model, ids, cache, limit))
+        return list(decode(model, ids, cache, limit, stop))
 
 
 def decode_speed(model: Any, ids: Sequence[int], cache: Any, count: int) -> float:

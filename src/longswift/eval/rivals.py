@@ -12,7 +12,7 @@ from torch import Tensor
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import AttentionResult, AttentionStats
-from longswift.mechanisms.full import full_pattern
+from longswift.mechanisms.patterned import full_pattern
 from longswift.mechanisms.profile import Profile
 
 WINDOW, UNIFORM, FULL = "window", "uniform", "full"

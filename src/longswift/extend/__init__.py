@@ -1,1 +1,1 @@
-"""Positions beyond the trained length: the mathematics of RoPE scaling."""
+"""Beyond the trained length: RoPE scaling, and reading in overlapping chunks."""

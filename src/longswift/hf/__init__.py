@@ -6,23 +6,33 @@
 
 from __future__ import annotations
 
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
 from longswift.core.errors import ConfigError, problem
 from longswift.hf.attention import make_attention
 from longswift.hf.cache import SwiftCache
+from longswift.hf.convert import Conversion, convert, from_pretrained, memory_parameters
 from longswift.hf.extending import Extension, check_length, extend
+from longswift.hf.heads import group_heads
 from longswift.hf.masks import swift_mask
+from longswift.hf.model import LongSwiftConfig, LongSwiftLM
 from longswift.hf.settings import attention_of, implementation_names, set_attention, set_profile
 
 __all__ = [
+    "Conversion",
     "Extension",
+    "LongSwiftConfig",
+    "LongSwiftLM",
     "SwiftCache",
     "attention_of",
     "check_length",
+    "convert",
     "extend",
+    "from_pretrained",
+    "group_heads",
     "implementation_names",
+    "memory_parameters",
     "set_attention",
     "set_profile",
 ]
@@ -44,6 +54,8 @@ def _register() -> None:
             )
         AttentionInterface.register(name, make_attention(mechanism))
         AttentionMaskInterface.register(name, swift_mask)
+    AutoConfig.register("longswift", LongSwiftConfig)
+    AutoModelForCausalLM.register(LongSwiftConfig, LongSwiftLM)
 
 
 _register()

@@ -68,7 +68,7 @@ def make_attention(name: str) -> AttentionFunction:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        _refuse_unsupported(module, dropout, kwargs)
+        refuse_unsupported(module, dropout, kwargs)
         seen = _what_is_seen(module, query, key, attention_mask, kwargs)
         mechanism = _mechanism(module, name, seen, query.shape[2])
         summary = _summary(mechanism, key, query.shape[2], seen)
@@ -211,7 +211,7 @@ def _weights_are_collected() -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
-def _refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise for anything that changes the result and that no mechanism computes."""
     got = next((what for k, what in _REFUSED.items() if kwargs.get(k) is not None), None)
     fix = "Use attn_implementation='eager' (or 'sdpa', if the model allows it)."

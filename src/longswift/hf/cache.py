@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from longswift.core.errors import UnsupportedError, problem
+from longswift.hf.memory_cache import MemoryLayer
+from longswift.hf.settings import read_settings
 from longswift.memory.paged_kv import PagedKV
 
 _MARK = "_longswift_pages"
@@ -113,7 +115,8 @@ class SwiftLayer(DynamicLayer):
 class SwiftCache(Cache):
     """A drop-in for ``DynamicCache`` whose full-attention layers grow in place.
 
-    Sliding and recurrent layers are Transformers' own, with their bounded memory. Pass one to
+    Layers converted to a memory keep its state; sliding and recurrent layers are Transformers' own,
+    with their bounded memory. Pass one to
     ``model(..., past_key_values=cache)`` or ``model.generate(..., past_key_values=cache)``.
 
     Args:
@@ -129,4 +132,6 @@ class SwiftCache(Cache):
             SwiftLayer() if type(layer) is DynamicLayer else layer
             for layer in DynamicCache(config=config).layers
         ]
+        for index in read_settings(config.get_text_config(decoder=True)).get("memory", {}):
+            layers[int(index)] = MemoryLayer()
         super().__init__(layers=layers)

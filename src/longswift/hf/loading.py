@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from longswift.core.errors import ConfigError, problem
+from longswift.hf.convert import restore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ def load(
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
             )
+            restore(loaded, place)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise ConfigError(_refusal(model, error)) from error
     return loaded.to(device).eval(), tokenizer

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longswift.core.pattern import Band, BlockPattern
-from longswift.mechanisms.patterned import Patterned
+from longswift.core.pattern import BlockPattern
+from longswift.mechanisms.patterned import Patterned, full_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,3 @@ class Full(Patterned):
 
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
         return full_pattern(k_len, kv_heads, causal, q_len=q_len)
-
-
-def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:
-    """One tile that sees every key; cross attention may have more queries than keys."""
-    if causal:
-        band = Band(tile=k_len, left=0)
-    else:
-        extent = max(q_len, k_len)
-        band = Band(tile=extent, left=extent, right=extent)
-    return BlockPattern(causal=causal, bands=(band,) * kv_heads)

@@ -24,7 +24,7 @@ from longswift.core.blocks import block_count, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.types import Partial
 from longswift.mechanisms.coverage import captured
-from longswift.mechanisms.full import full_pattern
+from longswift.mechanisms.patterned import full_pattern
 
 PROBES = 2
 # Rounding of a mass that is 1.

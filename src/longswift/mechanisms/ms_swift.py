@@ -40,19 +40,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, block_count, block_runs
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.pools import band_edges
+from longswift.core.pools import block_edges
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import HeadGroup, attend_by_head, visible_by_head
 from longswift.mechanisms.coverage import captured_mass
-from longswift.mechanisms.full import Full, full_pattern
+from longswift.mechanisms.full import Full
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
-from longswift.mechanisms.patterned import pattern_stats
+from longswift.mechanisms.patterned import full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
@@ -179,11 +178,13 @@ class MSSwift(Mechanism):
 
     def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
+        below = -(-self.dense_below // self.block) * self.block
+        if causal and k_len <= below and self.scale_of_head is None:
+            return q_len
         bands = self.bands(q_len, kv_heads, causal)
         if not causal:
             reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self._budget
             return q_len if k_len < self.dense_below or k_len <= reach else 0
-        below = -(-self.dense_below // self.block) * self.block
         covered = min(
             ((self.sinks + self._budget + band.left) // band.tile + 1) * band.tile for band in bands
         )
@@ -200,7 +201,7 @@ class MSSwift(Mechanism):
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
             return attend_by_head(self.name, _head_groups(self, k.shape[1]), q, k, v, call)
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         parts: list[Partial] = []
@@ -274,7 +275,7 @@ class MSSwift(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[BlockPattern, Partial | None]:
         """The pattern of these queries, and the bands' result, which the choice needed anyway."""
-        _, backend = dispatch.resolve(call.backend, q.device)
+        _, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         bands = self.bands(q.shape[2], k.shape[1], call.causal)
         pattern = BlockPattern(
             causal=call.causal,
@@ -299,6 +300,7 @@ class MSSwift(Mechanism):
             coverage=self.coverage,
             strict=strict,
             summary=call.summary,
+            best_blocks=getattr(backend, "best_blocks", None),
         )
         found: Selection = self._selector.select(request)
         since = found.visible_from
@@ -310,11 +312,7 @@ class MSSwift(Mechanism):
     def _sink_slots(self, pattern: BlockPattern, q_len: int, k: Tensor) -> Tensor:
         """Sinks outside each block's band, int32 ``[B, Hkv, N, sinks]``."""
         k_len = k.shape[2]
-        blocks = block_count(q_len, k_len, self.block)
-        runs: list[BlockRun] = list(block_runs(q_len, k_len, self.block, blocks))
-        edges = [band_edges(pattern, run, k_len) for run in runs]
-        start = torch.cat([e[0] for e in edges], 1)[..., None]
-        end = torch.cat([e[1] for e in edges], 1)[..., None]
+        start, end = block_edges(pattern, q_len, k_len)[..., None].unbind(-2)
         token = torch.arange(min(self.sinks, k_len), dtype=torch.int32, device="cpu")
         slots = torch.where((token < start) | (token >= end), token, EMPTY).to(torch.int32)
         return slots.to(k.device).expand(k.shape[0], -1, -1, -1)

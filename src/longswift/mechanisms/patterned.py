@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.mechanism import Call, Mechanism
-from longswift.core.pattern import BlockPattern
+from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.kernels import dispatch
 
@@ -19,7 +19,8 @@ from longswift.kernels import dispatch
 class Patterned(Mechanism):
     """Softmax attention over a ``BlockPattern`` that does not depend on content.
 
-    Subclasses implement ``pattern``; ``mode`` names how it was chosen in the statistics.
+    Subclasses implement ``pattern``, and ``full_rows`` if some queries see everything; ``mode``
+    names how it was chosen in the statistics.
     """
 
     mode: ClassVar[str] = "static"
@@ -28,19 +29,42 @@ class Patterned(Mechanism):
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
         """The keys each block of queries sees, in an unpadded batch."""
 
+    def full_rows(self, k_len: int) -> Tensor | None:
+        """Queries that see every key in bidirectional attention, by index; None for no such."""
+        return None
+
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
-        pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
-        part = backend.attend(q, k, v, pattern, call.scale)
-        stats = pattern_stats(self.name, name, self.mode, pattern, q.shape[2], k.shape[2])
-        return AttentionResult(part.out, part.lse, stats)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
+        pattern = self.pattern(q_len, k_len, kv_heads, call.causal)
+        out, lse = backend.attend(q, k, v, pattern, call.scale)
+        rows = None if call.causal else self.full_rows(k_len)
+        if rows is not None:
+            at = rows.to(q.device)
+            everything = full_pattern(k_len, kv_heads, causal=False)
+            full = backend.attend(q.index_select(2, at), k, v, everything, call.scale)
+            out, lse = out.index_copy(2, at, full.out), lse.index_copy(2, at, full.lse)
+        stats = pattern_stats(self.name, name, self.mode, pattern, q_len, k_len, full_rows=rows)
+        return AttentionResult(out, lse, stats)
 
     def exact_part(self) -> Mechanism | None:
         return self
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
-        return pattern.visible(q.shape[2], k.shape[2], q.shape[1] // k.shape[1], q.device)
+        seen = pattern.visible(q.shape[2], k.shape[2], q.shape[1] // k.shape[1], q.device)
+        rows = None if call.causal else self.full_rows(k.shape[2])
+        return seen if rows is None else seen.index_fill(2, rows.to(q.device), True)
+
+
+def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:
+    """One tile that sees every key; cross attention may have more queries than keys."""
+    if causal:
+        band = Band(tile=k_len, left=0)
+    else:
+        extent = max(q_len, k_len)
+        band = Band(tile=extent, left=extent, right=extent)
+    return BlockPattern(causal=causal, bands=(band,) * kv_heads)
 
 
 def dense_keys(q_len: int, k_len: int, causal: bool) -> float:
@@ -48,72 +72,52 @@ def dense_keys(q_len: int, k_len: int, causal: bool) -> float:
     return k_len - (q_len - 1) / 2 if causal else float(k_len)
 
 
-def keys_per_head(
-    pattern: BlockPattern, q_len: int, k_len: int, skip: int = 0
-) -> tuple[float, ...]:
-    """Mean number of keys scored per query of each KV head: band, gathered, remainder columns.
+def keys_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
+    """Keys each query scores: band, gathered and remainder columns.
 
-    Args:
-        pattern: The pattern.
-        q_len: Queries.
-        k_len: Keys.
-        skip: Leading queries left out of the mean.
+    Returns:
+        fp64 ``[Hkv, Lq]`` on CPU, the mean over batch rows.
     """
-    position = torch.arange(k_len - q_len + skip, k_len, device="cpu")
-    found = []
-    for band in pattern.bands:
-        keys = 0.0
+    position = torch.arange(k_len - q_len, k_len, device="cpu")
+    by_band = {}
+    for band in set(pattern.bands):
         first, last = band.bounds(position, k_len)
+        keys = torch.zeros(q_len, dtype=torch.float64, device="cpu")
         if pattern.pool is not None:
             outside = first if pattern.causal else first + (k_len - last)
-            keys += float((outside / pattern.pool).double().mean())
+            keys += outside / pattern.pool
         if band.reach is not None:
             first = torch.maximum(first, position - band.reach[0])
             last = torch.minimum(last, position + band.reach[1] + 1)
         if pattern.causal:
             last = torch.minimum(last, position + 1)
-        found.append(keys + float((last - first).double().mean()))
-    if pattern.tokens is None:
-        return tuple(found)
-    pairs = _gathered_pairs(pattern, q_len, k_len, skip)
-    return tuple(keys + pairs[head] / len(position) for head, keys in enumerate(found))
+        by_band[band] = keys + (last - first).clamp(min=0)
+    total = torch.stack([by_band[band] for band in pattern.bands])
+    return total if pattern.tokens is None else total + _gathered_of_rows(pattern, q_len, k_len)
 
 
-def _gathered_pairs(pattern: BlockPattern, q_len: int, k_len: int, skip: int) -> list[float]:
-    """Query-token pairs of the gathered lists of each KV head, mean over batch rows."""
+def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
+    """Gathered tokens each query sees, fp64 ``[Hkv, Lq]``, mean over batch rows."""
     assert pattern.tokens is not None
     offset, block = k_len - q_len, pattern.block
-    device = pattern.tokens.device
-    blocks = pattern.tokens.shape[2]
-    start = ((k_len - 1) // block - blocks + 1 + torch.arange(blocks, device=device)) * block
-    first = start.clamp(min=offset + skip)[:, None]
-    end = (start + block).clamp(max=k_len)[:, None]
+    index = torch.arange(offset // block, (k_len - 1) // block + 1, device="cpu")
+    real = (pattern.tokens >= 0).cpu()
+    if pattern.visible_from is None and pattern.visible_until is None:
+        row_block = torch.arange(offset, k_len, device="cpu") // block - offset // block
+        return real.sum(3).double().mean(0)[:, row_block]
+    first = (index * block).clamp(min=offset)[:, None].expand_as(real)
+    end = (index * block + block).clamp(max=k_len)[:, None].expand_as(real)
     if pattern.visible_from is not None:
-        first = torch.maximum(first, pattern.visible_from)
-    pairs = (end - first).clamp(min=0) * (pattern.tokens >= 0)
-    counts: list[float] = pairs.sum((2, 3)).double().mean(0).tolist()
-    return counts
-
-
-def _head_density(
-    pattern: BlockPattern,
-    q_len: int,
-    k_len: int,
-    exact_rows: int = 0,
-    more_keys: tuple[float, ...] = (),
-) -> tuple[float, ...]:
-    """Keys each KV head scores as a share of full attention's; arguments as ``pattern_stats``."""
-    rest = q_len - exact_rows
-    by_head = [0.0] * len(pattern.bands)
-    if rest:
-        by_head = [rest / q_len * x for x in keys_per_head(pattern, q_len, k_len, exact_rows)]
-    if more_keys:
-        by_head = [x + rest / q_len * more for x, more in zip(by_head, more_keys, strict=True)]
-    exact = 0.0
-    if exact_rows:
-        last = k_len - rest if pattern.causal else k_len
-        exact = exact_rows / q_len * dense_keys(exact_rows, last, pattern.causal)
-    return tuple((keys + exact) / dense_keys(q_len, k_len, pattern.causal) for keys in by_head)
+        first = torch.maximum(first, pattern.visible_from.cpu())
+    if pattern.visible_until is not None:
+        end = torch.minimum(end, pattern.visible_until.cpu())
+    shown = real & (first < end)
+    heads = real.shape[1]
+    line = torch.arange(heads)[:, None, None].expand_as(real)[shown] * (q_len + 1) - offset
+    change = torch.zeros(heads * (q_len + 1), dtype=torch.float64, device="cpu")
+    for edge, step in ((first[shown], 1.0), (end[shown], -1.0)):
+        change.index_add_(0, edge + line, change.new_full(edge.shape, step))
+    return change.view(heads, -1).cumsum(1)[:, :q_len] / real.shape[0]
 
 
 def pattern_stats(
@@ -124,20 +128,44 @@ def pattern_stats(
     q_len: int,
     k_len: int,
     exact_rows: int = 0,
+    full_rows: Tensor | None = None,
     more_keys: tuple[float, ...] = (),
 ) -> AttentionStats:
-    """Statistics of one unpadded call whose first ``exact_rows`` queries were computed exactly.
+    """Statistics of one unpadded call.
 
-    ``more_keys`` says what each KV head scored beyond the pattern, per query it was made for.
+    Args:
+        mechanism: Name of the mechanism.
+        backend: Backend that ran.
+        mode: How the keys were chosen.
+        pattern: Keys of the queries from ``exact_rows`` on.
+        q_len: Queries.
+        k_len: Keys.
+        exact_rows: Leading queries computed exactly.
+        full_rows: Queries among the others that saw every key whatever the pattern says.
+        more_keys: Keys that each KV head scored beyond the pattern, per query it was made for.
     """
-    by_head = _head_density(pattern, q_len, k_len, exact_rows, more_keys)
-    density = sum(by_head) / len(by_head)
+    rest = q_len - exact_rows
+    dense = exact_rows
+    total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
+    if rest:
+        keys = keys_of_rows(pattern, rest, k_len)
+        if full_rows is not None:
+            keys[:, full_rows] = k_len
+            dense += len(full_rows)
+        total += keys.sum(1)
+    if more_keys:
+        total += rest * torch.tensor(more_keys, dtype=torch.float64, device="cpu")
+    if exact_rows:
+        last = k_len - rest if pattern.causal else k_len
+        total += exact_rows * dense_keys(exact_rows, last, pattern.causal)
+    keys_per_query = total / q_len
+    by_head = keys_per_query / dense_keys(q_len, k_len, pattern.causal)
     return AttentionStats(
         mechanism=mechanism,
         backend=backend,
         mode=mode,
-        keys_per_query=density * dense_keys(q_len, k_len, pattern.causal),
-        density=density,
-        dense_rows=1.0 if mode == "dense" else exact_rows / q_len,
-        density_by_head=by_head,
+        keys_per_query=float(keys_per_query.mean()),
+        density=float(by_head.mean()),
+        dense_rows=1.0 if mode == "dense" else dense / q_len,
+        density_by_head=tuple(by_head.tolist()),
     )

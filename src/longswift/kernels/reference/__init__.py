@@ -9,6 +9,18 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype, softmax_partial
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.reference.landmarks import attend_landmarks
+from longswift.kernels.reference.linear import attend_exponential, attend_linear
+
+__all__ = [
+    "attend",
+    "attend_bands",
+    "attend_exponential",
+    "attend_landmarks",
+    "attend_linear",
+    "remainder_members",
+    "verify",
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
 from longswift.core.errors import ConfigError, problem
-from longswift.core.softmax import accumulator_dtype
+from longswift.core.products import bmm, factor_dtype, mm
+from longswift.core.softmax import accumulator_dtype, hide_
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import (
     EMPTY,
@@ -93,11 +94,15 @@ class _Pass:
         low, high = self._key_extremes()
         self._blocks = low.shape[2]
         # Heads flattened once: a slice of blocks then stays a view.
-        self._low, self._high = low.flatten(0, 1), high.flatten(0, 1)
         self._by_row = request.strict or request.q.shape[2] == 1
-        if not self._by_row:
-            centre, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
-            self._features = torch.cat([centre, radius, centre.abs()], -1)
+        # Bounds only propose, so 16-bit input may be bounded in 16 bits.
+        dtype = factor_dtype(request.k)
+        if self._by_row:
+            self._boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
+        else:
+            low, high = low.to(self._acc), high.to(self._acc)
+            centre, radius = (low + high) / 2, (high - low) / 2
+            self._boxes = [torch.cat([centre, radius, centre.abs()], -1).to(dtype).flatten(0, 1)]
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
         self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
 
@@ -118,7 +123,7 @@ class _Pass:
             tail = k[:, :, k.shape[2] // size * size :]
             low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
             high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-        return low.to(self._acc), high.to(self._acc)
+        return low, high
 
     def run(self) -> Selection:
         blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
@@ -137,14 +142,15 @@ class _Pass:
         if not bool(outside.any()):
             return Selection(self._nothing(run), None)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(q, run, outside, width, space)
-        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
-        rank[..., : self._sink_blocks] = float(EMPTY)
-        proposed, valid = _best(rank, self._wanted_blocks())
+        proposed, valid = self._propose(q, run, outside, width, space)
         proposed, valid = self._with_sink_blocks(proposed, valid, outside)
-        probs = self._probabilities(q, run, proposed, valid, space)
         tokens = self._tokens(proposed)
-        rank = probs[..., :-1].amax(1).view(*proposed.shape[:3], -1)
+        if request.coverage is None and q.device.type == "cpu":
+            rank = self._largest_probabilities(q, run, proposed, valid, space)
+        else:
+            probs = self._probabilities(q, run, proposed, valid, space)
+            rank = probs[..., :-1].amax(1)
+        rank = rank.view(*proposed.shape[:3], -1)
         rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
         best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
         chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
@@ -152,10 +158,31 @@ class _Pass:
             chosen = self._cover(chosen, best, taken, probs, tokens)
         return Selection(chosen, None)
 
+    def _propose(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks with the largest bounds, and whether each is a real choice, ``[B, Hkv, N, M]``."""
+        if self._request.best_blocks is not None:
+            rows = torch.cat(self._row_factors(q, run), -1)
+            keys = torch.cat(self._boxes, -1)[:, :width].unflatten(0, q.shape[:2]).to(self._acc)
+            most = min(self._wanted_blocks(), width)
+            return self._request.best_blocks(rows, keys, outside, self._sink_blocks, most)
+        scores = self._block_scores(q, run, outside, width, space)
+        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
+        rank[..., : self._sink_blocks] = float(EMPTY)
+        return _best(rank, self._wanted_blocks())
+
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
         device = self._request.k.device
         return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+
+    def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
+        """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
+        if not self._by_row:
+            return [self._group_features(q, run)]
+        # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
+        return [q.clamp(min=0), q.clamp(max=0)]
 
     def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
         """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
@@ -174,20 +201,20 @@ class _Pass:
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
         """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows or groups, W]``."""
-        features = q if self._by_row else self._group_features(q, run)
-        batch, kv_heads, count, rows = features.shape[:4]
-        features = features.flatten(2, 3).flatten(0, 1)
+        factors = self._row_factors(q, run)
+        batch, kv_heads, count, rows = factors[0].shape[:4]
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        if self._by_row:
-            # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
-            torch.bmm(features.clamp(min=0), self._high[:, :width].transpose(1, 2), out=bound)
-            bound.baddbmm_(features.clamp(max=0), self._low[:, :width].transpose(1, 2))
-        else:
-            torch.bmm(features, self._features[:, :width].transpose(1, 2), out=bound)
+        for index, (factor, boxes) in enumerate(zip(factors, self._boxes, strict=True)):
+            factor, boxes = factor.flatten(2, 3).flatten(0, 1), boxes[:, :width].transpose(1, 2)
+            product = space.get("product", tuple(bound.shape), self._acc) if index else bound
+            bmm(factor.to(boxes.dtype), boxes, out=product)
+            if index:
+                bound += product
         bound = bound.view(batch, kv_heads, count, rows, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
-        bound[..., common:].masked_fill_(~outside[..., common:].unsqueeze(2), _HIDDEN)
+        bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
+        bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
         return torch.softmax(bound, -1, out=bound)
 
     def _with_sink_blocks(
@@ -212,6 +239,30 @@ class _Pass:
         barred = ~valid.repeat_interleave(self._key_block, 3)
         return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
 
+    def _keys(self, proposed: Tensor, space: Workspace, as_dtype: torch.dtype) -> Tensor:
+        """Keys of the proposed tokens and a zero for the band, ``[Z, M + 1, D]``."""
+        request = self._request
+        tokens = self._tokens(proposed).clamp_(max=request.k.shape[2] - 1)
+        problems, width = proposed.shape[:3].numel(), tokens.shape[3]
+        dim, dtype = request.k.shape[3], request.k.dtype
+        found = self._table.gather(tokens, space.get("gathered", (*tokens.shape, dim), dtype))
+        keys = space.get("keys", (problems, width + 1, dim), as_dtype)
+        keys[:, :width] = found.view(problems, width, dim)
+        keys[:, width] = 0.0
+        return keys
+
+    def _hidden(self, proposed: Tensor, valid: Tensor) -> Tensor | None:
+        """0 or ``-inf`` for proposed tokens and the band, ``[Z, 1, M + 1]``; None if all count."""
+        beyond = not self._request.pattern.causal and self._request.k.shape[2] % self._key_block
+        if not beyond and bool(valid.all()):
+            return None
+        hidden = ~valid.repeat_interleave(self._key_block, 3)
+        if beyond:
+            hidden |= self._tokens(proposed) >= self._request.k.shape[2]
+        bias = torch.zeros(hidden.shape, dtype=self._acc, device=hidden.device)
+        bias.masked_fill_(hidden, _HIDDEN)
+        return torch.nn.functional.pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
+
     def _probabilities(
         self,
         q: Tensor,
@@ -222,28 +273,41 @@ class _Pass:
         visible: Tensor | None = None,
     ) -> Tensor:
         """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
-        request = self._request
-        tokens = self._tokens(proposed)
-        width = tokens.shape[3]
-        problems = tokens.shape[0] * tokens.shape[1] * tokens.shape[2]
-        beyond = not request.pattern.causal and request.k.shape[2] % self._key_block > 0
-        if beyond:
-            tokens = tokens.clamp(max=request.k.shape[2] - 1)
-        keys = space.get("keys", (*tokens.shape, request.k.shape[3]), request.k.dtype)
-        keys = self._table.gather(tokens, keys).view(problems, width, -1).to(self._acc)
+        keys = self._keys(proposed, space, self._acc)
+        hidden = self._hidden(proposed, valid)
         q = q.flatten(0, 2)
-        scores = space.get("scores", (problems, q.shape[1], width + 1), self._acc)
-        torch.bmm(q, keys.transpose(1, 2), out=scores[..., :width])
-        lse = stack_queries(request.band_lse, run, request.k.shape[1])
-        scores[..., width] = lse.flatten(0, 2)
-        if beyond or not bool(valid.all()):
-            hidden = ~valid.repeat_interleave(self._key_block, 3)
-            if beyond:
-                hidden |= self._tokens(proposed) >= request.k.shape[2]
-            scores[..., :width].masked_fill_(hidden.view(problems, 1, width), _HIDDEN)
+        scores = space.get("scores", (*q.shape[:2], keys.shape[1]), self._acc)
+        bmm(q, keys.transpose(1, 2), out=scores)
+        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1])
+        scores[..., -1] = lse.flatten(0, 2)
+        if hidden is not None:
+            scores += hidden
         if visible is not None:
-            scores[..., :width].masked_fill_(~visible, _HIDDEN)
+            hide_(scores[..., :-1], visible)
         return torch.softmax(scores, -1, out=scores)
+
+    def _largest_probabilities(
+        self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
+    ) -> Tensor:
+        """Largest probability of each proposed token over the rows, ``[Z, M]``.
+
+        One problem at a time, so that its scores never leave the cache.
+        """
+        dtype = factor_dtype(self._request.k)
+        keys, hidden = self._keys(proposed, space, dtype), self._hidden(proposed, valid)
+        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1]).flatten(0, 2)
+        queries = q.flatten(0, 2).to(dtype)
+        problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
+        largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
+        for index, (rows, columns, band) in enumerate(problems):
+            scores = mm(rows, columns)
+            if dtype != self._acc:
+                scores = space.get("scores", tuple(scores.shape), self._acc).copy_(scores)
+            scores[:, -1] = band
+            if hidden is not None:
+                scores += hidden[index]
+            torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
+        return largest[:, :-1]
 
     def _cover(
         self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
@@ -270,7 +334,8 @@ class _Pass:
             return Selection(nothing, nothing)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
         scores = self._block_scores(q, run, outside, width, space)
-        wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
+        # Without a candidate a block's softmax is 0 / 0; elsewhere hidden blocks are 0 already.
+        wanted = self._best_of_group(scores).nan_to_num_(0.0)
         wanted[..., : self._sink_blocks] = 0.0
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
         shape = (*q.shape[:3], index.shape[1])
@@ -284,8 +349,8 @@ class _Pass:
         if request.coverage is not None:
             probs = _needed(probs, request.coverage)
         probs = probs[..., :-1].view(*q.shape[:4], -1)
-        probs = probs.masked_fill_(self._barred(tokens, valid).unsqueeze(3), 0.0)
-        wanted = self._best_of_group(probs)
+        allowed = ~self._barred(tokens, valid).unsqueeze(3)
+        wanted = self._best_of_group(probs).mul_(allowed.to(self._acc))
         index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
         shape = (*q.shape[:3], index.shape[1])
         chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
