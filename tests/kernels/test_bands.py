@@ -59,6 +59,20 @@ def test_every_pair_once(call: tuple[Band, int, int, bool]) -> None:
     assert torch.equal(painted(backward, band, q_len, k_len, causal), expected)
 
 
+@settings(max_examples=150)
+@given(calls())
+def test_added_scores_hide_what_is_not_allowed(call: tuple[Band, int, int, bool]) -> None:
+    band, q_len, k_len, causal = call
+    cpu = torch.device("cpu")
+    for job in geometry.by_rows(geometry.jobs(band, q_len, k_len, causal), 7, causal):
+        scores = torch.zeros(job.rows, job.width, dtype=torch.float64)
+        for first, bias in geometry.hidden_scores(job, band, causal, torch.float64, cpu):
+            scores[:, first : first + bias.shape[1]] += bias
+        allowed = geometry.allowed_mask(job, band, causal, cpu)
+        expected = torch.ones_like(scores, dtype=torch.bool) if allowed is None else allowed
+        assert torch.equal(scores == 0, expected)
+
+
 def test_congruent_tiles_share_a_job() -> None:
     found = list(geometry.jobs(Band(tile=64, left=64), 64 * 100, 64 * 100, True))
     assert [job.count for job in found] == [1, 99]

@@ -145,17 +145,6 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
     )
 
 
-def _nystrom(label: str, **config: Any) -> Case:
-    return Case(
-        name="nystrom",
-        label=f"nystrom-{label}",
-        config=config,
-        subset=False,
-        causal=False,
-        softmax=False,
-    )
-
-
 ANTIDIAGONAL = {"name": "antidiagonal", "key_block": 8, "stride": 4}
 
 _SMALL: dict[str, list[Case]] = {
@@ -238,15 +227,23 @@ _SMALL: dict[str, list[Case]] = {
     "linear": [
         _state("linear", "elu1"),
         _state("linear", "relu", feature_map="relu", vanishing=True, chunk=5),
-        _state("linear", "sums", normalise=False),
         _state("linear", "identity", feature_map="identity", normalise=False, chunk=128),
     ],
-    "efficient": [_state("efficient"), _state("efficient", "chunk1", chunk=1)],
+    "efficient": [_state("efficient", chunk=7)],
     "performer": [
         _state("performer", features=24),
         _state("performer", "hyperbolic", features=10, hyperbolic=True, seed=3),
     ],
-    "nystrom": [_nystrom("8", landmarks=8), _nystrom("3x2", landmarks=3, iterations=2)],
+    "nystrom": [
+        Case(
+            name="nystrom",
+            label="nystrom-8",
+            config={"landmarks": 8},
+            subset=False,
+            causal=False,
+            softmax=False,
+        ),
+    ],
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.mechanisms.drawing import allowed_pairs, inputs, masked_softmax, tolerance
+from tests.mechanisms.drawing import Inputs, allowed_pairs, inputs, masked_softmax, tolerance
 from tests.mechanisms.table import CASES, Case
 
 case_of = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -41,6 +41,21 @@ def test_output_is_softmax_over_visible(case: Case, data: st.DataObject) -> None
     out, lse = masked_softmax(x, mechanism.visible(x.q, x.k, **x.options, training=training))
     torch.testing.assert_close(r.out.double(), out, **tolerance(x.q.dtype))
     torch.testing.assert_close(r.lse.double(), lse, **tolerance(x.q.dtype))
+
+
+EXACT = [c for c in CASES if c.build().exact_part() is not None]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.label)
+def test_exact_part_is_softmax_over_visible(case: Case) -> None:
+    kv_heads = case.kv_heads[-1]
+    q, k, v = (torch.randn(1, h, 70, 8) for h in (2 * kv_heads, kv_heads, kv_heads))
+    x = Inputs(q=q, k=k, v=v)
+    mechanism = case.build()
+    exact = mechanism.exact_part()
+    assert exact is not None
+    _, lse = masked_softmax(x, mechanism.visible(x.q, x.k))
+    torch.testing.assert_close(x.run(exact).lse.double(), lse, **tolerance(torch.float32))
 
 
 @case_of

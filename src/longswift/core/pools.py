@@ -12,6 +12,8 @@ from longswift.core.blocks import BlockRun
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.summary import KeySummary, group_sums
 
+# Numbers of whole pools a run sees are multiples of this.
+_WIDTHS = 32
 # Blocks whose cut pools are summed at once.
 _CUT_BLOCKS = 64
 
@@ -66,7 +68,8 @@ class PoolColumns(NamedTuple):
         count, left_pool, shown = self.count[:, :, blocks], self.left_pool, self.pools
         if left_pool is not None:
             left_pool = left_pool[:, blocks]
-            shown = int(left_pool.max())
+            # Columns of no token cost little; a library that compiles every shape costs more.
+            shown = min(-(-int(left_pool.max()) // _WIDTHS) * _WIDTHS, self.pools)
             count = torch.cat([count[..., :shown], count[..., -2:]], -1)
         return PoolColumns(
             count=count,

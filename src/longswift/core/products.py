@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from longswift.core.softmax import accumulator_dtype
 
 # Multiply-adds below which a call to oneDNN costs more than it saves.
 _WORTH_A_CALL = 1 << 21
+# Columns of one call. oneDNN compiles and keeps (about 1 MB) a product for every shape it meets.
+_COLUMNS, _COLUMN_STEP = 1024, 256
 
 
 def factor_dtype(x: Tensor) -> torch.dtype:
@@ -34,16 +38,30 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     widened = out is not None and out.dtype != a.dtype
     if not widened and not _by_onednn(a, rows * inner * width):
         return torch.bmm(a, b) if out is None else torch.bmm(a, b, out=out)
-    if not (_dense(b.stride(1), b.stride(2), width) or _dense(b.stride(2), b.stride(1), inner)):
-        # oneDNN falls back to a scalar loop on anything else.
-        b = b.contiguous()
+    if not _dense(b.stride(2), b.stride(1), inner):
+        # oneDNN falls back to a scalar loop on rows or columns that lie apart.
+        if not _dense(b.stride(1), b.stride(2), width):
+            b = b.contiguous()
+        if width > _COLUMNS:
+            b = b.transpose(1, 2).contiguous().transpose(1, 2)
     if out is None:
         if problems == 1:
             return _multiply(a[0], b[0]).unsqueeze(0)
         out = torch.empty(problems, rows, width, dtype=a.dtype, device=a.device)
-    for left, right, result in zip(a.unbind(), b.unbind(), out.unbind(), strict=True):
-        result.copy_(mm(left, right))
+    for part in _columns(width):
+        for left, right, result in zip(
+            a.unbind(), b[..., part].unbind(), out[..., part].unbind(), strict=True
+        ):
+            result.copy_(mm(left, right))
     return out
+
+
+def _columns(width: int) -> Iterator[slice]:
+    """Slices of few different lengths that cover ``width`` columns; the last two may overlap."""
+    for first in range(0, width, _COLUMNS):
+        end = min(first + _COLUMNS, width)
+        length = -(-(end - first) // _COLUMN_STEP) * _COLUMN_STEP
+        yield slice(max(0, end - length), end)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:

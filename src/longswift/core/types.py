@@ -63,7 +63,8 @@ class AttentionStats:
         backend: Backend that ran (never ``"auto"``).
         mode: How the choice of keys respected causality: ``"dense"``, ``"static"`` (the choice
             does not depend on content), ``"shared"`` or ``"strict"``.
-        keys_per_query: Mean number of key slots scored per query, remainder entries included.
+        keys_per_query: Mean number of key slots scored per query, remainder entries included. Where
+            no keys are scored, how many could have been for the same arithmetic.
         density: ``keys_per_query`` over the mean number of keys full attention would score.
         dense_rows: Fraction of query rows that were computed exactly.
         density_by_head: ``density`` of each KV head; empty where heads do not differ.

@@ -118,6 +118,9 @@ class DilatedWindow(Mechanism):
         )
         return AttentionResult(_in_turn(outs, kv_heads), _in_turn(lses, kv_heads), stats)
 
+    def exact_part(self) -> Mechanism | None:
+        return self
+
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         seen = torch.zeros(1, kv_heads, q_len, k_len, dtype=torch.bool, device=q.device)

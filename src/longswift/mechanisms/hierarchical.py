@@ -42,6 +42,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
+from longswift.mechanisms.chunked import Chunked
 from longswift.mechanisms.patterned import dense_keys, keys_of_rows
 
 _POOLINGS = ("mean", "first", "attention")
@@ -105,6 +106,9 @@ class Hierarchical(Mechanism):
             dense_rows=0.0 if complete else 1.0,
         )
         return AttentionResult(out.to(q.dtype), lse, stats)
+
+    def exact_part(self) -> Mechanism | None:
+        return Chunked(chunk=self.chunk, overlap=0)
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         own = self._own(k.shape[1], call.causal)

@@ -207,15 +207,11 @@ class MSSwift(Mechanism):
         parts: list[Partial] = []
         if exact_rows:
             end = k_len - q_len + exact_rows if call.causal else k_len
-            parts.append(
-                backend.attend(
-                    q[:, :, :exact_rows],
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    full_pattern(end, k.shape[1], call.causal),
-                    call.scale,
-                )
-            )
+            first, keys, values = q, k, v
+            if exact_rows < q_len:
+                first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
+            everything = full_pattern(end, k.shape[1], call.causal)
+            parts.append(backend.attend(first, keys, values, everything, call.scale))
         pattern: BlockPattern | None = None
         short: Short | None = None
         extra: dict[str, Any] = {}

@@ -32,7 +32,7 @@ _UNFUSED_ROWS = 256
 # Score elements per unfused step: 2 MiB in fp32.
 _SCORES = 1 << 19
 # Fewer scores than this are quicker in one fused call.
-_FEW_SCORES = 1 << 18
+_FEW_SCORES = 3 << 18
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import Workspace
-from longswift.core.products import bmm
+from longswift.core.products import bmm, mm
 from longswift.core.softmax import merge
 from longswift.core.types import Partial
 
@@ -71,11 +71,11 @@ def attend(
         if width > _KEYS:
             keys, values = (x[:, first : first + _KEYS] for x in (k, v))
         size = keys.shape[1]
-        scores = bmm(
-            queries,
-            keys.transpose(1, 2),
-            space.get("scores", (shape[0], queries.shape[1], size), k.dtype),
-        )
+        if shape[0] == 1:
+            scores = mm(queries[0], keys[0].t()).unsqueeze(0)
+        else:
+            scores = space.get("scores", (shape[0], queries.shape[1], size), k.dtype)
+            bmm(queries, keys.transpose(1, 2), out=scores)
         by_row = scores.view(*shape, size)
         for start, bias in hidden:
             begin, end = max(start, first), min(start + bias.shape[1], first + size)

@@ -21,7 +21,7 @@ from longswift.core.summary import KeySummary
 # Score elements a selector's thread holds at once: 8 MiB in fp32.
 STEP_SCORES = 1 << 21
 # Widths of the scores of key blocks are multiples of this.
-_WIDTHS = 64
+_WIDTHS = 256
 EMPTY = -1
 
 

@@ -1,15 +1,15 @@
-"""Two stages: upper bounds choose key blocks, exact probabilities choose tokens inside them.
+"""Bounds propose, exact probabilities choose.
 
 1. Keys in blocks of ``key_block`` have per-channel centre ``kc`` and radius ``kr``, query rows in
    groups of ``row_group`` likewise ``qc`` and ``qr``. Every score between a group and a block is at
    most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Softmax over
    blocks, max over the query block's groups and the GQA group; the best
    ``proposals * budget / key_block`` blocks are proposed.
-2. Inside the proposals every row scores every key. Probabilities, normalised together with the
-   window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
+2. The exact stage of ``two_stage``.
 
-Decoding (one query) uses pages of 16 keys, Quest's bounds (Tang et al., 2024, arXiv 2406.10774),
-taken from a cache's incremental summaries when it has them.
+Rows of a block that is not complete, as when decoding or asking a short question, are few and
+bounded one by one, with ``row_radius * kr`` for the radius. Decoding uses pages of 16 keys, as in
+Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/85 of
 full attention's scores at 16 x 16) and ``proposals * budget * D`` for the exact stage. In strict
@@ -24,20 +24,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.blocks import BlockRun, Workspace
 from longswift.core.errors import ConfigError, problem
-from longswift.core.products import bmm, factor_dtype, mm
-from longswift.core.softmax import accumulator_dtype, hide_
+from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
-from longswift.mechanisms.selectors.base import (
-    EMPTY,
-    Request,
-    Selection,
-    Selector,
-    by_run,
-    candidate_blocks,
-    take_in_turn,
-)
+from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.selectors.two_stage import TwoStage
 
 _HIDDEN = float("-inf")
 
@@ -50,12 +42,16 @@ class Bounds(Selector):
         key_block: Keys per bound; a power of two.
         row_group: Query rows per bound; a power of two.
         proposals: Proposed tokens per token of the budget.
+        row_radius: Share of a key block's radius that counts where rows are bounded one by one.
+            No key is extreme in all channels at once, so that less than 1, which makes it an upper
+            bound, ranks blocks better.
     """
 
     name: ClassVar[str] = "bounds"
 
     row_group: int = 16
     proposals: int = 4
+    row_radius: float = 0.5
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
@@ -66,6 +62,16 @@ class Bounds(Selector):
                     expected="an integer >= 1",
                     got=repr(self.proposals),
                     fix="4 is the measured default; more finds more and costs more.",
+                )
+            )
+
+        if not isinstance(self.row_radius, int | float) or not 0.0 <= self.row_radius <= 1.0:
+            raise ConfigError(
+                problem(
+                    "Bounds.row_radius",
+                    expected="a number from 0 to 1",
+                    got=repr(self.row_radius),
+                    fix="0.5 is the measured default; 1 gives upper bounds.",
                 )
             )
 
@@ -83,106 +89,62 @@ class Bounds(Selector):
         return _Pass(self, request).run()
 
 
-class _Pass:
-    """One selection: the tables it needs and the buffers it reuses."""
+class _Pass(TwoStage):
+    """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        self._selector, self._request = selector, request
-        self._key_block = selector.grain(request.q.shape[2])
-        self._acc = accumulator_dtype(request.q.dtype)
-        self._table = TokenTable(request.k)
-        low, high = self._key_extremes()
-        self._blocks = low.shape[2]
-        # Heads flattened once: a slice of blocks then stays a view.
-        self._by_row = request.strict or request.q.shape[2] == 1
+        low, high = _key_extremes(request, selector.grain(request.q.shape[2]))
+        super().__init__(selector, request, selector.proposals, low.shape[2])
+        self._selector = selector
+        block, k_len = request.pattern.block, request.k.shape[2]
+        offset = k_len - request.q.shape[2]
+        whole = -(-offset // block) * block + block <= k_len and block > 1
+        cut = bool(offset % block or k_len % block) or not whole
         # Bounds only propose, so 16-bit input may be bounded in 16 bits.
         dtype = factor_dtype(request.k)
-        if self._by_row:
-            self._boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
-        else:
+        # Heads flattened once: a slice of blocks then stays a view.
+        self._row_boxes: list[Tensor] = []
+        self._group_boxes: list[Tensor] = []
+        if request.strict or cut:
+            self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
+        if whole and not request.strict:
             low, high = low.to(self._acc), high.to(self._acc)
             centre, radius = (low + high) / 2, (high - low) / 2
-            self._boxes = [torch.cat([centre, radius, centre.abs()], -1).to(dtype).flatten(0, 1)]
-        # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
-        self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
+            features = torch.cat([centre, radius, centre.abs()], -1)
+            self._group_boxes = [features.to(dtype).flatten(0, 1)]
 
-    def _key_extremes(self) -> tuple[Tensor, Tensor]:
-        """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
+    def _scored(self) -> int:
+        return self._blocks if self._row_boxes else -(-self._blocks // self._selector.row_group)
 
-        The incomplete last block is a candidate in bidirectional attention only.
-        """
-        k, size, summary = self._request.k, self._key_block, self._request.summary
-        if summary is not None and size % summary.page == 0:
-            known = summary.coarsen(size // summary.page)
-            low, high = known.k_min, known.k_max
-        else:
-            whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
-            # Two reductions: a fused aminmax over an inner dimension is several times slower.
-            low, high = whole.amin(3), whole.amax(3)
-        if k.shape[2] % size and not self._request.pattern.causal:
-            tail = k[:, :, k.shape[2] // size * size :]
-            low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
-            high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-        return low, high
-
-    def run(self) -> Selection:
-        blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
-        bounded = self._blocks if self._by_row else -(-self._blocks // self._selector.row_group)
-        width = max(blocks * self._key_block + 1, bounded)
-        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
-
-    def _wanted_blocks(self) -> int:
-        return -(-self._selector.proposals * self._request.budget // self._key_block)
-
-    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block."""
-        request = self._request
-        batch, kv_heads = request.k.shape[:2]
-        outside, width = candidate_blocks(request, run, self._key_block)
-        if not bool(outside.any()):
-            return Selection(self._nothing(run), None)
-        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        proposed, valid = self._propose(q, run, outside, width, space)
-        proposed, valid = self._with_sink_blocks(proposed, valid, outside)
-        tokens = self._tokens(proposed)
-        if request.coverage is None and q.device.type == "cpu":
-            rank = self._largest_probabilities(q, run, proposed, valid, space)
-        else:
-            probs = self._probabilities(q, run, proposed, valid, space)
-            rank = probs[..., :-1].amax(1)
-        rank = rank.view(*proposed.shape[:3], -1)
-        rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
-        best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
-        chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
-        if request.coverage is not None:
-            chosen = self._cover(chosen, best, taken, probs, tokens)
-        return Selection(chosen, None)
+    def _by_row(self, run: BlockRun) -> bool:
+        """Whether rows are bounded alone: a cut block has few, and they may be what is decoded."""
+        return self._request.strict or run.rows < self._request.pattern.block or run.rows == 1
 
     def _propose(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> tuple[Tensor, Tensor]:
-        """Blocks with the largest bounds, and whether each is a real choice, ``[B, Hkv, N, M]``."""
-        if self._request.best_blocks is not None:
-            rows = torch.cat(self._row_factors(q, run), -1)
-            keys = torch.cat(self._boxes, -1)[:, :width].unflatten(0, q.shape[:2]).to(self._acc)
-            most = min(self._wanted_blocks(), width)
-            return self._request.best_blocks(rows, keys, outside, self._sink_blocks, most)
-        scores = self._block_scores(q, run, outside, width, space)
-        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
-        rank[..., : self._sink_blocks] = float(EMPTY)
-        return _best(rank, self._wanted_blocks())
+        if self._request.best_blocks is None:
+            return super()._propose(q, run, outside, width, space)
+        rows = torch.cat(self._row_factors(q, run), -1)
+        keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
+        most = min(self._wanted_blocks(), width)
+        return self._request.best_blocks(
+            rows, keys.unflatten(0, q.shape[:2]), outside, self._sink_blocks, most
+        )
 
-    def _nothing(self, run: BlockRun) -> Tensor:
-        batch, kv_heads = self._request.k.shape[:2]
-        device = self._request.k.device
-        return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+    def _boxes(self, run: BlockRun) -> list[Tensor]:
+        """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
+        return self._row_boxes if self._by_row(run) else self._group_boxes
 
     def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
         """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
-        if not self._by_row:
+        if not self._by_row(run):
             return [self._group_features(q, run)]
-        # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
-        return [q.clamp(min=0), q.clamp(max=0)]
+        # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
+        # with the smallest one in proportion, it is the bound of a box of a smaller radius.
+        up, down = q.clamp(min=0), q.clamp(max=0)
+        share = (1 + self._selector.row_radius) / 2
+        return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
 
     def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
         """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
@@ -204,7 +166,7 @@ class _Pass:
         factors = self._row_factors(q, run)
         batch, kv_heads, count, rows = factors[0].shape[:4]
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        for index, (factor, boxes) in enumerate(zip(factors, self._boxes, strict=True)):
+        for index, (factor, boxes) in enumerate(zip(factors, self._boxes(run), strict=True)):
             factor, boxes = factor.flatten(2, 3).flatten(0, 1), boxes[:, :width].transpose(1, 2)
             product = space.get("product", tuple(bound.shape), self._acc) if index else bound
             bmm(factor.to(boxes.dtype), boxes, out=product)
@@ -217,160 +179,22 @@ class _Pass:
         bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
         return torch.softmax(bound, -1, out=bound)
 
-    def _with_sink_blocks(
-        self, proposed: Tensor, valid: Tensor, outside: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Appends the blocks that hold sinks, as far as the band does not cover them."""
-        sinks = min(self._sink_blocks, outside.shape[-1])
-        block = torch.arange(sinks, device=proposed.device)
-        shape = (*proposed.shape[:3], sinks)
-        return (
-            torch.cat([proposed, block.expand(shape)], 3),
-            torch.cat([valid, outside[..., :sinks].expand(shape)], 3),
-        )
 
-    def _tokens(self, blocks: Tensor) -> Tensor:
-        """Positions of every token of ``blocks [B, Hkv, N, M]``, ``[B, Hkv, N, M * key_block]``."""
-        inside = torch.arange(self._key_block, device=blocks.device)
-        return (blocks.unsqueeze(-1) * self._key_block + inside).flatten(3)
+def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
+    """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
 
-    def _barred(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Tokens that must not be chosen: sinks, invalid proposals, beyond the end."""
-        barred = ~valid.repeat_interleave(self._key_block, 3)
-        return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
-
-    def _keys(self, proposed: Tensor, space: Workspace, as_dtype: torch.dtype) -> Tensor:
-        """Keys of the proposed tokens and a zero for the band, ``[Z, M + 1, D]``."""
-        request = self._request
-        tokens = self._tokens(proposed).clamp_(max=request.k.shape[2] - 1)
-        problems, width = proposed.shape[:3].numel(), tokens.shape[3]
-        dim, dtype = request.k.shape[3], request.k.dtype
-        found = self._table.gather(tokens, space.get("gathered", (*tokens.shape, dim), dtype))
-        keys = space.get("keys", (problems, width + 1, dim), as_dtype)
-        keys[:, :width] = found.view(problems, width, dim)
-        keys[:, width] = 0.0
-        return keys
-
-    def _hidden(self, proposed: Tensor, valid: Tensor) -> Tensor | None:
-        """0 or ``-inf`` for proposed tokens and the band, ``[Z, 1, M + 1]``; None if all count."""
-        beyond = not self._request.pattern.causal and self._request.k.shape[2] % self._key_block
-        if not beyond and bool(valid.all()):
-            return None
-        hidden = ~valid.repeat_interleave(self._key_block, 3)
-        if beyond:
-            hidden |= self._tokens(proposed) >= self._request.k.shape[2]
-        bias = torch.zeros(hidden.shape, dtype=self._acc, device=hidden.device)
-        bias.masked_fill_(hidden, _HIDDEN)
-        return torch.nn.functional.pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
-
-    def _probabilities(
-        self,
-        q: Tensor,
-        run: BlockRun,
-        proposed: Tensor,
-        valid: Tensor,
-        space: Workspace,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
-        keys = self._keys(proposed, space, self._acc)
-        hidden = self._hidden(proposed, valid)
-        q = q.flatten(0, 2)
-        scores = space.get("scores", (*q.shape[:2], keys.shape[1]), self._acc)
-        bmm(q, keys.transpose(1, 2), out=scores)
-        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1])
-        scores[..., -1] = lse.flatten(0, 2)
-        if hidden is not None:
-            scores += hidden
-        if visible is not None:
-            hide_(scores[..., :-1], visible)
-        return torch.softmax(scores, -1, out=scores)
-
-    def _largest_probabilities(
-        self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
-    ) -> Tensor:
-        """Largest probability of each proposed token over the rows, ``[Z, M]``.
-
-        One problem at a time, so that its scores never leave the cache.
-        """
-        dtype = factor_dtype(self._request.k)
-        keys, hidden = self._keys(proposed, space, dtype), self._hidden(proposed, valid)
-        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1]).flatten(0, 2)
-        queries = q.flatten(0, 2).to(dtype)
-        problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
-        largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
-        for index, (rows, columns, band) in enumerate(problems):
-            scores = mm(rows, columns)
-            if dtype != self._acc:
-                scores = space.get("scores", tuple(scores.shape), self._acc).copy_(scores)
-            scores[:, -1] = band
-            if hidden is not None:
-                scores += hidden[index]
-            torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
-        return largest[:, :-1]
-
-    def _cover(
-        self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
-    ) -> Tensor:
-        """Empties the slots that no row needs to reach the coverage; the crossing token stays."""
-        request = self._request
-        assert request.coverage is not None
-        problems, rows = probs.shape[:2]
-        is_sink = (tokens < request.sinks).view(problems, 1, -1)
-        known = probs[..., -1:] + probs[..., :-1].mul(is_sink).sum(-1, keepdim=True)
-        picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
-        picked = picked * taken.view(problems, 1, -1)
-        before = known + picked.cumsum(2) - picked
-        needed = (before < request.coverage).any(1).view(best.shape)
-        return chosen.masked_fill(~needed, EMPTY)
-
-    def _strict(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block and the query position each is visible from."""
-        request = self._request
-        kv_heads, block = request.k.shape[1], request.pattern.block
-        outside, width = candidate_blocks(request, run, self._key_block)
-        if not bool(outside.any()):
-            nothing = self._nothing(run)
-            return Selection(nothing, nothing)
-        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(q, run, outside, width, space)
-        # Without a candidate a block's softmax is 0 / 0; elsewhere hidden blocks are 0 already.
-        wanted = self._best_of_group(scores).nan_to_num_(0.0)
-        wanted[..., : self._sink_blocks] = 0.0
-        index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
-        shape = (*q.shape[:3], index.shape[1])
-        proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
-        owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
-        owner = owner.repeat_interleave(self._key_block, 1)
-        rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
-        visible = owner[:, None] <= rows[:, None]
-        tokens = self._tokens(proposed)
-        probs = self._probabilities(q, run, proposed, valid, space, visible)
-        if request.coverage is not None:
-            probs = _needed(probs, request.coverage)
-        probs = probs[..., :-1].view(*q.shape[:4], -1)
-        allowed = ~self._barred(tokens, valid).unsqueeze(3)
-        wanted = self._best_of_group(probs).mul_(allowed.to(self._acc))
-        index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
-        shape = (*q.shape[:3], index.shape[1])
-        chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
-        first = run.position + torch.arange(run.count, device=q.device) * run.rows
-        return Selection(chosen, owner.view(shape) + first[:, None])
-
-    def _best_of_group(self, weights: Tensor) -> Tensor:
-        """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""
-        return weights.unflatten(3, (self._request.groups, -1)).amax(3)
-
-
-def _best(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
-    value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
-    return index, value > EMPTY
-
-
-def _needed(probs: Tensor, coverage: float) -> Tensor:
-    """Zeroes what a row does not need to reach the coverage by itself; the band comes last."""
-    ordered, order = probs[..., :-1].sort(-1, descending=True)
-    before = probs[..., -1:] + ordered.cumsum(-1) - ordered
-    kept = torch.zeros_like(probs[..., :-1]).scatter_(-1, order, (before < coverage).to(probs))
-    return torch.cat([probs[..., :-1] * kept, probs[..., -1:]], -1)
+    The incomplete last block is a candidate in bidirectional attention only.
+    """
+    k, summary = request.k, request.summary
+    if summary is not None and size % summary.page == 0:
+        known = summary.coarsen(size // summary.page)
+        low, high = known.k_min, known.k_max
+    else:
+        whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
+        # Two reductions: a fused aminmax over an inner dimension is several times slower.
+        low, high = whole.amin(3), whole.amax(3)
+    if k.shape[2] % size and not request.pattern.causal:
+        tail = k[:, :, k.shape[2] // size * size :]
+        low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
+        high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
+    return low, high
