@@ -41,6 +41,8 @@ def test_help_and_version() -> None:
     assert run("--version").output.startswith("longswift ")
     for command in ("info", "generate", "demo", "eval", "compare", "bench", "tiny"):
         assert run(command, "--help").exit_code == 0
+    for command in ("fidelity", "calibrate"):
+        assert run(command, "--help").exit_code == 0
     assert "--kv-heads" in run("bench", "attention", "--help").output
 
 

@@ -19,6 +19,9 @@ def generate(
     settings: Annotated[
         list[str] | None, Option("--set", help="NAME.OPTION=VALUE of the mechanism.")
     ] = None,
+    profile: Annotated[
+        Path | None, Option(help="A profile of longswift calibrate instead.")
+    ] = None,
     max_new_tokens: Annotated[int, Option(help="Longest answer.")] = 256,
     max_length: Annotated[
         str | None, Option(help="Extend the model's positions to this many tokens.")
@@ -37,12 +40,14 @@ def generate(
     """Read a long file with sparse attention, then stream the answer."""
     from longswift.cli import render
     from longswift.eval import answering, options
+    from longswift.mechanisms.profile import read_profile
 
     asked = answering.Question(
         model=model,
         file=str(file),
         prompt=prompt,
         mechanism=answering.mechanism(attention, settings or ()),
+        profile=None if profile is None else read_profile(profile),
         max_new_tokens=max_new_tokens,
         max_length=None if max_length is None else options.length(max_length),
         rope=None if rope == "none" else rope,

@@ -12,6 +12,7 @@ from longswift.eval import options, reading
 from longswift.eval.documents import read_text
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import bar
+from longswift.mechanisms.profile import Profile
 
 # What a decoder shows for bytes that are not yet a whole character.
 _INCOMPLETE = "\ufffd"
@@ -27,6 +28,7 @@ class Question:
         prompt: Follows the text; may be empty. Without a chat template it continues the text, after
             a space unless it begins with one.
         mechanism: Attention of the model's full layers, or None for the model's own.
+        profile: Settings of single heads; replaces ``mechanism``.
         max_new_tokens: Longest answer.
         max_length: Extend the model's positions to this many tokens.
         rope: Scaling of rotary positions used for that.
@@ -41,6 +43,7 @@ class Question:
     file: str
     prompt: str = ""
     mechanism: Mechanism | None = None
+    profile: Profile | None = None
     max_new_tokens: int = 256
     max_length: int | None = None
     rope: str | None = "yarn"
@@ -52,7 +55,12 @@ class Question:
 
     def __post_init__(self) -> None:
         check_positive("generate", max_new_tokens=self.max_new_tokens, chunk=self.chunk)
-        reading.check_chunk("chunk", self.chunk, self.mechanism)
+        reading.check_chunk("chunk", self.chunk, self.attention)
+
+    @property
+    def attention(self) -> Mechanism | None:
+        """What most layers run."""
+        return self.mechanism if self.profile is None else self.profile.attention
 
 
 def mechanism(name: str, settings: Sequence[str] = ()) -> Mechanism | None:
@@ -79,7 +87,7 @@ class Answer:
     """
 
     def __init__(self, question: Question) -> None:
-        from longswift.hf import SwiftCache, check_length, extend, set_attention
+        from longswift.hf import SwiftCache, check_length, extend, set_attention, set_profile
 
         text = read_text(question.file)
         self.question = question
@@ -91,7 +99,9 @@ class Answer:
         )
         model = self.loaded.model
         if question.max_length is not None:
-            extend(model, question.max_length, question.rope, question.mechanism)
+            extend(model, question.max_length, question.rope, question.mechanism, question.profile)
+        elif question.profile is not None:
+            set_profile(model, question.profile)
         elif question.mechanism is not None:
             set_attention(model, question.mechanism)
         self.ids = _encode(self.loaded, text, question)
@@ -102,7 +112,7 @@ class Answer:
 
     def describe(self) -> str:
         """What is about to happen."""
-        attention = self.question.mechanism
+        attention = self.question.attention
         how = "its own attention" if attention is None else attention.name
         return f"{self.loaded.name} reads {len(self.ids):,} tokens with {how}"
 

@@ -49,21 +49,21 @@ def short_blocks(q: Tensor, k: Tensor, pattern: BlockPattern, scale: float, targ
     """Probe every block of an unpadded batch."""
     q_len, k_len = q.shape[2], k.shape[2]
     blocks, count = block_count(q_len, k_len, pattern.block), min(PROBES, q_len)
-    rows = torch.cat(
-        [
-            (run.row + torch.arange(run.count)[:, None] * run.rows)
-            + torch.tensor([run.rows * (2 * i + 1) // (2 * count) for i in range(count)])
-            for run in block_runs(q_len, k_len, pattern.block, blocks)
-        ]
-    ).flatten()
-    mass = captured(q, k, rows.to(q.device), pattern, scale, q_len).mass
+    starts = [
+        (run.row + i * run.rows, run.rows)
+        for run in block_runs(q_len, k_len, pattern.block, blocks)
+        for i in range(run.count)
+    ]
+    probes = [row + size * (2 * i + 1) // (2 * count) for row, size in starts for i in range(count)]
+    rows = torch.tensor(probes, device=q.device)
+    mass = captured(q, k, rows, pattern, scale, q_len).mass
     batch, kv_heads = k.shape[:2]
     coverage = mass.view(batch, kv_heads, -1, blocks, count).mean(-1).amin(2)
-    scored = rows + (k_len - q_len + 1) if pattern.causal else torch.full_like(rows, k_len)
+    scored = sum(row + k_len - q_len + 1 if pattern.causal else k_len for row in probes)
     return Short(
         dense=coverage < target - _ROUNDING,
         lowest=float(coverage.min()),
-        keys=float(scored.sum()) / q_len,
+        keys=scored / q_len,
     )
 
 

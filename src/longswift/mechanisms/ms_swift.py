@@ -121,6 +121,10 @@ class MSSwift(Mechanism):
         return self.selector
 
     @property
+    def _heads_differ(self) -> bool:
+        return bool(self.dense_heads) or not isinstance(self.key_tokens, int)
+
+    @property
     def _budget(self) -> int:
         assert isinstance(self.key_tokens, int)
         return self.key_tokens
@@ -201,9 +205,8 @@ class MSSwift(Mechanism):
         return replace(self, remainder=None, collect=False)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        groups = _head_groups(self, k.shape[1])
-        if groups:
-            return attend_by_head(self.name, groups, q, k, v, call)
+        if self._heads_differ:
+            return attend_by_head(self.name, _head_groups(self, k.shape[1]), q, k, v, call)
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
@@ -317,9 +320,8 @@ class MSSwift(Mechanism):
         return slots.to(k.device).expand(k.shape[0], -1, -1, -1)
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
-        by_head = _head_groups(self, k.shape[1])
-        if by_head:
-            return visible_by_head(by_head, q, k, call)
+        if self._heads_differ:
+            return visible_by_head(_head_groups(self, k.shape[1]), q, k, call)
         q_len, k_len, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         seen = full_pattern(k_len, k.shape[1], call.causal).visible(q_len, k_len, groups, q.device)
@@ -341,10 +343,8 @@ class MSSwift(Mechanism):
 
 @lru_cache(maxsize=1024)
 def _head_groups(mechanism: MSSwift, kv_heads: int) -> tuple[HeadGroup, ...]:
-    """Groups of KV heads that need calls of their own; none when all heads are alike."""
+    """Groups of KV heads that need calls of their own."""
     budgets = mechanism.key_tokens
-    if isinstance(budgets, int) and not mechanism.dense_heads:
-        return ()
     if isinstance(budgets, int):
         budgets = (budgets,) * kv_heads
     if len(budgets) != kv_heads or any(head >= kv_heads for head in mechanism.dense_heads):

@@ -1,0 +1,51 @@
+"""``longswift fidelity`` and ``longswift calibrate`` at small sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_cli import refuse, run
+
+OPTIONS = {
+    "windows": "[16,64]",
+    "sinks": 4,
+    "key_tokens": 16,
+    "block": 16,
+    "selector": '{"name":"bounds","key_block":8,"row_group":4}',
+    "remainder": 32,
+    "dense_below": 0,
+}
+SET = [part for name, value in OPTIONS.items() for part in ("--set", f"ms_swift.{name}={value}")]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    file = tmp_path / "doc.txt"
+    file.write_text("The import statement finds a module. " * 200, encoding="utf-8")
+    return file
+
+
+def test_calibrate_then_measure(model_directory: Path, document: Path, tmp_path: Path) -> None:
+    profile, data = tmp_path / "profile.json", tmp_path / "fidelity.json"
+    size = ["--file", document, "--length", "256", "--documents", "1", "--chunk", "128"]
+    more = ["--target", "0.4", "--budgets", "0,32", "--out", profile]
+    result = run("calibrate", model_directory, *size, *SET, *more)
+    assert result.exit_code == 0, result.output
+    assert "The profile keeps" in result.output and "checked" in result.output
+    assert json.loads(profile.read_text())["version"] == 1
+    result = run("fidelity", model_directory, *size, "--profile", profile, "--json", data)
+    assert result.exit_code == 0, result.output
+    assert "profile scores" in result.output and "window of equal cost" in result.output
+    assert json.loads(data.read_text())["summary"]["measured"] == "profile"
+
+
+def test_errors_are_one_line(model_directory: Path, document: Path, tmp_path: Path) -> None:
+    assert "--set" in refuse("fidelity", model_directory, "--profile", "p", "--set", "full.x=1")
+    assert "profile" in refuse("fidelity", model_directory, "--profile", tmp_path / "none.json")
+    assert "--target" in refuse("calibrate", model_directory, "--target", "2")
+    assert "counts" in refuse("calibrate", model_directory, "--budgets", "few")
+    out = ["--out", tmp_path / "p.json"]
+    assert "tokens" in refuse("calibrate", model_directory, "--file", document, *out)
