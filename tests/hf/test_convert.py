@@ -23,7 +23,7 @@ from longswift.hf.memory_cache import MemoryLayer
 from longswift.memory.base import MemoryConfig
 from longswift.memory.compressive import Infini
 from longswift.memory.segment import TransformerXL
-from tests.hf.models import batch, build, shared
+from tests.hf.models import batch, build, recent, shared
 
 FAMILIES = ["llama", "mistral", "qwen3", "smollm3", "gpt_neox"]
 SHORT: list[MemoryConfig] = [
@@ -172,6 +172,7 @@ def test_cache_rows() -> None:
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
+@recent
 @of_memory
 @torch.no_grad()
 def test_recorded_tokens_can_be_taken_back(memory: MemoryConfig) -> None:
@@ -206,6 +207,7 @@ def test_recorded_tokens_can_be_taken_back(memory: MemoryConfig) -> None:
             cache.crop(-15)
 
 
+@recent
 @of_memory
 @torch.no_grad()
 def test_assisted_decoding_is_greedy_decoding(memory: MemoryConfig) -> None:
@@ -230,7 +232,7 @@ def test_what_a_memory_cannot_undo_is_refused() -> None:
     ids = torch.randint(3, 90, (1, 11))
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
     cache.crop(0)
     with pytest.raises(UnsupportedError, match="SwiftCache"):
         cache.crop(-1)
