@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 from longswift import ConfigError, Full, InputError, SlidingWindow, UnsupportedError
 from longswift.hf import (
@@ -19,6 +21,7 @@ from longswift.hf import (
     memory_parameters,
     set_attention,
 )
+from longswift.hf.loading import load
 from longswift.hf.memory_cache import MemoryLayer
 from longswift.memory.base import MemoryConfig
 from longswift.memory.compressive import Infini
@@ -358,6 +361,18 @@ def test_saved_and_loaded_again(name: str, memory: MemoryConfig, tmp_path: Path)
     assert type(again.get_submodule(_attention(name, 1))) is type(
         model.get_submodule(_attention(name, 1))
     )
+
+
+def test_the_command_line_loads_converted_models(tmp_path: Path) -> None:
+    model = build("llama")
+    convert(model, Infini(segment=4))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    for saved, loaded in zip(memory_parameters(model), memory_parameters(again), strict=True):
+        assert torch.equal(saved, loaded)
 
 
 def test_plain_models_load_as_always_and_incomplete_ones_do_not(tmp_path: Path) -> None:
