@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 from longswift.core.errors import InputError, LongSwiftError, problem
-from longswift.eval import attention, demo
+from longswift.eval import approximation, attention, demo
 from longswift.eval.results import Result, load, write_text
 from longswift.eval.text import Table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-KINDS = {"attention": attention.table, "demo": demo.table}
+KINDS = {
+    "approximation": approximation.table,
+    "attention": attention.table,
+    "demo": demo.table,
+}
 
 
 def markdown(table: Table) -> str:

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, register_random, settings
 from longswift.core.blocks import Workspace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports triton: its kernels run on a GPU or in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 torch.set_num_threads(1)
 
 

@@ -39,7 +39,7 @@ def test_help_and_version() -> None:
     assert "generate" in run().output and run().exit_code == 0
     assert "bench" in run("--help").output
     assert run("--version").output.startswith("longswift ")
-    for command in ("info", "generate", "demo", "bench", "tiny"):
+    for command in ("info", "generate", "demo", "eval", "compare", "bench", "tiny"):
         assert run(command, "--help").exit_code == 0
     assert "--kv-heads" in run("bench", "attention", "--help").output
 

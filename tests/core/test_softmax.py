@@ -54,6 +54,20 @@ def test_empty_rows_have_finite_gradients() -> None:
     assert not part.out[1].any()
 
 
+def test_merged_empty_rows_have_finite_gradients() -> None:
+    inf = math.inf
+    lses = [
+        torch.tensor([0.5, -inf, -inf], dtype=torch.float64, requires_grad=True),
+        torch.tensor([1.5, 2.0, -inf], dtype=torch.float64, requires_grad=True),
+    ]
+    outs = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in lses]
+    merged = merge(*(Partial(out, lse) for out, lse in zip(outs, lses, strict=True)))
+    loss = merged.out.sum() + merged.lse[merged.lse.isfinite()].sum()
+    for grad in torch.autograd.grad(loss, [*outs, *lses]):
+        assert grad.isfinite().all()
+        assert not grad[2].any()
+
+
 def test_safe_exp_difference() -> None:
     inf = math.inf
     lse = torch.tensor([0.0, -inf, -inf, 5.0])

@@ -12,6 +12,7 @@ import longswift
 from longswift.core.errors import ConfigError, InputError
 from longswift.eval import demo
 from longswift.eval.demo import Demo, equal_cost_window
+from longswift.eval.documents import source
 from longswift.eval.plots import plot_demo
 from longswift.eval.results import Result, load
 
@@ -89,7 +90,7 @@ def test_every_secret_is_in_the_document_and_the_length_is_exact(model_directory
 
     loaded = load_model(str(model_directory))
     wanted = asked(model_directory)
-    exams = demo._exams(wanted, loaded, demo._source(wanted))
+    exams = demo._exams(wanted, loaded, source(wanted.file))
     assert len({exam.answers for exam in exams}) == len(exams) == 2
     for exam in exams:
         assert len(exam.document) == wanted.length

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from longswift import ConfigError, Full
-from longswift.kernels import dispatch
+from longswift.core.errors import UnsupportedError
+from longswift.core.types import Partial
+from longswift.kernels import dispatch, reference
 
 
 def test_unknown_backend() -> None:
@@ -28,6 +36,63 @@ def test_an_unusable_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "verify", lambda device: (False, "the device is on strike"))
     with pytest.raises(ConfigError, match="on strike"):
         dispatch.resolve("eager", torch.device("cpu"))
+
+
+def test_a_backend_without_the_kernel_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="attend_landmarks .*eager"):
+        dispatch.resolve("flex", torch.device("cpu"), kernel="attend_landmarks")
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """Trust is remembered per process; a test that fakes it leaves none behind."""
+    dispatch.trusted.cache_clear()
+    yield
+    dispatch.trusted.cache_clear()
+
+
+@pytest.mark.parametrize("name", [name for name in dispatch.BACKENDS if name != "reference"])
+def test_every_backend_passes_its_check(name: str) -> None:
+    usable, reason = dispatch.BACKENDS[name].verify(torch.device("cpu"))
+    if not usable:
+        pytest.skip(reason)
+    assert dispatch.disagreement(dispatch.BACKENDS[name], torch.device("cpu")) == ""
+
+
+def test_a_wrong_or_broken_backend_is_found_out() -> None:
+    def wrong(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Partial:
+        part = reference.attend(q, k, v, *rest)
+        return Partial(part.out * 1.01, part.lse)
+
+    def broken(*args: Any) -> Partial:
+        raise RuntimeError("out of shared memory")
+
+    cpu = torch.device("cpu")
+    assert "output differs" in dispatch.disagreement(SimpleNamespace(attend=wrong), cpu)
+    assert "out of shared memory" in dispatch.disagreement(SimpleNamespace(attend=broken), cpu)
+
+
+def test_auto_is_eager_on_a_cpu() -> None:
+    q = torch.randn(1, 1, 4, 16)
+    assert dispatch.resolve("auto", q.device, q, q, q)[0] == "eager"
+    assert dispatch.resolve("auto", torch.device("cuda"))[0] == "eager"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_auto_on_a_gpu_takes_what_is_right_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "flex"):
+        monkeypatch.setattr(dispatch.BACKENDS[name], "verify", lambda device: (True, "here"))
+    differences = {"triton": "its output differs", "flex": ""}
+    names = {module: name for name, module in dispatch.BACKENDS.items()}
+    monkeypatch.setattr(dispatch, "disagreement", lambda module, _: differences[names[module]])
+    cuda, q = torch.device("cuda"), torch.zeros(1, 1, 4, 16, device="meta")
+    with pytest.warns(UserWarning, match="'triton' is not used on cuda: its output differs"):
+        assert dispatch.resolve("auto", cuda, q, q, q)[0] == "flex"
+    with warnings.catch_warnings(action="error"):
+        assert dispatch.resolve("auto", cuda, q, q, q)[0] == "flex"
+    # What neither computes is no reason to fail.
+    wide = q.double()
+    assert dispatch.resolve("auto", cuda, wide, wide, wide)[0] == "eager"
 
 
 def test_every_backend_says_why() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -229,7 +229,10 @@ def test_summaries_change_nothing(problem: Problem, page: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [7, 64])
-def test_small_steps_give_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("v_width", [8, 5])
+def test_small_steps_give_the_same(
+    limit: int, v_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sizes at which work is cut decide speed, not results."""
     generator = torch.Generator().manual_seed(0)
     bands = (Band(tile=32, left=16), Band(tile=16, left=48))
@@ -238,8 +241,8 @@ def test_small_steps_give_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) 
         causal=True, bands=bands, block=16, tokens=tokens, pool=32, pool_grain=16
     )
     leaves = [
-        torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True)
-        for heads, length in ((4, 150), (2, 170), (2, 170))
+        torch.randn(2, heads, length, width, dtype=torch.float64, requires_grad=True)
+        for heads, length, width in ((4, 150, 8), (2, 170, 8), (2, 170, v_width))
     ]
 
     def everything() -> list[Tensor]:
@@ -249,9 +252,51 @@ def test_small_steps_give_the_same(limit: int, monkeypatch: pytest.MonkeyPatch) 
     expected = everything()
     monkeypatch.setattr("longswift.kernels.eager.bands._ROWS", limit)
     monkeypatch.setattr("longswift.kernels.eager.bands._SCORES", limit)
-    monkeypatch.setattr("longswift.kernels.eager.bands._BACKWARD_ROWS", limit)
-    monkeypatch.setattr("longswift.kernels.eager.fused._SCORES", limit)
-    monkeypatch.setattr("longswift.kernels.eager.fused._KEYS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.bands._UNFUSED_ROWS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.band_gradients._SCORES", limit)
+    monkeypatch.setattr("longswift.kernels.eager.band_gradients._ROWS", limit)
+    monkeypatch.setattr("longswift.kernels.eager.unfused._KEYS", limit)
     monkeypatch.setattr("longswift.kernels.eager.gathered._STEP_BYTES", limit)
     for a, b in zip(everything(), expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@settings(max_examples=60)
+@given(problems(), st.sampled_from([1, 5, 64]))
+def test_products_of_a_fast_library(problem: Problem, rows: int) -> None:
+    """fp32 through oneDNN, however small the pieces, forward and backward."""
+    single = replace(problem, **{name: getattr(problem, name).float() for name in ("q", "k", "v")})
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longswift.kernels.eager.bands.onednn_beats_blas", lambda: True)
+        patch.setattr("longswift.kernels.eager.bands._FEW_SCORES", 0)
+        patch.setattr("longswift.kernels.eager.bands._UNFUSED_ROWS", rows)
+        patch.setattr(
+            "longswift.core.products.onednn_beats_blas", torch.backends.mkldnn.is_available
+        )
+        patch.setattr("longswift.core.products._WORTH_A_CALL", 1)
+        for backend, chosen in ((eager, single), (reference, problem)):
+            leaves = [x.detach().clone().requires_grad_() for x in chosen.tensors]
+            out, lse = backend.attend(*leaves, chosen.pattern, chosen.scale)
+            loss = out.square().sum() + lse[lse.isfinite()].sum()
+            grads = [torch.zeros_like(x) for x in leaves]
+            if loss.requires_grad:
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                grads = [a if b is None else b for a, b in zip(grads, found, strict=True)]
+            results.append([out, lse, *(g.nan_to_num() for g in grads)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast.double(), slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_unfused_low_precision_is_nearly_as_good_as_fused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(1, 2, 700, 64).to(dtype) for _ in range(3))
+    pattern = BlockPattern(causal=True, bands=(Band(tile=700, left=0),) * 2)
+    exact = reference.attend(q.double(), k.double(), v.double(), pattern, 0.3).out
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    monkeypatch.setattr("longswift.kernels.eager.bands.onednn_beats_blas", lambda: True)
+    unfused = eager.attend(q, k, v, pattern, 0.3)
+    errors = [(out.double() - exact).square().mean().sqrt() for out in (unfused.out, fused)]
+    assert errors[0] <= 1.5 * errors[1]

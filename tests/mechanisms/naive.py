@@ -33,6 +33,7 @@ class NaiveSwift:
     key_block: int = 8
     row_group: int = 4
     proposals: int = 2
+    row_radius: float = 0.5
     remainder: int | None = None
     strict: bool = False
     causal: bool = True
@@ -142,9 +143,12 @@ class NaiveSwift:
 
         rank = {b: -math.inf for b in outside}
         for g in range(q.shape[0]):
-            for i in range(0, len(rows), self.row_group):
-                part = q[g, i : i + self.row_group]
-                bounds = np.array([self.bound(part, blocks[b]) for b in outside])
+            # Rows of a cut block are bounded one by one.
+            alone = len(rows) < self.block or len(rows) == 1
+            group, share = (1, self.row_radius) if alone else (self.row_group, 1.0)
+            for i in range(0, len(rows), group):
+                part = q[g, i : i + group]
+                bounds = np.array([self.bound(part, blocks[b], share) for b in outside])
                 for b, p in zip(outside, softmax(bounds), strict=True):
                     rank[b] = max(rank[b], p)
         proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
@@ -157,10 +161,10 @@ class NaiveSwift:
             chosen = self.cover(chosen, tokens, probs, q, k, window)
         return {tokens[i]: 0 for i in chosen}
 
-    def bound(self, q: Array, keys: Array) -> float:
-        """Upper bound of every score between two boxes."""
+    def bound(self, q: Array, keys: Array, share: float = 1.0) -> float:
+        """Upper bound of every score between two boxes, the keys' shrunk to ``share``."""
         qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
-        kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
+        kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2 * share
         return float(qc @ kc + abs(qc) @ kr + qr @ abs(kc) + qr @ kr)
 
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
@@ -214,7 +218,9 @@ class NaiveSwift:
         for g in range(groups):
             for i in range(len(rows)):
                 row = q[g, i : i + 1]
-                bounds = [self.bound(row, k[b * size : (b + 1) * size]) for b in outside]
+                bounds = [
+                    self.bound(row, k[b * size : (b + 1) * size], self.row_radius) for b in outside
+                ]
                 shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
                 asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
         turns = self.in_turn(asked, math.ceil(self.proposals * self.key_tokens / size))

@@ -125,8 +125,8 @@ def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) 
         config=options,
         covering={"key_tokens": 1024, "coverage": None},
         subset=options["remainder"] is None,
-        content=options["key_tokens"] > 0,
-        strict=options["selector"] is not ANTIDIAGONAL,
+        content=options["key_tokens"] != 0,
+        strict=options["selector"] is not ANTIDIAGONAL and "min_coverage" not in options,
         grid=options["block"],
         kv_heads=kv_heads,
     )
@@ -142,17 +142,6 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
         cross=True,
         softmax=False,
         vanishing=vanishing,
-    )
-
-
-def _nystrom(label: str, **config: Any) -> Case:
-    return Case(
-        name="nystrom",
-        label=f"nystrom-{label}",
-        config=config,
-        subset=False,
-        causal=False,
-        softmax=False,
     )
 
 
@@ -179,20 +168,11 @@ _SMALL: dict[str, list[Case]] = {
         _swift("antidiagonal", selector=ANTIDIAGONAL, key_tokens=32),
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
+        _swift("budgets", key_tokens=(8, 24), remainder=16, kv_heads=(2,)),
+        _swift("dense_head", windows=(16, 32), dense_heads=(1,), kv_heads=(2, 3), remainder=16),
+        _swift("guard", min_coverage=0.9, key_tokens=8, windows=(16,), remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
     ],
-    "linear": [
-        _state("linear", "elu1"),
-        _state("linear", "relu", feature_map="relu", vanishing=True, chunk=5),
-        _state("linear", "sums", normalise=False),
-        _state("linear", "identity", feature_map="identity", normalise=False, chunk=128),
-    ],
-    "efficient": [_state("efficient"), _state("efficient", "chunk1", chunk=1)],
-    "performer": [
-        _state("performer", features=24),
-        _state("performer", "hyperbolic", features=10, hyperbolic=True, seed=3),
-    ],
-    "nystrom": [_nystrom("8", landmarks=8), _nystrom("3x2", landmarks=3, iterations=2)],
     "longformer": [
         _longformer("9,4", left=9, right=4, global_tokens=2, global_positions=(37, 38, 64, 150)),
     ],
@@ -242,6 +222,26 @@ _SMALL: dict[str, list[Case]] = {
             config={"window": 7, "global_tokens": 2},
             covering={"random_ratio": 1.0},
             alike=False,
+        ),
+    ],
+    "linear": [
+        _state("linear", "elu1"),
+        _state("linear", "relu", feature_map="relu", vanishing=True, chunk=5),
+        _state("linear", "identity", feature_map="identity", normalise=False, chunk=128),
+    ],
+    "efficient": [_state("efficient", chunk=7)],
+    "performer": [
+        _state("performer", features=24),
+        _state("performer", "hyperbolic", features=10, hyperbolic=True, seed=3),
+    ],
+    "nystrom": [
+        Case(
+            name="nystrom",
+            label="nystrom-8",
+            config={"landmarks": 8},
+            subset=False,
+            causal=False,
+            softmax=False,
         ),
     ],
 }

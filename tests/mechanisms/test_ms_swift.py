@@ -41,7 +41,8 @@ def twin(naive: NaiveSwift) -> MSSwift:
     options = asdict(naive)
     options.pop("causal")
     causality = "strict" if options.pop("strict") else "shared"
-    inner = {name: options.pop(name) for name in ("key_block", "row_group", "proposals")}
+    names = "key_block", "row_group", "proposals", "row_radius"
+    inner = {name: options.pop(name) for name in names}
     selector: dict[str, Any] = {"name": "bounds", **inner}
     if isinstance(naive, NaiveAntidiagonal):
         stride = options.pop("stride")

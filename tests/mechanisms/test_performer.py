@@ -29,17 +29,15 @@ def test_the_kernel_estimate_is_unbiased(hyperbolic: bool) -> None:
     assert draws.std() > 0.05 * exact
 
 
-def test_orthogonal_and_hyperbolic_features_lower_the_variance() -> None:
-    q, k, v = (torch.randn(1, 1, 1, 8, dtype=torch.float64) / 2 for _ in range(3))
+def test_hyperbolic_features_lower_the_variance_of_small_scores() -> None:
+    q, k, v = (torch.randn(1, 1, 1, 8, dtype=torch.float64) / 3 for _ in range(3))
 
     def variance(mechanism: Performer) -> float:
-        found = [mechanism.redraw(seed)(q, k, v).lse.exp() for seed in range(600)]
+        found = [mechanism.redraw(seed)(q, k, v).lse.exp() for seed in range(200)]
         return torch.stack(found).var().item()
 
-    # Single features are independent draws.
-    independent, orthogonal = variance(Performer(features=1)) / 8, variance(Performer(features=8))
-    assert orthogonal < 0.9 * independent
-    assert variance(Performer(features=8, hyperbolic=True)) < 0.9 * orthogonal
+    plain = variance(Performer(features=8))
+    assert variance(Performer(features=8, hyperbolic=True)) < 0.7 * plain
 
 
 def on_the_sphere(n: int) -> tuple[Tensor, Tensor, Tensor]:

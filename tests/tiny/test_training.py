@@ -32,8 +32,9 @@ SMALL = Config(
 )
 
 
-def build(config):
+def build(config, family="smollm3"):
     return network.build(
+        family=family,
         vocab_size=config.vocab_size,
         layers=4,
         hidden=config.hidden,
@@ -77,9 +78,10 @@ def test_other_settings_are_refused(tmp_path):
         train.train(tmp_path, config=dataclasses.replace(SMALL, seed=9))
 
 
+@pytest.mark.parametrize("family", network.FAMILIES)
 @pytest.mark.parametrize("length", [20, 33, 96, 101])
-def test_training_forward_equals_the_models_own(length):
-    model = build(SMALL).eval()
+def test_training_forward_equals_the_models_own(length, family):
+    model = build(SMALL, family).eval()
     ids = torch.randint(2, 300, (1, length), generator=torch.Generator().manual_seed(length))
     kept = torch.tensor([0, 7, length - 1])
     with torch.inference_mode():
@@ -88,6 +90,11 @@ def test_training_forward_equals_the_models_own(length):
         some = network.hidden_states(model, ids, kept)
     torch.testing.assert_close(mine, own, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(some, own[:, kept], atol=2e-5, rtol=1e-4)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="expected a family"):
+        build(SMALL, "bert")
 
 
 def test_the_rate_follows_the_stages():
@@ -101,7 +108,7 @@ def test_the_rate_follows_the_stages():
         config.locate(total)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "dense", "packed"])
+@pytest.mark.parametrize("kind", ["mixed", "sentences", "streams", "dense", "texts", "packed"])
 def test_batches_depend_on_the_step_alone(tmp_path, kind):
     _, pool = train._prepare(tmp_path, SMALL)
     first, second, other = (

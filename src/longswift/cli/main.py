@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from longswift.cli import bench, demo, generate, info, tiny
+from longswift.cli import (
+    bench,
+    calibrate,
+    compare,
+    demo,
+    eval,
+    fidelity,
+    generate,
+    info,
+    patterns,
+    report,
+    tiny,
+)
 
 # Typer carries its own copy of Click or uses the installed one, depending on its version.
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -123,6 +135,12 @@ app.command()(info.info)
 app.command()(generate.generate)
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
+app.command(name="eval")(eval.evaluate)
+app.command()(compare.compare)
+app.command()(fidelity.fidelity)
+app.command()(calibrate.calibrate)
+app.command()(patterns.patterns)
+app.command()(report.report)
 app.add_typer(tiny.app, name="tiny")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import platform
+from pathlib import Path
 
 import torch
 
@@ -20,3 +22,24 @@ def cpu_multiplies_fast(dtype: torch.dtype) -> bool:
     }
     found = (getattr(torch.cpu, name, None) for name in probes.get(dtype, ()))
     return any(probe is not None and probe() for probe in found)
+
+
+@functools.cache
+def onednn_beats_blas() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster than the BLAS that ``torch.matmul`` calls.
+
+    So on AMD: MKL does not use AVX-512 there, and half of the processor idles. Read off the names
+    of the two rather than timed, so that every run of a program computes the same.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and "AMD" in _cpu_vendor()
+
+
+def _cpu_vendor() -> str:
+    """``AuthenticAMD``, ``GenuineIntel``, ..., or what Python knows where there is no /proc."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("vendor_id")), "")

@@ -18,9 +18,10 @@ from longswift.core.inputs import (
     check_summary,
     split_padding,
 )
+from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
-from longswift.core.types import AttentionResult, AttentionStats
+from longswift.core.types import AttentionResult, AttentionStats, CapturedMass, means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +107,25 @@ class Mechanism(ABC):
             training=training,
             summary=summary,
         )
-        # Autocast would round scores and selections that the contract keeps in fp32.
-        with torch.autocast(q.device.type, enabled=False):
-            if q.numel() == 0 or k.numel() == 0:
-                return self._nothing(q, k, v)
-            if key_mask is None or bool(key_mask.all()):
-                return self._forward(q, k, v, call)
-            return self._forward_padded(q, k, v, key_mask, call)
+        if torch.is_autocast_enabled(q.device.type):
+            # Autocast would round scores and selections that the contract keeps in fp32.
+            with torch.autocast(q.device.type, enabled=False):
+                result = self._dispatch(q, k, v, key_mask, call)
+        else:
+            result = self._dispatch(q, k, v, key_mask, call)
+        if observed():
+            tell(
+                self,
+                q=q,
+                k=k,
+                v=v,
+                causal=causal,
+                key_mask=key_mask,
+                scale=scale,
+                training=training,
+                result=result,
+            )
+        return result
 
     def visible(
         self,
@@ -181,6 +194,14 @@ class Mechanism(ABC):
             training=training,
         )
 
+    def exact_part(self) -> Mechanism | None:
+        """The mechanism restricted to the keys it sees one by one, whose ``lse`` is over those.
+
+        None where the output is no softmax over a subset of the keys, so that "the attention mass
+        it captures" has no meaning.
+        """
+        return None
+
     @abstractmethod
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         """Attention of a batch without padding."""
@@ -216,6 +237,15 @@ class Mechanism(ABC):
     def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor, causal: bool) -> list[RowGroup]:
         q_len, k_len = q.shape[2], k.shape[2]
         return split_padding(key_mask, q_len, k_len, aligned=causal or q_len == k_len)
+
+    def _dispatch(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
+    ) -> AttentionResult:
+        if q.numel() == 0 or k.numel() == 0:
+            return self._nothing(q, k, v)
+        if key_mask is None or bool(key_mask.all()):
+            return self._forward(q, k, v, call)
+        return self._forward_padded(q, k, v, key_mask, call)
 
     def _forward_padded(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, call: Call
@@ -297,6 +327,8 @@ def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
         keys_per_query=mean("keys_per_query"),
         density=mean("density"),
         dense_rows=mean("dense_rows"),
+        density_by_head=means([s.density_by_head for s in stats]),
+        captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
         extra=telling.extra,
     )
 

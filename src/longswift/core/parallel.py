@@ -54,7 +54,12 @@ def _pool(workers: int) -> ThreadPoolExecutor:
 
 
 def for_each(
-    pieces: Sequence[T], state: Callable[[], S], work: Callable[[T, S], None], device: torch.device
+    pieces: Sequence[T],
+    state: Callable[[], S],
+    work: Callable[[T, S], None],
+    device: torch.device,
+    *,
+    least: int = 2,
 ) -> None:
     """Runs ``work(piece, state)`` for every piece, without gradients.
 
@@ -63,9 +68,11 @@ def for_each(
         state: Makes what one worker keeps between its pieces, such as buffers.
         work: Must write to disjoint memory for different pieces.
         device: Threads are used for CPU tensors only.
+        least: Pieces per thread below which one thread does them all, with torch's own threads
+            inside: few and uneven pieces leave threads without work.
     """
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    if workers == 1 or len(pieces) < 2 * workers:
+    if workers == 1 or len(pieces) < least * workers:
         kept = state()
         with torch.no_grad():
             for piece in pieces:

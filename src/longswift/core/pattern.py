@@ -86,6 +86,25 @@ class BlockPattern:
             heads.append(inside)
         return torch.stack(heads).unsqueeze(0)
 
+    def intervals(self, q_len: int, k_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First and one-past-last key each row sees through its band, int32 ``[Hkv, Lq]``.
+
+        Reach and causality are applied. Neither ever decreases along the rows; a row whose end does
+        not lie after its first key sees nothing.
+        """
+        position = torch.arange(k_len - q_len, k_len, device=device)
+        firsts, ends = [], []
+        for band in self.bands:
+            first, end = band.bounds(position, k_len)
+            if band.reach is not None:
+                first = torch.maximum(first, position - band.reach[0])
+                end = torch.minimum(end, position + band.reach[1] + 1)
+            if self.causal:
+                end = torch.minimum(end, position + 1)
+            firsts.append(first)
+            ends.append(end.clamp(min=0))
+        return torch.stack(firsts).int(), torch.stack(ends).int()
+
     def gathered_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
         """Keys each row gathers, bool ``[B or 1, Hkv, Lq, Lk]``."""
         if self.tokens is None:

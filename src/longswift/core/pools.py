@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun
-from longswift.core.pattern import BlockPattern
-from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import KeySummary
+from longswift.core.pattern import Band, BlockPattern
+from longswift.core.summary import KeySummary, group_sums
+
+# Numbers of whole pools a run sees are multiples of this.
+_WIDTHS = 32
+# Blocks whose cut pools are summed at once.
+_CUT_BLOCKS = 64
 
 
 class Pools(NamedTuple):
@@ -19,7 +24,7 @@ class Pools(NamedTuple):
     Attributes:
         k_sum: ``[B, Hkv, P, D]`` fp32 sums of the keys of each pool.
         v_sum: ``[B, Hkv, P, Dv]``.
-        k_grain: ``[B, Hkv, E, D]`` sums of the keys of each grain, the incomplete last included.
+        k_grain: ``[B, Hkv, E, D]`` sums of the keys of each grain.
         v_grain: ``[B, Hkv, E, Dv]``.
         size: Tokens per pool.
         grain: Tokens per grain; divides ``size``.
@@ -36,7 +41,7 @@ class Pools(NamedTuple):
 
 
 class PoolColumns(NamedTuple):
-    """The remainder's columns for a run of blocks: ``P`` whole pools, then the two cut ones.
+    """The remainder's columns of some blocks: ``P`` whole pools, then the two cut ones.
 
     Attributes:
         count: ``[1, Hkv, N, 1, P + 2]`` tokens of each column outside the band.
@@ -44,7 +49,9 @@ class PoolColumns(NamedTuple):
         cut_v: ``[B, Hkv, N, 2, Dv]``.
         cut_grains: ``[Hkv, N, 2, E']`` grains of the two cut pools.
         cut_members: Like ``cut_grains``, 1.0 for grains outside the band, else 0.0.
-        pools: ``P``, the whole pools that any block of the run can see.
+        pools: ``P``, the whole pools that any of the blocks can see.
+        left_pool: ``[Hkv, N]`` on CPU, the whole pools each block sees in causal attention, or
+            None.
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -53,66 +60,102 @@ class PoolColumns(NamedTuple):
     cut_grains: Tensor
     cut_members: Tensor
     pools: int
+    left_pool: Tensor | None
+
+    def of(self, run: BlockRun) -> PoolColumns:
+        """The columns of a run of these blocks, as few as it needs."""
+        blocks = slice(run.first, run.first + run.count)
+        count, left_pool, shown = self.count[:, :, blocks], self.left_pool, self.pools
+        if left_pool is not None:
+            left_pool = left_pool[:, blocks]
+            # Columns of no token cost little; a library that compiles every shape costs more.
+            shown = min(-(-int(left_pool.max()) // _WIDTHS) * _WIDTHS, self.pools)
+            count = torch.cat([count[..., :shown], count[..., -2:]], -1)
+        return PoolColumns(
+            count=count,
+            cut_k=self.cut_k[:, :, blocks],
+            cut_v=self.cut_v[:, :, blocks],
+            cut_grains=self.cut_grains[:, blocks],
+            cut_members=self.cut_members[:, blocks],
+            pools=shown,
+            left_pool=left_pool,
+        )
 
 
-def _grain_sums(x: Tensor, grain: int, known: Tensor | None) -> Tensor:
-    """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``, the incomplete last one included."""
-    acc = accumulator_dtype(x.dtype)
+def _grain_sums(x: Tensor, grain: int, known: Tensor | None, tail: bool) -> Tensor:
+    """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``; ``tail``: of an incomplete last."""
     whole = x.shape[2] // grain
-    if known is not None and known.shape[2] == whole:
-        sums = [known]
-    else:
-        sums = [x[:, :, : whole * grain].unflatten(2, (whole, grain)).sum(3, dtype=acc)]
-    if x.shape[2] % grain:
-        sums.append(x[:, :, whole * grain :].sum(2, keepdim=True, dtype=acc))
-    return torch.cat(sums, 2) if len(sums) > 1 else sums[0]
+    sums = known if known is not None and known.shape[2] == whole else group_sums(x, grain)
+    if not tail or x.shape[2] % grain == 0:
+        return sums
+    last = x[:, :, whole * grain :].sum(2, keepdim=True, dtype=sums.dtype)
+    return torch.cat([sums, last], 2)
 
 
 def build_pools(
     k: Tensor, v: Tensor, pattern: BlockPattern, summary: KeySummary | None = None
 ) -> Pools:
-    """Pools of an unpadded batch, ``O(L * D)``, or ``O(L / page * D)`` from page summaries."""
+    """Pools of an unpadded batch, ``O(L * D)``, or ``O(L / page * D)`` from page summaries.
+
+    In causal attention the last tokens are always inside the band: incomplete grains and pools
+    are left out.
+    """
     size, grain = pattern.pool, pattern.pool_grain
     assert size is not None
     known_k = known_v = None
     if summary is not None and grain % summary.page == 0:
         coarse = summary.coarsen(grain // summary.page)
         known_k, known_v = coarse.k_sum, coarse.v_sum
+    tail = not pattern.causal or k.shape[2] < grain
 
     def pooled(grains: Tensor) -> Tensor:
         per_pool = size // grain
         whole = grains.shape[2] // per_pool
         sums = grains[:, :, : whole * per_pool].unflatten(2, (whole, per_pool)).sum(3)
-        if grains.shape[2] % per_pool:
+        if tail and grains.shape[2] % per_pool:
             last = grains[:, :, whole * per_pool :].sum(2, keepdim=True)
             sums = torch.cat([sums, last], 2)
         return sums
 
-    k_grain, v_grain = _grain_sums(k, grain, known_k), _grain_sums(v, grain, known_v)
+    k_grain, v_grain = _grain_sums(k, grain, known_k, tail), _grain_sums(v, grain, known_v, tail)
     return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
 
 
-def band_edges(pattern: BlockPattern, run: BlockRun, k_len: int) -> tuple[Tensor, Tensor]:
-    """First and one-past-last key of the band, ``[Hkv, N]`` on CPU, for each block of a run.
+def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
+    """First and one-past-last key of the band of every block, ``[Hkv, N, 2]`` on CPU.
 
-    Constant over a block, because tiles are multiples of the block.
+    Constant over a block, because tiles are multiples of the block. Not to be written to.
     """
-    position = run.position + torch.arange(run.count, device="cpu") * run.rows
-    edges = [band.bounds(position, k_len) for band in pattern.bands]
-    return torch.stack([e[0] for e in edges]), torch.stack([e[1] for e in edges])
+    return _edges(pattern.bands, pattern.block, q_len, k_len)
 
 
-def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColumns:
-    """Which columns the blocks of a run see, how many tokens each stands for, and the cut ones."""
-    start, end = band_edges(pattern, run, pools.k_len)
+@functools.lru_cache(maxsize=4)
+def _edges(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> Tensor:
+    offset = k_len - q_len
+    with torch.inference_mode(False):
+        first, last = offset // block, (k_len - 1) // block
+        position = (torch.arange(first, last + 1, device="cpu") * block).clamp_(min=offset)
+        found = {band: torch.stack(band.bounds(position, k_len), -1) for band in set(bands)}
+        return torch.stack([found[band] for band in bands])
+
+
+def pool_columns(pools: Pools, causal: bool, edges: Tensor) -> PoolColumns:
+    """Which columns blocks see, how many tokens each stands for, and the cut ones.
+
+    Args:
+        pools: The pools.
+        causal: Whether nothing after the band is seen.
+        edges: ``block_edges``.
+    """
+    start, end = edges.unbind(-1)
     device, size = pools.k_sum.device, pools.size
     left_pool, right_pool = start // size, end // size
     total = pools.k_sum.shape[2]
-    shown = int(left_pool.max()) if pattern.causal else total
+    shown = int(left_pool.max()) if causal else total
     pool = torch.arange(shown, device="cpu")
     whole = pool < left_pool[..., None]
     right_cut = torch.zeros_like(end)
-    if not pattern.causal:
+    if not causal:
         whole = whole | (pool * size >= end[..., None])
         cut = (end % size > 0) & (end < pools.k_len)
         right_cut = torch.where(cut, ((right_pool + 1) * size).clamp(max=pools.k_len) - end, 0)
@@ -124,7 +167,7 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     grain = torch.stack([left_pool, right_pool], -1)[..., None] * per_pool + torch.arange(
         per_pool, device="cpu"
     )
-    edge = torch.stack([start, end], -1)[..., None] // pools.grain
+    edge = edges[..., None] // pools.grain
     before = grain[..., :1, :] < edge[..., :1, :]
     after = (grain[..., 1:, :] >= edge[..., 1:, :]) & (right_cut > 0)[..., None, None]
     members = torch.cat([before, after & (grain[..., 1:, :] < grains)], -2)
@@ -133,7 +176,13 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
     heads = torch.arange(start.shape[0], device=device)[:, None, None, None]
 
     def cut_sums(sums: Tensor) -> Tensor:
-        return torch.einsum("bhnced,hnce->bhncd", sums[:, heads, grain], members)
+        parts = [
+            torch.einsum("bhnced,hnce->bhncd", sums[:, heads, index], member)
+            for index, member in zip(
+                grain.split(_CUT_BLOCKS, 1), members.split(_CUT_BLOCKS, 1), strict=True
+            )
+        ]
+        return torch.cat(parts, 2)
 
     return PoolColumns(
         count=count[None, :, :, None].to(device=device, dtype=pools.k_sum.dtype),
@@ -142,6 +191,7 @@ def pool_columns(pools: Pools, pattern: BlockPattern, run: BlockRun) -> PoolColu
         cut_grains=grain,
         cut_members=members,
         pools=shown,
+        left_pool=left_pool if causal else None,
     )
 
 

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from longswift.core.softmax import accumulator_dtype
 
 # Caches keep pages of this many tokens, and decoding scores them.
 PAGE = 16
+
+# Tokens widened at once: summing 16-bit numbers into fp32 directly copies all of them first.
+_WIDENED = 4096
+
+
+def group_sums(x: Tensor, size: int) -> Tensor:
+    """Sums of every ``size`` tokens of ``[B, H, L, D]`` in the accumulator dtype.
+
+    An incomplete last group is left out.
+    """
+    batch, heads, length, dim = x.shape
+    acc, groups = accumulator_dtype(x.dtype), length // size
+    whole = x[:, :, : groups * size]
+    if x.dtype == acc or x.device.type != "cpu":
+        return whole.unflatten(2, (groups, size)).sum(3, dtype=acc)
+    out = torch.empty(batch, heads, groups, dim, dtype=acc, device=x.device)
+    step = max(1, _WIDENED // size)
+    for sums, part in zip(out.split(step, 2), whole.split(step * size, 2), strict=True):
+        torch.sum(part.to(acc).unflatten(2, (-1, size)), 3, out=sums)
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +61,6 @@ class KeySummary:
         """Summaries of the complete pages of unpadded ``k [B, Hkv, L, D]`` and ``v``. O(L * D)."""
         pages = k.shape[2] // page
         kp = k[:, :, : pages * page].unflatten(2, (pages, page))
-        vp = v[:, :, : pages * page].unflatten(2, (pages, page))
-        acc = accumulator_dtype(k.dtype)
         if pages:
             k_min, k_max = kp.amin(3), kp.amax(3)
         else:
@@ -51,8 +70,8 @@ class KeySummary:
             start=(0,) * k.shape[0],
             k_min=k_min,
             k_max=k_max,
-            k_sum=kp.sum(3, dtype=acc),
-            v_sum=vp.sum(3, dtype=acc),
+            k_sum=group_sums(k, page),
+            v_sum=group_sums(v, page),
         )
 
     def rows(self, rows: list[int], keys: slice) -> KeySummary | None:
@@ -68,6 +87,16 @@ class KeySummary:
             k_max=self.k_max[rows, :, :pages],
             k_sum=self.k_sum[rows, :, :pages],
             v_sum=self.v_sum[rows, :, :pages],
+        )
+
+    def heads(self, heads: slice | list[int]) -> KeySummary:
+        """Summary of some KV heads."""
+        return replace(
+            self,
+            k_min=self.k_min[:, heads],
+            k_max=self.k_max[:, heads],
+            k_sum=self.k_sum[:, heads],
+            v_sum=self.v_sum[:, heads],
         )
 
     def coarsen(self, factor: int) -> KeySummary:

@@ -6,10 +6,52 @@ Shape legend used throughout: ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedMass:
+    """Full attention's mass on the keys that were seen, per query head, mean over the batch.
+
+    Attributes:
+        basis: ``"exact"`` when it was computed for every query row, ``"sampled"`` when it was
+            computed (exactly) for some of them: the mean is then an estimate, and rows worse than
+            ``lowest`` may exist.
+        rows: Query rows measured per head.
+        mean: Share of the mass on the keys seen one by one, mean over the measured rows.
+        lowest: The smallest share of a measured row.
+        remainder: Share of the output's own weight that lies on pooled means, mean over the
+            measured rows; not part of ``mean``.
+    """
+
+    basis: str
+    rows: int
+    mean: tuple[float, ...]
+    lowest: tuple[float, ...]
+    remainder: tuple[float, ...]
+
+    @staticmethod
+    def over_batch(parts: Sequence[CapturedMass]) -> CapturedMass | None:
+        """Rows of a batch taken together; None for none."""
+        if not parts:
+            return None
+        return CapturedMass(
+            basis="exact" if all(p.basis == "exact" for p in parts) else "sampled",
+            rows=min(p.rows for p in parts),
+            mean=means([p.mean for p in parts]),
+            lowest=tuple(min(of) for of in zip(*(p.lowest for p in parts), strict=True)),
+            remainder=means([p.remainder for p in parts]),
+        )
+
+
+def means(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Means of the entries of equally long tuples."""
+    return tuple(sum(of) / len(parts) for of in zip(*parts, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +63,12 @@ class AttentionStats:
         backend: Backend that ran (never ``"auto"``).
         mode: How the choice of keys respected causality: ``"dense"``, ``"static"`` (the choice
             does not depend on content), ``"shared"`` or ``"strict"``.
-        keys_per_query: Mean number of key slots scored per query, remainder entries included.
+        keys_per_query: Mean number of key slots scored per query, remainder entries included. Where
+            no keys are scored, how many could have been for the same arithmetic.
         density: ``keys_per_query`` over the mean number of keys full attention would score.
         dense_rows: Fraction of query rows that were computed exactly.
+        density_by_head: ``density`` of each KV head; empty where heads do not differ.
+        captured: The attention mass that was seen, where it was asked for.
         extra: Figures particular to the mechanism.
     """
 
@@ -33,11 +78,14 @@ class AttentionStats:
     keys_per_query: float
     density: float
     dense_rows: float
+    density_by_head: tuple[float, ...] = ()
+    captured: CapturedMass | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionary, ready for JSON."""
-        return asdict(self)
+        """Plain dictionary, in the very form JSON gives back."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
 
 
 class AttentionResult(NamedTuple):

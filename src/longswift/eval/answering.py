@@ -52,16 +52,7 @@ class Question:
 
     def __post_init__(self) -> None:
         check_positive("generate", max_new_tokens=self.max_new_tokens, chunk=self.chunk)
-        block = getattr(self.mechanism, "block", 1)
-        if self.chunk % block:
-            raise ConfigError(
-                problem(
-                    "chunk",
-                    expected=f"a multiple of the mechanism's block ({block})",
-                    got=self.chunk,
-                    fix="Try 1024.",
-                )
-            )
+        reading.check_chunk("chunk", self.chunk, self.mechanism)
 
 
 def mechanism(name: str, settings: Sequence[str] = ()) -> Mechanism | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from longswift.core.mechanism import Mechanism
-from longswift.core.types import AttentionResult
+from longswift.core.observe import Observed, observe
 
 
 def equal_cost_window(keys_per_query: float, length: int) -> int:
@@ -25,27 +24,25 @@ def equal_cost_window(keys_per_query: float, length: int) -> int:
 
 @dataclass
 class Scored:
-    """Keys scored by one mechanism, weighted by queries."""
+    """Keys scored by the calls that were added, weighted by queries."""
 
     queries: int = 0
     keys: float = 0.0
 
+    def add(self, call: Observed) -> None:
+        """Count a call."""
+        queries = call.q.shape[2]
+        self.queries += queries
+        self.keys += queries * call.result.stats.keys_per_query
+
 
 @contextmanager
 def count_keys(mechanism: Mechanism | None, scored: Scored) -> Iterator[None]:
-    """Count what calls equal to ``mechanism`` score; a model's layers keep no statistics."""
-    original = Mechanism.__call__
+    """Count what calls equal to ``mechanism`` score."""
 
-    def counted(self: Mechanism, q: Any, k: Any, v: Any, **options: Any) -> AttentionResult:
-        result = original(self, q, k, v, **options)
-        if self == mechanism:
-            queries, stats = q.shape[2], result.stats
-            scored.queries += queries
-            scored.keys += queries * stats.keys_per_query
-        return result
+    def add(call: Observed) -> None:
+        if call.mechanism == mechanism:
+            scored.add(call)
 
-    Mechanism.__call__ = counted  # type: ignore[method-assign]
-    try:
+    with observe(add):
         yield
-    finally:
-        Mechanism.__call__ = original  # type: ignore[method-assign]

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, InputError, problem
+from longswift.core.errors import InputError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
-from longswift.eval.documents import read_text
+from longswift.eval.documents import source
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.results import Progress, Result, writable
@@ -71,16 +71,7 @@ class Demo:
             chunk=self.chunk,
             decoded=self.decoded,
         )
-        block = self.mechanism.get("block", 1)
-        if self.chunk % block:
-            raise ConfigError(
-                problem(
-                    "demo.chunk",
-                    expected=f"a multiple of the mechanism's block ({block})",
-                    got=self.chunk,
-                    fix=f"Try {8 * block}.",
-                )
-            )
+        reading.check_chunk("demo.chunk", self.chunk, options.from_json(self.mechanism))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +122,6 @@ class _Exam:
     depths: tuple[float, ...]
 
 
-def _source(demo: Demo) -> str:
-    if demo.file is not None:
-        return read_text(demo.file)
-    from longswift.tiny import corpus
-
-    return corpus.text("heldout")
-
-
 def _exams(demo: Demo, loaded: Loaded, text: str) -> list[_Exam]:
     """The documents; together their secrets cover the depths evenly."""
     asked = demo.documents * demo.secrets
@@ -183,12 +166,13 @@ def _exam(demo: Demo, loaded: Loaded, text: str, seed: int, depths: list[float])
             )
         )
     hidden = hide(whole[:room])
+    pairs = zip(hidden.questions, hidden.answers, strict=True)
+    asked = [loaded.split(f"{question} ", answer) for question, answer in pairs]
     return _Exam(
         document=[*begin, *hidden.document],
-        # The space before the number belongs to the question: models predict the digits alone.
-        questions=[loaded.encode(q) + loaded.encode(" ") for q in hidden.questions],
+        questions=[ids for ids, _ in asked],
         answers=hidden.answers,
-        lengths=[len(loaded.encode(a)) for a in hidden.answers],
+        lengths=[length for _, length in asked],
         depths=hidden.depths,
     )
 
@@ -202,13 +186,10 @@ def _read(
     step: Bar,
 ) -> DemoRow:
     """Read, decode and answer with one attention."""
-    from longswift.hf import SwiftCache, set_attention
+    from longswift.hf import SwiftCache
 
     model = loaded.model
-    if mechanism is None:
-        model.set_attn_implementation("sdpa")
-    else:
-        set_attention(model, mechanism)
+    loaded.use(mechanism)
     warm = SwiftCache(model.config)
     reading.read(model, exams[0].document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
     del warm
@@ -266,11 +247,7 @@ def _config(demo: Demo, loaded: Loaded, text: str) -> dict[str, Any]:
     content["file"] = None if demo.file is None else Path(demo.file).name
     content["model"] = loaded.name
     content["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    state = hashlib.sha256()
-    for name, tensor in loaded.model.state_dict().items():
-        state.update(name.encode())
-        state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
-    content["model_sha256"] = state.hexdigest()
+    content["model_sha256"] = loaded.fingerprint()
     return content
 
 
@@ -293,7 +270,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     from longswift.mechanisms import get_mechanism
 
     target = writable(output / "demo.json")
-    text = _source(demo)
+    text = source(demo.file)
     loaded = load(demo.model)
     check_length(loaded.model, demo.length + 64)
     exams = _exams(demo, loaded, text)

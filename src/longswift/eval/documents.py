@@ -7,6 +7,15 @@ from pathlib import Path
 from longswift.core.errors import InputError, problem
 
 
+def source(file: str | Path | None) -> str:
+    """The user's text, or held-out Python documentation and source if there is none."""
+    if file is not None:
+        return read_text(file)
+    from longswift.tiny import corpus
+
+    return corpus.text("heldout")
+
+
 def read_text(path: str | Path) -> str:
     """Read a text file.
 

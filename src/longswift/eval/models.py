@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval import options
 
 TINY = "tiny"
 
 
+# Stands for the document while a chat template is filled in; no tokenizer ever sees it.
+_DOCUMENT = "<<longswift:document>>"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model ready to read.
+class Codec:
+    """A tokenizer, and how a document and a question about it are put together.
 
     Attributes:
-        model: A causal language model of Transformers.
-        tokenizer: Its tokenizer.
-        name: What the user called it; the last part only of a path.
+        tokenizer: A tokenizer of Transformers.
+        chat: Use its chat template, if it has one, where instructions are given.
     """
 
-    model: Any
     tokenizer: Any
-    name: str
+    chat: bool = True
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether instructions go through a chat template."""
+        return self.chat and bool(getattr(self.tokenizer, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
@@ -37,10 +47,82 @@ class Loaded:
         plain = self.encode("a")
         return both[: len(both) - len(plain)] if both[-len(plain) :] == plain else []
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def split(self, text: str, answer: str) -> tuple[list[int], int]:
+        """Token ids of ``text`` as they are when ``answer`` follows, and the answer's tokens.
+
+        Whether a space belongs to the word after it or stands alone is up to the tokenizer, and a
+        model can only continue what ends where its tokens end.
+        """
+        ids = self.encode(text + answer)
+        for k in range(len(ids) - 1, 0, -1):
+            if self.decode(ids[:k]).strip() == text.strip():
+                return ids[:k], len(ids) - k
+        return self.encode(text), len(self.encode(answer))
+
+    def frame(self, before: str, after: str, begun: str = "") -> tuple[list[int], list[int]]:
+        """Token ids that go before a document, and those that follow it.
+
+        Args:
+            before: Text before the document.
+            after: Text after it.
+            begun: How the answer begins.
+
+        Raises:
+            ConfigError: The chat template does not show the message as it is.
+        """
+        if not self.has_chat:
+            return [*self.begin(), *self.encode(before)], self.encode(after + begun)
+        message = {"role": "user", "content": before + _DOCUMENT + after}
+        text: str = self.tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True
+        )
+        # The template writes the special tokens itself; a second one before it changes scores.
+        head, found, tail = text.partition(_DOCUMENT)
+        if not found:
+            raise ConfigError(
+                problem(
+                    "chat template",
+                    expected="one that repeats the message it is given",
+                    got="one that changes or drops it",
+                    fix="Use --no-chat.",
+                )
+            )
+        return self.encode(head), self.encode(tail + begun.lstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Codec):
+    """A model ready to read.
+
+    Attributes:
+        model: A causal language model of Transformers.
+        name: What the user called it; the last part only of a path.
+    """
+
+    model: Any
+    name: str
+
+    def use(self, mechanism: Mechanism | None) -> None:
+        """Attend with ``mechanism``, or as Transformers does (``sdpa``) if it is None."""
+        from longswift.hf import set_attention
+
+        if mechanism is None:
+            self.model.set_attn_implementation("sdpa")
+        else:
+            set_attention(self.model, mechanism)
+
+    def fingerprint(self) -> str:
+        """A hash of names and sums of the weights."""
+        state = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            state.update(name.encode())
+            state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
+        return state.hexdigest()
 
     def stop_tokens(self) -> set[int]:
         """Tokens that end an answer."""

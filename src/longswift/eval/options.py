@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from longswift.core.errors import ConfigError, problem
@@ -11,6 +12,8 @@ from longswift.core.mechanism import Mechanism
 
 if TYPE_CHECKING:
     import torch
+
+    from longswift.eval.tasks.base import Task
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -48,6 +51,22 @@ def lengths(text: str) -> tuple[int, ...]:
             problem("lengths", expected="at least one", got=repr(text), fix="Try 4096,32768.")
         )
     return tuple(found)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated counts of at least 0, ascending.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    parts = names(text)
+    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(
+            problem(
+                "counts", expected="whole numbers", got=repr(text), fix="Give them as 0,64,256."
+            )
+        )
+    return tuple(sorted({int(part) for part in parts}))
 
 
 def dtype(name: str) -> torch.dtype:
@@ -100,6 +119,41 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
     Raises:
         ConfigError: Unknown mechanism or option, or a setting for a mechanism not in ``text``.
     """
+    return {name: from_json(config) for name, config in configs("mechanism", text, settings)}
+
+
+def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, Task]:
+    """Evaluation tasks by name, with single options changed.
+
+    Args:
+        text: Comma-separated names.
+        settings: ``name.option=value`` as for ``mechanisms``.
+        common: Options of every task that has them; None leaves a default.
+
+    Raises:
+        ConfigError: Unknown task or option, or a setting for a task not in ``text``.
+    """
+    from longswift.eval.tasks import TASKS, from_dict
+
+    found = {}
+    for name, config in configs("task", text, settings):
+        cls = TASKS.get(name)
+        known = {f.name for f in fields(cls)} - ({"form"} if len(cls.forms) == 1 else set())
+        # The questions of qa come from a file of another kind than the text of the others.
+        known -= {"file"} if name == "qa" else set()
+        shared = {k: v for k, v in common.items() if k in known and v is not None}
+        found[name] = from_dict({**shared, **config})
+    return found
+
+
+def settings_of(settings: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """Those settings whose name is among ``chosen``."""
+    known = {name.replace("-", "_") for name in chosen}
+    return [s for s in settings if s.partition(".")[0].strip().replace("-", "_") in known]
+
+
+def configs(kind: str, text: str, settings: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of each part of ``text``."""
     chosen = [name.replace("-", "_") for name in names(text)]
     options: dict[str, dict[str, object]] = {name: {} for name in chosen}
     for setting in settings:
@@ -121,10 +175,12 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
             parsed = value
         options[name][option] = parsed
     if not chosen:
+        example = "ms_swift" if kind == "mechanism" else "needle"
         raise ConfigError(
-            problem("mechanism", expected="at least one name", got=repr(text), fix="Try ms_swift.")
+            problem(kind, expected="at least one name", got=repr(text), fix=f"Try {example}.")
         )
-    return {name: from_json({"name": name, **options[name]}) for name in chosen}
+    for name in chosen:
+        yield name, {"name": name, **options[name]}
 
 
 def from_json(config: dict[str, Any]) -> Mechanism:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval.progress import Bar, silent
 
-_SCORED_ROWS = 512
+SCORED_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +27,13 @@ class Reading:
         seconds: Time of the decoder over all chunks, without the scoring.
         nll: Negative log-likelihood of every token after the first, summed, in nats; 0 if not
             scored.
+        losses: The same for each of them, fp32 ``[tokens - 1]`` on the CPU; empty if not scored.
     """
 
     tokens: int
     seconds: float
     nll: float
+    losses: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -42,18 +46,48 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _score(model: Any, hidden: Tensor, targets: Tensor) -> float:
-    """Summed negative log-likelihood of ``targets [T]`` after ``hidden [1, T, width]``."""
-    head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    total = 0.0
-    for start in range(0, targets.shape[0], _SCORED_ROWS):
-        rows = slice(start, start + _SCORED_ROWS)
-        logits = head(hidden[0, rows][: targets[rows].shape[0]]).float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        total += torch.nn.functional.cross_entropy(logits, targets[rows], reduction="sum").item()
-    return total
+def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
+    """fp32 logits ``[T, vocabulary]`` behind ``hidden [T, width]``, as the model scales them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden).float()
+    # Cohere multiplies, Granite divides, Gemma caps.
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each of ``targets [T]`` after ``hidden [1, >= T, width]``."""
+    losses = []
+    for start in range(0, targets.shape[0], SCORED_ROWS):
+        wanted = targets[start : start + SCORED_ROWS]
+        logits = next_token_logits(model, hidden[0, start : start + len(wanted)])
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+def check_chunk(owner: str, chunk: int, mechanism: Mechanism | None) -> None:
+    """Raise ``ConfigError`` unless reading in chunks gives what reading at once gives."""
+    block = getattr(mechanism, "block", 1)
+    if chunk % block:
+        raise ConfigError(
+            problem(
+                owner,
+                expected=f"a multiple of the mechanism's block ({block})",
+                got=chunk,
+                fix=f"Try {8 * block}.",
+            )
+        )
+
+
+@torch.inference_mode()
+def hidden_states(model: Any, ids: Sequence[int], cache: Any, chunk: int) -> Iterator[Tensor]:
+    """The decoder's last hidden states ``[1, T, width]``, a chunk of the document at a time."""
+    decoder = model.get_decoder()
+    tokens = torch.tensor(ids, device=model.device)
+    for part in tokens.split(chunk):
+        yield decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @torch.inference_mode()
@@ -76,22 +110,21 @@ def read(
         score: Also sum the log-likelihood; logits exist for a few hundred rows at a time.
         step: Progress, in tokens.
     """
-    decoder = model.get_decoder()
     tokens = torch.tensor(ids, device=model.device)
-    seconds = nll = 0.0
+    states = hidden_states(model, ids, cache, chunk)
+    seconds = 0.0
+    losses = []
     for start in range(0, len(ids), chunk):
-        part = tokens[start : start + chunk]
         _finish(tokens.device)
         begin = time.perf_counter()
-        hidden = decoder(
-            input_ids=part[None], past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        hidden = next(states)
         _finish(tokens.device)
         seconds += time.perf_counter() - begin
         if score:
-            nll += _score(model, hidden, tokens[start + 1 : start + 1 + len(part)])
-        step(len(part))
-    return Reading(tokens=len(ids), seconds=seconds, nll=nll)
+            losses.append(_score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]]))
+        step(hidden.shape[1])
+    every = torch.cat(losses) if losses else torch.zeros(0)
+    return Reading(tokens=len(ids), seconds=seconds, nll=every.double().sum().item(), losses=every)
 
 
 @torch.inference_mode()
@@ -152,10 +185,12 @@ def bookmark(cache: Any) -> Iterator[None]:
             vars(layer).update(state)
 
 
-def ask(model: Any, ids: Sequence[int], cache: Any, limit: int) -> list[int]:
+def ask(
+    model: Any, ids: Sequence[int], cache: Any, limit: int, stop: Collection[int] = ()
+) -> list[int]:
     """Greedy answer to a question about the text in the cache, which is left as it was."""
     with bookmark(cache):
-        return list(decode(model, ids, cache, limit))
+        return list(decode(model, ids, cache, limit, stop))
 
 
 def decode_speed(model: Any, ids: Sequence[int], cache: Any, count: int) -> float:

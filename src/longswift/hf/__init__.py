@@ -17,7 +17,7 @@ from longswift.hf.extending import Extension, check_length, extend
 from longswift.hf.heads import group_heads
 from longswift.hf.masks import swift_mask
 from longswift.hf.model import LongSwiftConfig, LongSwiftLM
-from longswift.hf.settings import attention_of, implementation_names, set_attention
+from longswift.hf.settings import attention_of, implementation_names, set_attention, set_profile
 
 __all__ = [
     "Conversion",
@@ -34,6 +34,7 @@ __all__ = [
     "implementation_names",
     "memory_parameters",
     "set_attention",
+    "set_profile",
 ]
 
 # Transformers looks for these inside names and takes the implementation for another one.

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.observe import layer_scope
 from longswift.core.summary import KeySummary
 from longswift.hf.cache import pages_of
 from longswift.hf.masks import KeyMask, Rule
@@ -78,17 +79,18 @@ def make_attention(name: str) -> AttentionFunction:
             # One hidden key more: equal lengths would mean that queries are padded like keys.
             key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
             real = pad(real, (0, 1))
-        result = mechanism(
-            query,
-            key,
-            value,
-            causal=seen.rule.causal,
-            key_mask=real,
-            scale=scaling,
-            # A recomputed layer must make the choice it made before, gradients on or off.
-            training=True if module.training else None,
-            summary=summary,
-        )
+        with layer_scope(getattr(module, "layer_idx", None)):
+            result = mechanism(
+                query,
+                key,
+                value,
+                causal=seen.rule.causal,
+                key_mask=real,
+                scale=scaling,
+                # A recomputed layer must make the choice it made before, gradients on or off.
+                training=True if module.training else None,
+                summary=summary,
+            )
         return result.out.transpose(1, 2).contiguous(), None
 
     attention.__name__ = f"longswift_{name}"

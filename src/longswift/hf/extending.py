@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,15 @@ from longswift.core.errors import ConfigError, InputError, UnsupportedError, pro
 from longswift.core.mechanism import Mechanism
 from longswift.extend.rope import KINDS
 from longswift.hf import rotary
-from longswift.hf.settings import KEY, read_settings, set_attention, text_config, write_settings
+from longswift.hf.settings import (
+    KEY,
+    read_settings,
+    set_attention,
+    set_profile,
+    text_config,
+    write_settings,
+)
+from longswift.mechanisms.profile import Profile
 
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed")
 
@@ -66,6 +75,7 @@ def extend(
     max_length: int = 32768,
     rope: str | None = "yarn",
     attention: Mechanism | str | None = "ms_swift",
+    profile: Profile | str | Path | None = None,
 ) -> Extension:
     """Let ``model`` read ``max_length`` tokens.
 
@@ -80,6 +90,8 @@ def extend(
         rope: ``yarn``, ``linear``, ``ntk``, ``dynamic``, ``llama3``, or None to leave the
             frequencies alone (``default`` means the same for a model without scaling).
         attention: A mechanism, a name, or None to leave the attention alone.
+        profile: Settings of single heads from ``longswift calibrate``, or its file; replaces
+            ``attention``.
 
     Returns:
         A handle whose ``revert()`` undoes everything; also a context manager.
@@ -87,6 +99,7 @@ def extend(
     Raises:
         UnsupportedError: The positions are a learned table, or the attention cannot be replaced.
         ConfigError: An impossible length or scaling.
+        InputError: The profile belongs to another model.
     """
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
         raise InputError(
@@ -112,12 +125,19 @@ def extend(
         trained = _limit(config)
         if trained is not None and max_length > trained:
             handle.rope = _extend_positions(model, config, rope, max_length, trained)
-        if attention is not None:
+        if profile is not None:
+            set_profile(model, profile)
+        elif attention is not None:
             set_attention(model, attention)
     except BaseException:
         handle.revert()
         raise
     return handle
+
+
+def limit_of(model: PreTrainedModel) -> int | None:
+    """Positions the model accepts, or None when it does not say."""
+    return _limit(text_config(model))
 
 
 def check_length(model: PreTrainedModel, n_tokens: int) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.mechanisms import from_dict, get_mechanism, list_mechanisms
+from longswift.mechanisms.profile import Architecture, Profile, read_profile
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,10 +81,30 @@ class _Resolved(NamedTuple):
 
 
 _RESOLVED: WeakKeyDictionary[nn.Module, _Resolved] = WeakKeyDictionary()
+_STAND_IN: ContextVar[Callable[[int | None], Mechanism] | None] = ContextVar(
+    "longswift_stand_in", default=None
+)
+
+
+@contextmanager
+def stand_in(choose: Callable[[int | None], Mechanism]) -> Iterator[None]:
+    """Layers that would run the configured mechanism run ``choose(layer index)`` inside.
+
+    For trying mechanisms without storing them, also ones that have no name. Only for calls of this
+    thread; layers whose architecture prescribes a window keep it.
+    """
+    token = _STAND_IN.set(choose)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
 
 
 def resolve(module: nn.Module, name: str) -> Mechanism:
     """``mechanism_for`` the module's configuration, built again only when that changed."""
+    choose = _STAND_IN.get()
+    if choose is not None:
+        return choose(getattr(module, "layer_idx", None))
     config: Any = module.config
     settings = read_settings(config)
     known = _RESOLVED.get(module)
@@ -144,3 +168,28 @@ def set_attention(
     model.set_attn_implementation(name if key is None else {key: name})
     others = {str(layer): other.to_dict() for layer, other in (layers or {}).items()}
     write_settings(config, attention=mechanism.to_dict(), layers=others)
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """What a profile must match."""
+    config: Any = text_config(model)
+    heads = int(config.num_attention_heads)
+    return Architecture(
+        model_type=str(config.model_type),
+        layers=int(config.num_hidden_layers),
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
+
+
+def set_profile(model: PreTrainedModel, profile: Profile | str | Path) -> None:
+    """Run what ``profile`` prescribes for every head; stored in the config like any settings.
+
+    Raises:
+        InputError: No profile, or one of another model.
+        UnsupportedError: The architecture computes attention in code of its own.
+    """
+    profile = read_profile(profile)
+    profile.check(architecture_of(model))
+    set_attention(model, profile.attention, profile.mechanisms())

@@ -82,7 +82,7 @@ class DilatedWindow(Mechanism):
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         turns = min(len(self._dilations), kv_heads)
         q = q.unflatten(1, (kv_heads, -1))
@@ -103,7 +103,7 @@ class DilatedWindow(Mechanism):
                 pattern = self._pattern(residue, k_own.shape[1], call.causal)
                 parts.append(backend.attend(*piece, pattern, call.scale))
                 seen = keys_of_rows(pattern, residue.queries, residue.keys)
-                keys += float(seen.sum()) * k_own.shape[1]
+                keys += float(seen.sum())
             place = torch.cat(rows).argsort()
             outs.append(torch.cat([p.out for p in parts], 2).index_select(2, place))
             lses.append(torch.cat([p.lse for p in parts], 2).index_select(2, place))

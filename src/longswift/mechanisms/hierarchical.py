@@ -80,7 +80,7 @@ class Hierarchical(Mechanism):
                 )
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len = q.shape[2], k.shape[2]
         start = (k_len - q_len) // self.chunk * self.chunk
         own = self._own(k.shape[1], call.causal)
@@ -136,7 +136,7 @@ class Hierarchical(Mechanism):
             k_len: Tokens in all.
             call: The call.
         """
-        _, backend = dispatch.resolve(call.backend, q.device)
+        _, backend = dispatch.resolve(call.backend, q.device, q, key, value)
         kv_heads = key.shape[1]
         summaries = torch.arange(first, first + key.shape[2], device="cpu")
         chunk = torch.arange(start // self.chunk, -(-k_len // self.chunk), device="cpu")[:, None]

@@ -33,21 +33,30 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, block_count, block_runs
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Call, Mechanism, check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.pools import band_edges
-from longswift.core.types import AttentionResult, AttentionStats, Partial
+from longswift.core.pools import block_edges
+from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
-from longswift.mechanisms.patterned import dense_keys, full_pattern, pattern_stats
+from longswift.mechanisms.by_head import HeadGroup, attend_by_head, visible_by_head
+from longswift.mechanisms.coverage import captured_mass
+from longswift.mechanisms.full import Full
+from longswift.mechanisms.guard import Short, fill_densely, short_blocks
+from longswift.mechanisms.ms_swift_checks import check_ms_swift
+from longswift.mechanisms.patterned import full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
+
+if TYPE_CHECKING:
+    from longswift.mechanisms.profile import Profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,8 @@ class MSSwift(Mechanism):
         windows: Window of each scale, in tokens, ascending.
         overlap: Share of a window that neighbouring tiles have in common, between 0 and 1.
         sinks: Leading real tokens every query sees.
-        key_tokens: Most tokens chosen by content per block of queries and KV head.
+        key_tokens: Most tokens chosen by content per block of queries and KV head; a tuple gives
+            each KV head its own budget.
         coverage: Stop choosing once every row of the block holds this share of the attention mass
             found (``key_tokens`` stays the cap), or None for a fixed budget.
         selector: How key tokens are chosen: ``"bounds"``, ``"antidiagonal"``, or a configured one.
@@ -72,6 +82,12 @@ class MSSwift(Mechanism):
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly, because that is
             cheaper there; bidirectional inputs shorter than this are dense.
+        dense_heads: KV heads that see every key.
+        min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
+            two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
+            available in strict causality, where probes would look ahead.
+        collect: Also measure, for 64 rows of every call, which share of full attention's mass lies
+            on the keys each head saw: ``stats.captured``.
     """
 
     name: ClassVar[str] = "ms_swift"
@@ -79,7 +95,7 @@ class MSSwift(Mechanism):
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
     sinks: int = 16
-    key_tokens: int = 256
+    key_tokens: int | tuple[int, ...] = 256
     coverage: float | None = None
     selector: str | dict[str, Any] | Selector = "bounds"
     remainder: int | None = 256
@@ -87,82 +103,27 @@ class MSSwift(Mechanism):
     scale_of_head: tuple[int, ...] | None = None
     causality: str = "auto"
     dense_below: int = 4096
+    dense_heads: tuple[int, ...] = ()
+    min_coverage: float | None = None
+    collect: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("MSSwift", block=self.block)
-        for name in ("sinks", "key_tokens", "dense_below"):
-            self._require(
-                type(getattr(self, name)) is int and getattr(self, name) >= 0,
-                name,
-                "an integer >= 0",
-                "Use 0 to turn it off.",
-            )
         object.__setattr__(self, "selector", make_selector(self.selector))
-        for name in ("windows", "scale_of_head"):
+        for name in ("windows", "scale_of_head", "key_tokens", "dense_heads"):
             # JSON knows lists only.
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        windows = self.windows
-        self._require(
-            isinstance(windows, tuple)
-            and len(windows) > 0
-            and all(type(w) is int and w > 0 for w in windows)
-            and list(windows) == sorted(set(windows)),
-            "windows",
-            "a tuple of distinct ascending window sizes in tokens",
-            "For example windows=(128, 512, 2048).",
-        )
-        self._require(
-            _is_share(self.overlap) and self.overlap < 1.0,
-            "overlap",
-            "a share above 0 and below 1",
-            "Use 0.2 to 0.5.",
-        )
-        self._require(
-            self.coverage is None or _is_share(self.coverage),
-            "coverage",
-            "None or a share in (0, 1]",
-            "For example coverage=0.95.",
-        )
-        self._require(
-            self.causality in ("auto", "shared", "strict"),
-            "causality",
-            "'auto', 'shared' or 'strict'",
-            "Leave it at 'auto'.",
-        )
-        key_block = self._selector.key_block
-        self._require(
-            self.block % key_block == 0,
-            "block",
-            f"a multiple of the selector's key_block={key_block}",
-            "Use block=128, or a selector with smaller key blocks.",
-        )
-        self._require(
-            self.remainder is None
-            or (isinstance(self.remainder, int) and self.remainder > 0)
-            and self.remainder % key_block == 0,
-            "remainder",
-            f"None or a multiple of the selector's key_block={key_block}",
-            "For example remainder=256.",
-        )
-        self._require(
-            self.scale_of_head is None
-            or isinstance(self.scale_of_head, tuple)
-            and all(isinstance(s, int) and 0 <= s < len(windows) for s in self.scale_of_head),
-            "scale_of_head",
-            f"one index below {len(windows)} per KV head",
-            "Leave it None to spread the scales over the heads.",
-        )
-
-    def _require(self, fine: bool, name: str, expected: str, fix: str) -> None:
-        if not fine:
-            got = repr(getattr(self, name))
-            raise ConfigError(problem(f"MSSwift.{name}", expected=expected, got=got, fix=fix))
+        check_ms_swift(self)
 
     @property
     def _selector(self) -> Selector:
         assert isinstance(self.selector, Selector)
         return self.selector
+
+    @property
+    def _budget(self) -> int:
+        assert isinstance(self.key_tokens, int)
+        return self.key_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Name and every field, JSON-ready."""
@@ -185,6 +146,19 @@ class MSSwift(Mechanism):
             )
         return tuple(self.windows[scale] for scale in self.scale_of_head)
 
+    @classmethod
+    def from_profile(
+        cls, profile: Profile | str | Path | dict[str, Any], *, layer: int
+    ) -> Mechanism:
+        """What a calibrated profile (or its file) prescribes for a layer of its model.
+
+        Raises:
+            InputError: The file is no profile, or the profile knows no such layer.
+        """
+        from longswift.mechanisms.profile import read_profile
+
+        return read_profile(profile).mechanism(layer)
+
     def bands(self, q_len: int, kv_heads: int, causal: bool) -> tuple[Band, ...]:
         """Band of each KV head."""
         grain = self._selector.grain(q_len)
@@ -200,14 +174,15 @@ class MSSwift(Mechanism):
 
     def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
+        below = -(-self.dense_below // self.block) * self.block
+        if causal and k_len <= below and self.scale_of_head is None:
+            return q_len
         bands = self.bands(q_len, kv_heads, causal)
         if not causal:
-            reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self.key_tokens
+            reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self._budget
             return q_len if k_len < self.dense_below or k_len <= reach else 0
-        below = -(-self.dense_below // self.block) * self.block
         covered = min(
-            ((self.sinks + self.key_tokens + band.left) // band.tile + 1) * band.tile
-            for band in bands
+            ((self.sinks + self._budget + band.left) // band.tile + 1) * band.tile for band in bands
         )
         return min(q_len, max(0, max(below, covered) - (k_len - q_len)))
 
@@ -216,51 +191,84 @@ class MSSwift(Mechanism):
             return False
         return self.causality == "strict" or (self.causality == "auto" and call.training)
 
+    def exact_part(self) -> Mechanism | None:
+        return replace(self, remainder=None, collect=False)
+
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        groups = _head_groups(self, k.shape[1])
+        if groups:
+            return attend_by_head(self.name, groups, q, k, v, call)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         parts: list[Partial] = []
-        stats = AttentionStats(
-            mechanism=self.name,
-            backend=name,
-            mode="dense",
-            keys_per_query=dense_keys(q_len, k_len, call.causal),
-            density=1.0,
-            dense_rows=1.0,
-        )
         if exact_rows:
             end = k_len - q_len + exact_rows if call.causal else k_len
-            parts.append(
-                backend.attend(
-                    q[:, :, :exact_rows],
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    full_pattern(end, k.shape[1], call.causal),
-                    call.scale,
-                )
-            )
+            first, keys, values = q, k, v
+            if exact_rows < q_len:
+                first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
+            everything = full_pattern(end, k.shape[1], call.causal)
+            parts.append(backend.attend(first, keys, values, everything, call.scale))
+        pattern: BlockPattern | None = None
+        short: Short | None = None
+        extra: dict[str, Any] = {}
+        more_keys: tuple[float, ...] = ()
         if exact_rows < q_len:
             rest = q[:, :, exact_rows:]
             pattern, bands = self._choose(rest, k, v, call)
             # Decoding may be handed page summaries; longer calls derive their own pools.
-            parts.append(
-                backend.attend(rest, k, v, pattern, call.scale, bands=bands, summary=call.summary)
+            part = backend.attend(
+                rest, k, v, pattern, call.scale, bands=bands, summary=call.summary
             )
-            mode = "strict" if self._strict(call) else "shared"
-            stats = pattern_stats(self.name, name, mode, pattern, q_len, k_len, exact_rows)
-            stats = replace(stats, extra={"selector": self._selector.name})
-        if len(parts) == 1:
-            return AttentionResult(parts[0].out, parts[0].lse, stats)
-        out, lse = (torch.cat([p[i] for p in parts], 2) for i in range(2))
-        return AttentionResult(out, lse, stats)
+            extra["selector"] = self._selector.name
+            if self.min_coverage is not None:
+                short = self._short_blocks(rest, k, pattern, call)
+                part, more_keys = fill_densely(
+                    part, rest, k, v, pattern, call.scale, short.dense, backend
+                )
+                more_keys = tuple(keys + short.keys for keys in more_keys)
+                extra["guard"] = {
+                    "blocks": short.dense.numel(),
+                    "dense": int(short.dense.sum()),
+                    "lowest": short.lowest,
+                }
+            parts.append(part)
+        mode = "dense" if pattern is None else "strict" if self._strict(call) else "shared"
+        counted = pattern or full_pattern(k_len, k.shape[1], call.causal)
+        stats = pattern_stats(
+            self.name, name, mode, counted, q_len, k_len, exact_rows, more_keys=more_keys
+        )
+        if short is not None:
+            share = float(short.dense.float().mean()) * (q_len - exact_rows) / q_len
+            stats = replace(stats, dense_rows=stats.dense_rows + share)
+        out, lse = parts[0]
+        if len(parts) > 1:
+            out, lse = (torch.cat([p[i] for p in parts], 2) for i in range(2))
+        if self.collect:
+            dense = None if short is None else short.dense
+            mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense)
+            stats = replace(stats, captured=mass)
+        return AttentionResult(out, lse, replace(stats, extra=extra))
+
+    def _short_blocks(self, q: Tensor, k: Tensor, pattern: BlockPattern, call: Call) -> Short:
+        assert self.min_coverage is not None
+        if self._strict(call):
+            raise UnsupportedError(
+                problem(
+                    "MSSwift.min_coverage",
+                    expected="shared causality (the guard's probes are later rows of a block)",
+                    got="strict causality, the default while training",
+                    fix="Set min_coverage=None for training, or causality='shared'.",
+                )
+            )
+        return short_blocks(q, k, pattern, call.scale, self.min_coverage)
 
     @torch.no_grad()
     def _choose(
         self, q: Tensor, k: Tensor, v: Tensor, call: Call
     ) -> tuple[BlockPattern, Partial | None]:
         """The pattern of these queries, and the bands' result, which the choice needed anyway."""
-        _, backend = dispatch.resolve(call.backend, q.device)
+        _, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         bands = self.bands(q.shape[2], k.shape[1], call.causal)
         pattern = BlockPattern(
             causal=call.causal,
@@ -281,10 +289,11 @@ class MSSwift(Mechanism):
             pattern=pattern,
             band_lse=band_part.lse,
             sinks=self.sinks,
-            budget=self.key_tokens,
+            budget=self._budget,
             coverage=self.coverage,
             strict=strict,
             summary=call.summary,
+            best_blocks=getattr(backend, "best_blocks", None),
         )
         found: Selection = self._selector.select(request)
         since = found.visible_from
@@ -296,16 +305,15 @@ class MSSwift(Mechanism):
     def _sink_slots(self, pattern: BlockPattern, q_len: int, k: Tensor) -> Tensor:
         """Sinks outside each block's band, int32 ``[B, Hkv, N, sinks]``."""
         k_len = k.shape[2]
-        blocks = block_count(q_len, k_len, self.block)
-        runs: list[BlockRun] = list(block_runs(q_len, k_len, self.block, blocks))
-        edges = [band_edges(pattern, run, k_len) for run in runs]
-        start = torch.cat([e[0] for e in edges], 1)[..., None]
-        end = torch.cat([e[1] for e in edges], 1)[..., None]
+        start, end = block_edges(pattern, q_len, k_len)[..., None].unbind(-2)
         token = torch.arange(min(self.sinks, k_len), dtype=torch.int32, device="cpu")
         slots = torch.where((token < start) | (token >= end), token, EMPTY).to(torch.int32)
         return slots.to(k.device).expand(k.shape[0], -1, -1, -1)
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
+        by_head = _head_groups(self, k.shape[1])
+        if by_head:
+            return visible_by_head(by_head, q, k, call)
         q_len, k_len, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         seen = full_pattern(k_len, k.shape[1], call.causal).visible(q_len, k_len, groups, q.device)
@@ -315,8 +323,48 @@ class MSSwift(Mechanism):
         pattern, _ = self._choose(rest, k, k, call)
         part = pattern.visible(rest.shape[2], k_len, groups, q.device)
         seen = seen.expand(part.shape[0], -1, -1, -1)
+        if self.min_coverage is not None:
+            dense = self._short_blocks(rest, k, pattern, call).dense
+            position = torch.arange(k_len - rest.shape[2], k_len, device=q.device)
+            block = position // self.block - (k_len - rest.shape[2]) // self.block
+            whole = dense[:, :, block].repeat_interleave(groups, 1).unsqueeze(3)
+            seen = seen.expand(q.shape[0], -1, -1, -1)
+            part = torch.where(whole, seen[:, :, exact_rows:], part)
         return torch.cat([seen[:, :, :exact_rows], part], 2)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and value is not True and 0.0 < value <= 1.0
+@lru_cache(maxsize=1024)
+def _head_groups(mechanism: MSSwift, kv_heads: int) -> tuple[HeadGroup, ...]:
+    """Groups of KV heads that need calls of their own; none when all heads are alike."""
+    budgets = mechanism.key_tokens
+    if isinstance(budgets, int) and not mechanism.dense_heads:
+        return ()
+    if isinstance(budgets, int):
+        budgets = (budgets,) * kv_heads
+    if len(budgets) != kv_heads or any(head >= kv_heads for head in mechanism.dense_heads):
+        raise ConfigError(
+            problem(
+                "MSSwift.key_tokens, MSSwift.dense_heads",
+                expected=f"budgets and indices for {kv_heads} KV heads",
+                got=f"{len(budgets)} budgets, dense heads {mechanism.dense_heads}",
+                fix="Budgets belong to KV heads; a GQA group shares one.",
+            )
+        )
+    windows = mechanism.window_of_head(kv_heads)
+    groups: dict[int | None, list[int]] = {}
+    for head, budget in enumerate(budgets):
+        groups.setdefault(None if head in mechanism.dense_heads else budget, []).append(head)
+    return tuple(
+        HeadGroup(
+            tuple(heads),
+            Full()
+            if budget is None
+            else replace(
+                mechanism,
+                key_tokens=budget,
+                dense_heads=(),
+                scale_of_head=tuple(mechanism.windows.index(windows[h]) for h in heads),
+            ),
+        )
+        for budget, heads in groups.items()
+    )

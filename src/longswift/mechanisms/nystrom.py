@@ -64,7 +64,7 @@ class Nystrom(Mechanism):
             )
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, kernel="attend_landmarks")
         out = backend.attend_landmarks(
             q, k, v, landmarks=self.landmarks, scale=call.scale, iterations=self.iterations
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,7 +34,7 @@ class Patterned(Mechanism):
         return None
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         pattern = self.pattern(q_len, k_len, kv_heads, call.causal)
         out, lse = backend.attend(q, k, v, pattern, call.scale)
@@ -47,6 +46,9 @@ class Patterned(Mechanism):
             out, lse = out.index_copy(2, at, full.out), lse.index_copy(2, at, full.lse)
         stats = pattern_stats(self.name, name, self.mode, pattern, q_len, k_len, full_rows=rows)
         return AttentionResult(out, lse, stats)
+
+    def exact_part(self) -> Mechanism | None:
+        return self
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         pattern = self.pattern(q.shape[2], k.shape[2], k.shape[1], call.causal)
@@ -74,34 +76,35 @@ def keys_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
     """Keys each query scores: band, gathered and remainder columns.
 
     Returns:
-        fp64 ``[Lq]`` on CPU, the mean over batch rows and KV heads.
+        fp64 ``[Hkv, Lq]`` on CPU, the mean over batch rows.
     """
     position = torch.arange(k_len - q_len, k_len, device="cpu")
-    total = torch.zeros(q_len, dtype=torch.float64, device="cpu")
-    for band, heads in Counter(pattern.bands).items():
+    by_band = {}
+    for band in set(pattern.bands):
         first, last = band.bounds(position, k_len)
+        keys = torch.zeros(q_len, dtype=torch.float64, device="cpu")
         if pattern.pool is not None:
             outside = first if pattern.causal else first + (k_len - last)
-            total += outside / pattern.pool * heads
+            keys += outside / pattern.pool
         if band.reach is not None:
             first = torch.maximum(first, position - band.reach[0])
             last = torch.minimum(last, position + band.reach[1] + 1)
         if pattern.causal:
             last = torch.minimum(last, position + 1)
-        total += (last - first).clamp(min=0) * heads
-    total /= len(pattern.bands)
+        by_band[band] = keys + (last - first).clamp(min=0)
+    total = torch.stack([by_band[band] for band in pattern.bands])
     return total if pattern.tokens is None else total + _gathered_of_rows(pattern, q_len, k_len)
 
 
 def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
-    """Gathered tokens each query sees, fp64 ``[Lq]``, mean over batch rows and KV heads."""
+    """Gathered tokens each query sees, fp64 ``[Hkv, Lq]``, mean over batch rows."""
     assert pattern.tokens is not None
     offset, block = k_len - q_len, pattern.block
     index = torch.arange(offset // block, (k_len - 1) // block + 1, device="cpu")
     real = (pattern.tokens >= 0).cpu()
     if pattern.visible_from is None and pattern.visible_until is None:
         row_block = torch.arange(offset, k_len, device="cpu") // block - offset // block
-        return real.sum(3).double().mean((0, 1))[row_block]
+        return real.sum(3).double().mean(0)[:, row_block]
     first = (index * block).clamp(min=offset)[:, None].expand_as(real)
     end = (index * block + block).clamp(max=k_len)[:, None].expand_as(real)
     if pattern.visible_from is not None:
@@ -109,10 +112,12 @@ def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
     if pattern.visible_until is not None:
         end = torch.minimum(end, pattern.visible_until.cpu())
     shown = real & (first < end)
-    change = torch.zeros(q_len + 1, dtype=torch.float64, device="cpu")
+    heads = real.shape[1]
+    line = torch.arange(heads)[:, None, None].expand_as(real)[shown] * (q_len + 1) - offset
+    change = torch.zeros(heads * (q_len + 1), dtype=torch.float64, device="cpu")
     for edge, step in ((first[shown], 1.0), (end[shown], -1.0)):
-        change.index_add_(0, edge - offset, change.new_full(edge.shape, step))
-    return change.cumsum(0)[:q_len] / (real.shape[0] * real.shape[1])
+        change.index_add_(0, edge + line, change.new_full(edge.shape, step))
+    return change.view(heads, -1).cumsum(1)[:, :q_len] / real.shape[0]
 
 
 def pattern_stats(
@@ -124,6 +129,7 @@ def pattern_stats(
     k_len: int,
     exact_rows: int = 0,
     full_rows: Tensor | None = None,
+    more_keys: tuple[float, ...] = (),
 ) -> AttentionStats:
     """Statistics of one unpadded call.
 
@@ -136,24 +142,30 @@ def pattern_stats(
         k_len: Keys.
         exact_rows: Leading queries computed exactly.
         full_rows: Queries among the others that saw every key whatever the pattern says.
+        more_keys: Keys that each KV head scored beyond the pattern, per query it was made for.
     """
     rest = q_len - exact_rows
-    keys = torch.zeros(rest, dtype=torch.float64, device="cpu")
     dense = exact_rows
+    total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:
         keys = keys_of_rows(pattern, rest, k_len)
-    if full_rows is not None:
-        keys[full_rows] = k_len
-        dense += len(full_rows)
-    total = float(keys.sum())
+        if full_rows is not None:
+            keys[:, full_rows] = k_len
+            dense += len(full_rows)
+        total += keys.sum(1)
+    if more_keys:
+        total += rest * torch.tensor(more_keys, dtype=torch.float64, device="cpu")
     if exact_rows:
         last = k_len - rest if pattern.causal else k_len
         total += exact_rows * dense_keys(exact_rows, last, pattern.causal)
+    keys_per_query = total / q_len
+    by_head = keys_per_query / dense_keys(q_len, k_len, pattern.causal)
     return AttentionStats(
         mechanism=mechanism,
         backend=backend,
         mode=mode,
-        keys_per_query=total / q_len,
-        density=total / q_len / dense_keys(q_len, k_len, pattern.causal),
+        keys_per_query=float(keys_per_query.mean()),
+        density=float(by_head.mean()),
         dense_rows=1.0 if mode == "dense" else dense / q_len,
+        density_by_head=tuple(by_head.tolist()),
     )

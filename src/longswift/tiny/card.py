@@ -15,7 +15,7 @@ from longswift.tiny import corpus, tasks
 from longswift.tiny.tokenizer import END_ID
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["evaluate", "perplexity", "recall", "write"]
 
@@ -23,7 +23,7 @@ LENGTHS = (1024, 4096, 8192, 16384, 32768)
 _PERPLEXITY_WINDOW = 2048
 
 
-def _load(model_dir: str | Path) -> tuple[SmolLM3ForCausalLM, PreTrainedTokenizerFast]:
+def _load(model_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -35,7 +35,7 @@ def _plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def recall(
-    model: SmolLM3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     text: Sequence[int],
     length: int,
@@ -101,7 +101,7 @@ def recall(
     return found / asked
 
 
-def perplexity(model: SmolLM3ForCausalLM, ids: Sequence[int]) -> float:
+def perplexity(model: PreTrainedModel, ids: Sequence[int]) -> float:
     """Return the perplexity per token of ``ids`` [tokens], in windows read from their start."""
     import torch
 

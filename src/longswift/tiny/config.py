@@ -17,8 +17,10 @@ class Stage:
         batch: Tokens per step; a step has at least one sequence.
         rate: Learning rate at the start and the end, as a share of the peak.
         kind: What the rows hold. "mixed": half hide secrets, a third is text, a sixth repeats
-            passages; "keys": the same, but most secrets are packed, as many as fit with next to no
-            text between them; "dense": two of three hide secrets; "packed": five of six pack them.
+            passages. "sentences": the same, but most secrets are packed, as many as fit with next
+            to no text between them. "streams": a third states numbers and states some again, a
+            third hides secrets, half of them packed. "dense": two of three hide secrets. "packed":
+            five of six pack them. "texts": two of three are text, a third hides secrets.
     """
 
     length: int
@@ -44,6 +46,7 @@ class Config:
 
     Attributes:
         stages: Sequence lengths in the order of the run.
+        family: Architecture, see ``longswift.tiny.network.build``.
         vocab_size: Pieces of the tokenizer.
         layers: Decoder layers.
         hidden: Width of the residual stream.
@@ -65,14 +68,21 @@ class Config:
 
     stages: tuple[Stage, ...] = field(
         default=(
-            Stage(length=192, tokens=700 * 6144, batch=6144, kind="keys"),
-            Stage(length=384, tokens=900 * 6144, batch=6144, kind="keys"),
-            Stage(length=768, tokens=700 * 6144, batch=6144, kind="keys"),
-            Stage(length=2048, tokens=500 * 8192, batch=8192, rate=(1.0, 0.7)),
-            Stage(length=8192, tokens=200 * 16384, batch=16384, rate=(0.7, 0.35)),
-            Stage(length=16384, tokens=100 * 16384, batch=16384, rate=(0.35, 0.05)),
+            Stage(length=192, tokens=700 * 6144, batch=6144, kind="sentences"),
+            Stage(length=384, tokens=748 * 6144, batch=6144, kind="sentences"),
+            # Words are told apart within some hundred steps of this, and not before.
+            Stage(length=192, tokens=300 * 6144, batch=6144, kind="streams"),
+            Stage(length=384, tokens=300 * 6144, batch=6144, kind="streams"),
+            Stage(length=768, tokens=400 * 6144, batch=6144, kind="streams"),
+            Stage(length=2048, tokens=400 * 8192, batch=8192, rate=(1.0, 0.7)),
+            Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.7, 0.35)),
+            Stage(length=16384, tokens=80 * 16384, batch=16384, rate=(0.35, 0.15)),
+            Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.15, 0.02)),
+            # Far text disturbs the prediction of text until long texts have been read for a while.
+            Stage(length=16384, tokens=110 * 16384, batch=16384, rate=(0.35, 0.02), kind="texts"),
         )
     )
+    family: str = "smollm3"
     vocab_size: int = 2048
     layers: int = 4
     hidden: int = 192

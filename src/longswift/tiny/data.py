@@ -238,12 +238,46 @@ def _secret_row(
     return row.close(size)
 
 
+def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """State numbers of words one after another, and state some of them again.
+
+    The densest exercise in telling words apart: every repeated statement is a question, at first
+    with few words to choose among. Short forms leave out the first words of the sentence.
+    """
+    row, parts = _Row(rng), pool.parts
+    with_stem, pieces = rng.random() < 0.4, int(rng.integers(1, 5))
+    digits, again = int(rng.integers(1, tasks.DIGITS + 1)), rng.uniform(0.4, 0.75)
+    weights: np.ndarray = np.full(digits, 1.0, dtype=np.float32)
+    weights[0] = ANSWER_WEIGHT
+    known: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(row) < size:
+        asked = bool(known) and rng.random() < again
+        if asked:
+            word, number = known[int(rng.integers(len(known)))]
+        else:
+            if rng.random() < 0.5:
+                word = rng.integers(_FIRST_FREE, pool.vocab_size, pieces, dtype=np.int32)
+            else:
+                word = pool.words[int(rng.integers(len(pool.words)))]
+            number = pool.digits[rng.integers(0, 10, digits)]
+            known.append((word, number))
+        if with_stem:
+            row.add(parts["stem"], 0.0)
+        for ids in (word, parts["is"], parts["space"]):
+            row.add(ids, 0.0)
+        row.add(number, weights if asked else 0.0)
+        row.add(parts["stop"], QUESTION_WEIGHT)
+    return row.close(size)
+
+
 def _makers(kind: str) -> tuple[_Maker, ...]:
     packed: _Maker = partial(_secret_row, packed=True)
     kinds: dict[str, tuple[_Maker, ...]] = {
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
-        "keys": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
+        "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
+        "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
+        "texts": (_text_row, _secret_row, _text_row),
         "packed": (packed, _text_row, packed, packed, packed, packed),
     }
     if kind not in kinds:
@@ -262,7 +296,7 @@ def make_batch(
         length: Tokens predicted per sequence.
         seed: Seed of the whole run.
         step: Number of the step.
-        kind: "mixed", "keys", "dense" or "packed", see :class:`longswift.tiny.config.Stage`.
+        kind: What the rows hold, see :class:`longswift.tiny.config.Stage`.
     """
     rng = np.random.default_rng([seed, step])
     ids: np.ndarray = np.full((rows, length + 1), END_ID, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The tiny model's shape, and a training forward whose window costs only the window."""
+"""The shapes of the recipe's models, and a training forward whose window costs only the window."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from longswift.tiny.tokenizer import END_ID, PAD_ID
 
 if TYPE_CHECKING:
-    from transformers import SmolLM3ForCausalLM
+    from transformers import PreTrainedModel
 
-__all__ = ["build", "hidden_states", "window_attention"]
+__all__ = ["FAMILIES", "build", "hidden_states", "window_attention"]
 
+FAMILIES = ("smollm3", "llama")
 MAX_POSITIONS = 1 << 22
 
 
 def build(
     *,
+    family: str = "smollm3",
     vocab_size: int,
     layers: int,
     hidden: int,
@@ -26,44 +28,50 @@ def build(
     kv_heads: int,
     feed_forward: int,
     window: int,
+    positions: int = MAX_POSITIONS,
     seed: int,
-) -> SmolLM3ForCausalLM:
-    """Create the untrained model: windows with positions and full layers without, in turn.
+) -> PreTrainedModel:
+    """Create an untrained model.
+
+    ``"smollm3"``: windows with positions and full layers without, in turn, so that nothing ends at
+    the trained length. ``"llama"``: every layer is full and rotary, as in most models people have;
+    longer texts than it was trained on need ``longswift.hf.extend``.
 
     Args:
+        family: ``"smollm3"`` or ``"llama"``.
         vocab_size: Rows of the embedding.
-        layers: Decoder layers; even ones slide, odd ones see everything and know no positions.
+        layers: Decoder layers; in ``"smollm3"`` even ones slide, odd ones see everything and know
+            no positions.
         hidden: Width of the residual stream.
         heads: Query heads.
         kv_heads: Key and value heads.
         feed_forward: Width of the feed-forward layers.
         window: Tokens that a sliding layer sees, the current one included.
+        positions: Longest sequence the configuration states.
         seed: Seed of the weights.
 
     Raises:
-        ValueError: If the widths do not divide.
+        ValueError: If the family is unknown or the widths do not divide.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"expected a family among {FAMILIES}, got {family!r}; use one of those")
     if hidden % heads or heads % kv_heads:
         raise ValueError(
             f"expected hidden % heads == 0 and heads % kv_heads == 0, got hidden={hidden}, "
             f"heads={heads}, kv_heads={kv_heads}; choose widths that divide"
         )
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
-    config = SmolLM3Config(
+    shape = dict(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=MAX_POSITIONS,
-        # Positions matter only inside the window, so a small base spends all frequencies on it.
+        max_position_embeddings=positions,
+        # Long texts come by extension, so a small base spends all frequencies on the trained ones.
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        use_sliding_window=True,
-        sliding_window=window,
-        no_rope_layers=[1 - i % 2 for i in range(layers)],
-        layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
         initializer_range=0.06,
         tie_word_embeddings=False,
         bos_token_id=END_ID,
@@ -72,7 +80,18 @@ def build(
         attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
-    model = SmolLM3ForCausalLM(config)
+    model: PreTrainedModel
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        config = SmolLM3Config(
+            use_sliding_window=True,
+            sliding_window=window,
+            no_rope_layers=[1 - i % 2 for i in range(layers)],
+            layer_types=[("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+            **shape,
+        )
+        model = SmolLM3ForCausalLM(config)
     with torch.no_grad():
         # A head near zero starts at the uniform guess instead of unlearning random logits.
         model.lm_head.weight.mul_(0.3)
@@ -124,7 +143,7 @@ def _rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def hidden_states(
-    model: SmolLM3ForCausalLM, ids: torch.Tensor, kept: torch.Tensor | None = None
+    model: PreTrainedModel, ids: torch.Tensor, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Run the decoder as its own forward would, without the quadratic mask of the windows.
 
@@ -137,9 +156,11 @@ def hidden_states(
     Returns:
         The final states ``[rows, length or kept, hidden]``.
     """
-    from transformers.models.smollm3.modeling_smollm3 import apply_rotary_pos_emb
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     config = model.config
+    rotated = getattr(config, "no_rope_layers", [1] * config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     groups = config.num_attention_heads // config.num_key_value_heads
     dim = config.hidden_size // config.num_attention_heads
 
@@ -153,14 +174,17 @@ def hidden_states(
         y = _rms(x, layer.input_layernorm)
         k, v = split(attention.k_proj(y)), split(attention.v_proj(y))
         mask = None
+        at_queries = rotary
         if kept is not None and i == config.num_hidden_layers - 1:
             x, y = x[:, kept], y[:, kept]
+            at_queries = tuple(t[:, kept] for t in rotary)
             mask = torch.arange(ids.shape[1], device=ids.device) <= kept[:, None]
         q = split(attention.q_proj(y))
-        if config.no_rope_layers[i]:
-            q, k = apply_rotary_pos_emb(q, k, *rotary)
+        if rotated[i]:
+            q, _ = apply_rotary_pos_emb(q, q, *at_queries)
+            k, _ = apply_rotary_pos_emb(k, k, *rotary)
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        if config.layer_types[i] == "sliding_attention":
+        if kinds[i] == "sliding_attention":
             out = window_attention(q, k, v, config.sliding_window)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

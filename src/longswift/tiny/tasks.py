@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
-__all__ = ["DIGITS", "Hidden", "hide_secrets", "made_up_word", "question", "statement"]
+__all__ = ["DIGITS", "Hidden", "hide_secrets", "insert", "made_up_word", "question", "statement"]
 
 DIGITS = 5
 
@@ -128,14 +128,8 @@ def hide_secrets(
     if isinstance(document, str):
         # A sentence begins at the next space, so that no word of the document is cut.
         places = [_next_space(document, p) for p in places]
-    pieces: list[Any] = []
-    last = 0
-    for i in sorted(range(n), key=lambda i: places[i]):
-        sentence = statement(words[i], numbers[i])
-        pieces += [document[last : places[i]], sentence if encode is None else encode(sentence)]
-        last = places[i]
-    pieces.append(document[last:])
-    whole: Any = "".join(pieces) if isinstance(document, str) else [t for p in pieces for t in p]
+    sentences = [statement(*pair) for pair in zip(words, numbers, strict=True)]
+    whole = insert(document, sentences if encode is None else map(encode, sentences), places)
 
     order = list(range(n))
     rng.shuffle(order)
@@ -146,6 +140,22 @@ def hide_secrets(
         answers=tuple(numbers[i] for i in order),
         depths=tuple(places[i] / max(size, 1) for i in order),
     )
+
+
+def insert(document: Any, pieces: Iterable[Any], places: Sequence[int]) -> Any:
+    """Return a document with a piece at each place, counted before anything was inserted.
+
+    Args:
+        document: Text, or token ids.
+        pieces: Texts, or lists of token ids; at equal places they keep their order.
+        places: One index into ``document`` per piece.
+    """
+    parts, last = [], 0
+    for place, piece in sorted(zip(places, pieces, strict=True), key=lambda pair: pair[0]):
+        parts += [document[last:place], piece]
+        last = place
+    parts.append(document[last:])
+    return "".join(parts) if isinstance(document, str) else [t for part in parts for t in part]
 
 
 def _next_space(text: str, start: int) -> int:

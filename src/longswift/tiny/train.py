@@ -19,7 +19,7 @@ from longswift.tiny.config import Config, Stage
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["export", "load_checkpoint", "train"]
 
@@ -52,7 +52,7 @@ def _prepare(out: Path, config: Config) -> tuple[PreTrainedTokenizerFast, data.P
     return tokenizer, pool
 
 
-def _gradients(model: SmolLM3ForCausalLM, batch: data.Batch) -> dict[str, float]:
+def _gradients(model: PreTrainedModel, batch: data.Batch) -> dict[str, float]:
     """Add a batch's gradients to the model's, and return what the log tells about it."""
     import torch
 
@@ -104,7 +104,7 @@ def _keep_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def _optimizers(model: SmolLM3ForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, config: Config) -> list[torch.optim.Optimizer]:
     import torch
 
     from longswift.tiny.optim import Muon
@@ -126,10 +126,14 @@ def load_checkpoint(out_dir: str | Path) -> dict[str, Any] | None:
     return torch.load(file, weights_only=True) if file.exists() else None
 
 
-def _model(config: Config) -> SmolLM3ForCausalLM:
-    from longswift.tiny.network import build
+def _model(config: Config) -> PreTrainedModel:
+    from longswift.tiny.network import MAX_POSITIONS, build
 
+    # Only the windowed family reads beyond what it was trained on as it is.
+    rotary_only = config.family == "llama"
     return build(
+        family=config.family,
+        positions=max(s.length for s in config.stages) if rotary_only else MAX_POSITIONS,
         vocab_size=config.vocab_size,
         layers=config.layers,
         hidden=config.hidden,

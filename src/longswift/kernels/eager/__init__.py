@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.eager import band_gradients
 from longswift.kernels.eager import bands as band_kernel
 from longswift.kernels.eager.exponential import attend_exponential
 from longswift.kernels.eager.gathered import Gathered
@@ -26,6 +30,8 @@ __all__ = [
     "attend_linear",
     "verify",
 ]
+
+Index = tuple[slice, slice]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -118,9 +124,54 @@ class _Attend(torch.autograd.Function):
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        grads = (d_q, d_k, d_v)
-        with torch.autocast(q.device.type, enabled=False):
-            band_kernel.backward(q, k, v, pattern, scale, lse, delta, d_out, grads)
-            if pattern.tokens is not None or pattern.pool is not None:
-                Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
+
+        def add(rows: Index, keys: Index, own: BlockPattern) -> None:
+            qkv = q[rows], k[keys], v[keys]
+            grads = d_q[rows], d_k[keys], d_v[keys]
+            given = lse[rows], delta[rows], d_out[rows]
+            with torch.autocast(q.device.type, enabled=False):
+                band_gradients.add(*qkv, own, scale, *given, grads)
+                if own.tokens is not None or own.pool is not None:
+                    Gathered(*qkv, own, scale).backward(*given, grads)
+
+        if q.device.type != "cpu":
+            everything = slice(None), slice(None)
+            add(everything, everything, pattern)
+        else:
+            # KV heads share nothing: threads need no locks, and sums keep their order.
+            for_each(
+                list(_heads(pattern, k.shape[0], q.shape[1] // k.shape[1])),
+                lambda: None,
+                lambda head, _: add(*head),
+                q.device,
+                least=1,
+            )
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+
+
+def _heads(
+    pattern: BlockPattern, batch: int, groups: int
+) -> Iterator[tuple[Index, Index, BlockPattern]]:
+    """For each batch row and KV head: where its queries and keys lie, and its pattern."""
+    for b in range(batch):
+        for head in range(len(pattern.bands)):
+            row = slice(b, b + 1)
+            queries = row, slice(head * groups, (head + 1) * groups)
+            yield queries, (row, slice(head, head + 1)), _pattern_of_head(pattern, b, head)
+
+
+def _pattern_of_head(pattern: BlockPattern, b: int, head: int) -> BlockPattern:
+    """The pattern of one batch row and KV head alone."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return x[b if x.shape[0] > 1 else 0, head][None, None]
+
+    return replace(
+        pattern,
+        bands=(pattern.bands[head],),
+        tokens=own(pattern.tokens),
+        visible_from=own(pattern.visible_from),
+        visible_until=own(pattern.visible_until),
+    )

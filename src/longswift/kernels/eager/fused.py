@@ -1,104 +1,72 @@
-"""Attention of small dense rectangles, through torch's fused CPU kernel where it applies."""
+"""Attention of dense rectangles through torch's fused CPU kernel."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 
-from longswift.core.softmax import accumulator_dtype, merge, softmax_partial
+from longswift.core.pattern import Band
+from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import Partial
-
-# Score elements held at once by the unfused path: 16 MiB in fp32.
-_SCORES = 1 << 22
-_KEYS = 2048
+from longswift.kernels.eager.jobs import Job, allowed_mask
 
 
-@functools.cache
-def low_precision_is_fast() -> bool:
-    """Whether this CPU multiplies 16-bit numbers faster than fp32 (AMX); otherwise we widen."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe and probe())
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype in which ``x`` is multiplied: its own, or fp32 where low precision is the slow path."""
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        return x.dtype if low_precision_is_fast() else torch.float32
-    return x.dtype
-
-
-def rectangle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    allowed: Tensor | None = None,
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, job: Job, band: Band, causal: bool, scale: float
 ) -> Partial:
-    """Softmax attention of ``q [N, H, L, D]`` over ``k, v [N, H, K, *]``; not differentiable.
+    """Softmax attention of one job's tiles; not differentiable.
 
     Args:
-        q: Queries; any strides with a contiguous last dimension, as for k and v.
-        k: Keys.
-        v: Values.
+        q: ``[N, H, rows, D]``, any strides with a contiguous last dimension, as for k and v.
+        k: ``[N, H or 1, width, D]``.
+        v: ``[N, H or 1, width, D]``.
+        job: The rectangles.
+        band: The band they belong to.
+        causal: Whether keys after the query are hidden.
         scale: Factor on the scores.
-        causal: ``L == K`` and query i sees keys ``<= i``.
-        allowed: bool ``[L, K]``, the same for every batch entry and head.
 
     Returns:
-        ``out [N, H, L, Dv]``, ``lse [N, H, L]``, both in the accumulator dtype.
+        ``out [N, H, rows, D]``, ``lse [N, H, rows]``, both in the accumulator dtype.
     """
-    acc = accumulator_dtype(q.dtype)
-    if q.numel() == 0 or k.numel() == 0:
-        # The fused kernel divides by these extents.
-        lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
-        return Partial(lse.new_zeros(*q.shape[:3], v.shape[3]), lse)
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     if scale <= 0.0:
         # The fused kernel hides scores before it scales them.
         q, scale = (q * -1.0, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
-    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        mask = None
-        if allowed is not None:
-            mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
-            mask.masked_fill_(~allowed, float("-inf"))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    if causal and band.reach is None and job.width - job.shift == job.rows:
+        # The fused kernel skips the upper triangle of a square, not of a rectangle.
+        if job.shift == 0:
+            return _call(q, k, v, scale, causal=True)
+        (k_before, k_own), (v_before, v_own) = (
+            (x[:, :, : job.shift], x[:, :, job.shift :]) for x in (k, v)
         )
-        out, lse = out.to(acc), lse.to(acc)
-        if allowed is not None:
-            empty = ~allowed.any(-1)
-            if empty.any():
-                out = out.masked_fill(empty[:, None], 0.0)
-                lse = lse.masked_fill(empty, float("-inf"))
-        return Partial(out, lse)
-    return _unfused(q, k, v, scale, causal, allowed)
+        own = _call(q, k_own, v_own, scale, causal=True)
+        return merge(own, _call(q, k_before, v_before, scale))
+    return _call(q, k, v, scale, allowed=allowed_mask(job, band, causal, q.device))
 
 
-def _unfused(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, allowed: Tensor | None
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    allowed: Tensor | None = None,
 ) -> Partial:
-    """The same in plain torch, a slice of rows and keys at a time."""
+    """``allowed`` is bool ``[rows, width]``."""
     acc = accumulator_dtype(q.dtype)
-    batch, heads, rows, _ = q.shape
-    step = max(1, _SCORES // max(1, batch * heads * min(k.shape[2], _KEYS)))
-    parts = []
-    for row in range(0, rows, step):
-        q_rows = q[:, :, row : row + step].to(acc) * scale
-        pieces = []
-        for key in range(0, min(k.shape[2], row + step) if causal else k.shape[2], _KEYS):
-            scores = q_rows @ k[:, :, key : key + _KEYS].to(acc).transpose(-1, -2)
-            if causal:
-                position = torch.arange(row, row + q_rows.shape[2], device=q.device)
-                ahead = (
-                    torch.arange(key, key + scores.shape[3], device=q.device) > position[:, None]
-                )
-                scores = scores.masked_fill(ahead, float("-inf"))
-            if allowed is not None:
-                hidden = ~allowed[row : row + step, key : key + _KEYS]
-                scores = scores.masked_fill(hidden, float("-inf"))
-            pieces.append(softmax_partial(scores, v[:, :, key : key + _KEYS].to(acc)))
-        parts.append(merge(*pieces))
-    return Partial(torch.cat([p.out for p in parts], 2), torch.cat([p.lse for p in parts], 2))
+    mask = None
+    if allowed is not None:
+        mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+        mask.masked_fill_(~allowed, float("-inf"))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    out, lse = out.to(acc), lse.to(acc)
+    if allowed is not None:
+        empty = ~allowed.any(-1)
+        if empty.any():
+            out = out.masked_fill(empty[:, None], 0.0)
+            lse = lse.masked_fill(empty, float("-inf"))
+    return Partial(out, lse)

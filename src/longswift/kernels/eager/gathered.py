@@ -15,12 +15,14 @@ from longswift.core.blocks import (
 )
 from longswift.core.parallel import for_each
 from longswift.core.pools import Pools
+from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import safe_exp_difference
 from longswift.core.types import Partial
 from longswift.kernels.eager.steps import HIDDEN, Step, StepTable
+from longswift.kernels.eager.unfused import softmax_, weigh
 
 # Bytes of scores a thread holds per step.
-_STEP_BYTES = 8 << 20
+_STEP_BYTES = 2 << 20
 
 
 class Gathered(StepTable):
@@ -72,7 +74,7 @@ class Gathered(StepTable):
         attend = self._attend_by_row if by_row else self._attend
 
         def merge(run: BlockRun, space: Workspace) -> None:
-            out, lse = attend(self.load(run, space), space)
+            out, lse = attend(self.load(run, space, widen=by_row), space)
             shape = (self.k.shape[0], kv_heads, run.count, out.shape[1])
             out = unstack_queries(out.view(*shape, -1), run, self.q.shape[1])
             lse = unstack_queries(lse.view(shape), run, self.q.shape[1])
@@ -88,39 +90,39 @@ class Gathered(StepTable):
 
     def _attend(self, step: Step, space: Workspace) -> Partial:
         """Remainder columns as explicit mean keys and values beside the gathered tokens."""
-        problems, rows = step.q.shape[:2]
-        tokens = step.k.shape[1]
-        mean_k = mean_v = None
-        width = tokens
-        if step.count is not None:
-            mean_k, mean_v = (self._means(step, sums, space) for sums in ("k", "v"))
-            width += step.count.shape[2]
-        scores = space.get("scores", (problems, rows, width), self.acc)
-        torch.bmm(step.q, step.k.transpose(1, 2), out=scores[..., :tokens])
+        problems, tokens, dim = step.k.shape
+        width = tokens + (0 if step.count is None else step.count.shape[2])
+        keys = space.get("keys", (problems, width, dim), self.acc)
+        values = space.get("values", (problems, width, step.v.shape[2]), factor_dtype(step.v))
+        keys[:, :tokens] = step.k
+        values[:, :tokens] = step.v
+        bias = torch.zeros(problems, 1, width, dtype=self.acc, device=keys.device)
         if not step.complete:
-            scores[..., :tokens].masked_fill_(~step.shown, HIDDEN)
-        if mean_k is not None and step.count is not None:
-            torch.bmm(step.q, mean_k.transpose(1, 2), out=scores[..., tokens:])
-            scores[..., tokens:] += step.count.log()
-        top = scores.amax(2)
-        torch.softmax(scores, 2, out=scores)
-        nothing = top == HIDDEN
-        lse = top - scores.amax(2).log_()
-        if bool(nothing.any()):
-            scores.masked_fill_(nothing.unsqueeze(2), 0.0)
-            lse.masked_fill_(nothing, HIDDEN)
-        out = torch.bmm(scores[..., :tokens], step.v)
-        if mean_v is not None:
-            out.baddbmm_(scores[..., tokens:], mean_v)
-        return Partial(out, lse)
+            bias[..., :tokens].masked_fill_(~step.shown, HIDDEN)
+        if step.count is not None:
+            keys[:, tokens:] = self._means(step, keys[:, :tokens], "k", space)
+            values[:, tokens:] = self._means(step, step.v.to(self.acc), "v", space)
+            bias[..., tokens:] = step.count.log()
+        first = 0 if not step.complete else tokens
+        scores = space.get("scores", (problems, step.q.shape[1], width), self.acc)
+        bmm(step.q, keys.transpose(1, 2), out=scores)
+        scores[..., first:] += bias[..., first:]
+        lse = softmax_(scores)
+        return Partial(weigh(scores, values, space), lse)
 
-    def _means(self, step: Step, sums: str, space: Workspace) -> Tensor:
-        """Mean key or value of what each column stands for, ``[Z, P + 2, *]``."""
+    def _means(self, step: Step, gathered: Tensor, sums: str, space: Workspace) -> Tensor:
+        """Mean key or value of what each column stands for, ``[Z, P + 2, *]``.
+
+        Args:
+            step: The run, every row of a block shown the same.
+            gathered: ``[Z, C, *]`` in the accumulator dtype.
+            sums: ``"k"`` or ``"v"``.
+            space: Buffers.
+        """
         assert self.pools is not None and step.columns is not None
         assert step.column_of is not None and step.count is not None
         whole = self.pools.k_sum if sums == "k" else self.pools.v_sum
         cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
-        gathered = step.k if sums == "k" else step.v
         if not step.complete:
             gathered = gathered * step.shown.transpose(1, 2)
         problems, columns = step.count.shape[0], step.count.shape[2]
@@ -134,19 +136,14 @@ class Gathered(StepTable):
         means.view(-1, dim).index_add_(0, flat, gathered.reshape(-1, dim), alpha=-1)
         return means.div_(step.count.transpose(1, 2).clamp(min=1.0))
 
-    def _attend_by_row(self, step: Step, space: Workspace) -> Partial:
+    def _attend_by_row(self, step: Step, _: Workspace) -> Partial:
         """Remainder columns through products and a scatter, as each row has its own."""
         token_scores, column_scores = self.scores(step)
         width = token_scores.shape[2]
         scores = token_scores
         if column_scores is not None:
             scores = torch.cat([token_scores, column_scores], 2)
-        top = scores.amax(2, keepdim=True)
-        nothing = top == HIDDEN
-        scores = scores.sub_(top.masked_fill(nothing, 0.0)).exp_()
-        mass = scores.sum(2, keepdim=True)
-        lse = (mass.log() + top).squeeze(2)
-        scores.div_(mass.masked_fill_(nothing, 1.0))
+        lse = softmax_(scores)
         column_weights = None if column_scores is None else scores[..., width:]
         tokens, columns = self.weights(step, scores[..., :width], column_weights)
         return Partial(self.combine(step, tokens, columns, step.v, "v"), lse)
@@ -192,7 +189,7 @@ class Gathered(StepTable):
         lse, delta, d_out = rows_of
         token_scores, column_scores = self.scores(step)
         probs = token_scores.sub_(lse).exp_()
-        d_probs = torch.bmm(d_out, step.v.transpose(1, 2))
+        d_probs = bmm(d_out, step.v.transpose(1, 2))
         column_probs = d_columns = None
         if column_scores is not None:
             column_probs = column_scores.sub_(lse).exp_()
@@ -200,8 +197,8 @@ class Gathered(StepTable):
         d_scores = d_probs.sub_(delta).mul_(probs)
         tokens, columns = self.weights(step, probs, column_probs)
         d_tokens, d_sums = self.weights(step, d_scores, d_columns)
-        self._add_rows(d_v, step.tokens, torch.bmm(tokens.transpose(1, 2), d_out))
-        self._add_rows(d_k, step.tokens, torch.bmm(d_tokens.transpose(1, 2), step.q))
+        self._add_rows(d_v, step.tokens, bmm(tokens.transpose(1, 2), d_out))
+        self._add_rows(d_k, step.tokens, bmm(d_tokens.transpose(1, 2), step.q))
         if pool_grads is not None and columns is not None and d_sums is not None:
             self._add_pools(step, columns, d_out, pool_grads[1], pool_grads[3])
             self._add_pools(step, d_sums, step.q, pool_grads[0], pool_grads[2])
@@ -238,5 +235,6 @@ def _spread(whole: Tensor, grains: Tensor, target: Tensor, pools: Pools | None) 
     """Every token receives the gradient of its pool's sum and of its grain's."""
     assert pools is not None
     per_grain = whole.repeat_interleave(pools.size // pools.grain, 2)[:, :, : grains.shape[2]]
-    per_grain = per_grain + grains
-    target += per_grain.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    grains[:, :, : per_grain.shape[2]] += per_grain
+    per_token = grains.repeat_interleave(pools.grain, 2)[:, :, : target.shape[2]]
+    target[:, :, : per_token.shape[2]] += per_token

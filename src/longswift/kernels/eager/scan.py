@@ -14,7 +14,7 @@ from longswift.core.blocks import block_runs
 from longswift.core.softmax import accumulator_dtype
 
 # Bytes one run may hold.
-_RUN_BYTES = 8 << 20
+_RUN_BYTES = 4 << 20
 
 
 class Piece(NamedTuple):
@@ -153,7 +153,8 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         out, normaliser, last, ctx.done = _forward(step, pieces, q, k, v, state)
         ctx.step = step
-        ctx.save_for_backward(q, k, v)
+        # The state is kept with its runs, and here to notice when it is changed in place.
+        ctx.save_for_backward(q, k, v, *state)
         # An output must not be an input.
         return (
             out,
@@ -165,7 +166,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_out, d_normaliser, *d_state = grad_outputs
-        q, k, v = ctx.saved_tensors
+        q, k, v, *_ = ctx.saved_tensors
         d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             for piece, state in reversed(ctx.done):

@@ -18,12 +18,13 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.pools import (
     PoolColumns,
     Pools,
-    band_edges,
+    block_edges,
     build_pools,
     pool_columns,
     token_columns,
 )
-from longswift.core.softmax import accumulator_dtype
+from longswift.core.products import bmm
+from longswift.core.softmax import accumulator_dtype, hide_
 from longswift.core.summary import KeySummary
 
 HIDDEN = float("-inf")
@@ -37,8 +38,8 @@ class Step(NamedTuple):
     shown: Tensor  # [Z, R or 1, C]
     complete: bool  # every slot is shown to every row
     q: Tensor  # [Z, R, D], scaled
-    k: Tensor  # [Z, C, D]
-    v: Tensor  # [Z, C, Dv]
+    k: Tensor  # [Z, C, D], in the dtype of the input if not widened
+    v: Tensor  # [Z, C, Dv], likewise
     columns: PoolColumns | None
     column_of: Tensor | None  # [Z, 1, C]
     count: Tensor | None  # type: ignore[assignment]  # [Z, R or 1, P + 2]
@@ -60,13 +61,17 @@ class StepTable:
         self.acc = accumulator_dtype(q.dtype)
         self._keys, self._values = TokenTable(k), TokenTable(v)
         self.pools: Pools | None = None
+        self._columns: PoolColumns | None = None
         if pattern.pool is not None:
             self.pools = build_pools(k, v, pattern, summary)
+            self._edges = block_edges(pattern, q.shape[2], k.shape[2])
+            self._columns = pool_columns(self.pools, pattern.causal, self._edges)
 
-    def load(self, run: BlockRun, space: Workspace) -> Step:
-        """Gather what one run needs."""
+    def load(self, run: BlockRun, space: Workspace, widen: bool = True) -> Step:
+        """Gather what one run needs, keys and values in the accumulator dtype if ``widen``."""
         pattern, (batch, kv_heads) = self.pattern, self.k.shape[:2]
-        q = stack_queries(self.q, run, kv_heads).flatten(0, 2).to(self.acc).mul(self.scale)
+        q = stack_queries(self.q, run, kv_heads).flatten(0, 2)
+        q = space.get("queries", tuple(q.shape), self.acc).copy_(q).mul_(self.scale)
         problems = batch * kv_heads * run.count
         if pattern.tokens is None:
             slots = torch.empty(
@@ -97,10 +102,12 @@ class StepTable:
         complete = bool(shown.all())
         k = self._gather(self._keys, "k", tokens, space)
         v = self._gather(self._values, "v", tokens, space)
-        if self.pools is None:
+        if widen:
+            k, v = k.to(self.acc), v.to(self.acc)
+        if self.pools is None or self._columns is None:
             return Step(run, tokens, shown, complete, q, k, v, None, None, None)
-        columns = pool_columns(self.pools, pattern, run)
-        edges = torch.stack(band_edges(pattern, run, self.k.shape[2]), -1).to(self.q.device)
+        columns = self._columns.of(run)
+        edges = self._edges[:, run.first : run.first + run.count].to(self.q.device)
         column_of = token_columns(tokens, columns, self.pools, edges).view(problems, 1, -1)
         count = columns.count.expand(batch, -1, -1, -1, -1).flatten(0, 2)
         taken = torch.zeros(
@@ -113,7 +120,7 @@ class StepTable:
     def _gather(self, table: TokenTable, name: str, tokens: Tensor, space: Workspace) -> Tensor:
         dim = (self.k if name == "k" else self.v).shape[3]
         out = space.get(name, (*tokens.shape, dim), self.q.dtype)
-        return table.gather(tokens, out).flatten(0, 2).to(self.acc)
+        return table.gather(tokens, out).flatten(0, 2)
 
     def products(self, step: Step, rows: Tensor, tokens: Tensor, sums: str) -> Tensor:
         """Products of ``rows [Z, R, *]`` with each column's ungathered sum over its count.
@@ -132,14 +139,16 @@ class StepTable:
         stacked = rows.reshape(batch, kv_heads, -1, rows.shape[2])
         total = torch.cat(
             [
-                (stacked @ whole.transpose(2, 3)).view(*rows.shape[:2], whole.shape[2]),
+                bmm(stacked.flatten(0, 1), whole.flatten(0, 1).transpose(1, 2)).view(
+                    *rows.shape[:2], whole.shape[2]
+                ),
                 rows @ cut.flatten(0, 2).transpose(1, 2),
             ],
             -1,
         )
         assert step.column_of is not None
         total.scatter_add_(
-            2, step.column_of.expand_as(tokens), tokens.masked_fill(~step.shown, 0.0).neg_()
+            2, step.column_of.expand_as(tokens), tokens * step.shown.to(self.acc).neg_()
         )
         return total.div_(step.count.clamp(min=1.0))
 
@@ -155,27 +164,28 @@ class StepTable:
             return token_part, None
         per_sum = column_part / step.count.clamp(min=1.0)
         taken_back = per_sum.gather(2, step.column_of.expand_as(token_part))
-        return token_part - taken_back.masked_fill_(~step.shown, 0.0), per_sum
+        return token_part - taken_back.mul_(step.shown.to(self.acc)), per_sum
 
     def combine(
         self, step: Step, tokens: Tensor, columns: Tensor | None, values: Tensor, sums: str
     ) -> Tensor:
         """``tokens @ values + columns @ sums``, ``[Z, R, *]``."""
-        result = torch.bmm(tokens, values)
+        result = bmm(tokens, values)
         if columns is None or step.columns is None or self.pools is None:
             return result
         whole = self.pools.k_sum if sums == "k" else self.pools.v_sum
         cut = step.columns.cut_k if sums == "k" else step.columns.cut_v
         pools = step.columns.pools
         stacked = columns[..., :pools].reshape(*whole.shape[:2], self.rows(step), pools)
-        result += (stacked @ whole[:, :, :pools]).view_as(result)
+        whole = whole[:, :, :pools].flatten(0, 1)
+        result += bmm(stacked.flatten(0, 1), whole).view_as(result)
         return result.baddbmm_(columns[..., pools:], cut.flatten(0, 2))
 
     def scores(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Scores of tokens ``[Z, R, C]`` and of remainder columns ``[Z, R, P + 2]``."""
-        token_scores = torch.bmm(step.q, step.k.transpose(1, 2))
+        token_scores = bmm(step.q, step.k.transpose(1, 2))
         column_scores = None
         if step.count is not None:
             column_scores = self.products(step, step.q, token_scores, "k")
             column_scores.add_(step.count.clamp(min=0.0).log())
-        return token_scores.masked_fill_(~step.shown, HIDDEN), column_scores
+        return token_scores if step.complete else hide_(token_scores, step.shown), column_scores

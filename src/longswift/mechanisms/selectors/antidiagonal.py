@@ -59,6 +59,10 @@ class Antidiagonal(Selector):
                 )
             )
 
+    def choosing_cost(self, budget: int, keys: float) -> float:
+        """Folded scores."""
+        return keys / self.stride / 2 if budget else 0.0
+
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
         if request.strict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,11 +15,13 @@ from longswift.core.blocks import BlockRun, Workspace, block_runs
 from longswift.core.errors import ConfigError, problem
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import band_edges
+from longswift.core.pools import block_edges
 from longswift.core.summary import KeySummary
 
 # Score elements a selector's thread holds at once: 8 MiB in fp32.
 STEP_SCORES = 1 << 21
+# Widths of the scores of key blocks are multiples of this.
+_WIDTHS = 256
 EMPTY = -1
 
 
@@ -37,6 +40,8 @@ class Request:
         coverage: Stop earlier once every row's captured mass reaches this, or None.
         strict: Row i may only see what rows ``<= i`` asked for.
         summary: Page summaries of ``k``, or None.
+        best_blocks: The backend's kernel for scoring key blocks by bounds and keeping the best, or
+            None; ``kernels.triton.scoring`` says what it takes.
     """
 
     q: Tensor
@@ -49,11 +54,17 @@ class Request:
     coverage: float | None
     strict: bool
     summary: KeySummary | None = None
+    best_blocks: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     @property
     def groups(self) -> int:
         """Query heads per KV head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @functools.cached_property
+    def edges(self) -> Tensor:
+        """First and one-past-last key of every block's band, ``[Hkv, N, 2]`` on CPU."""
+        return block_edges(self.pattern, self.q.shape[2], self.k.shape[2])
 
     def runs(self, width: int) -> list[BlockRun]:
         """Runs of blocks whose ``rows x width`` scores fit ``STEP_SCORES``."""
@@ -94,6 +105,13 @@ class Selector(ABC):
     def select(self, request: Request) -> Selection:
         """Tokens for every block; O(n) memory, cost stated by each selector."""
 
+    def choosing_cost(self, budget: int, keys: float) -> float:
+        """What choosing costs a query that has ``keys`` keys to choose from.
+
+        In keys attended to: a product with a key without its value counts half.
+        """
+        return keys / 2 if budget else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         """Name and fields, JSON-ready."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
@@ -119,9 +137,13 @@ def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[T
         that can matter.
     """
     k_len = request.k.shape[2]
-    start, end = band_edges(request.pattern, run, k_len)
+    start, end = request.edges[:, run.first : run.first + run.count].unbind(-1)
     blocks = -(-k_len // key_block)
-    width = int(start.max()) // key_block if request.pattern.causal else blocks
+    width = blocks
+    if request.pattern.causal:
+        # A library that compiles a product for every shape meets few of them.
+        width = -(-int(start.max()) // key_block // _WIDTHS) * _WIDTHS
+        width = min(width, k_len // key_block)
     block = torch.arange(width, device="cpu")
     outside = block < (start // key_block)[..., None]
     if not request.pattern.causal:
@@ -178,7 +200,7 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
         left empty.
     """
     problems, rows, keys = wanted.shape
-    free = torch.ones(problems, keys, dtype=torch.bool, device=wanted.device)
+    free = torch.ones(problems, keys, dtype=wanted.dtype, device=wanted.device)
     index, owner, taken = [], [], []
     given, head_start = 0, max(1, budget // 4)
     for row in range(rows):
@@ -186,13 +208,17 @@ def take_in_turn(wanted: Tensor, budget: int, block: int) -> tuple[Tensor, Tenso
         quota, given = min(due - given, keys), due
         if quota <= 0:
             continue
-        weight, choice = wanted[:, row].masked_fill(~free, 0.0).topk(quota, dim=-1)
+        weight, choice = (wanted[:, row] * free).topk(quota, dim=-1)
         # A key nobody wanted yet stays free for a later row.
-        free.scatter_(1, choice, free.gather(1, choice) & (weight <= 0))
+        free.scatter_(1, choice, free.gather(1, choice).mul_(weight <= 0))
         index.append(choice)
-        owner.append(torch.full_like(choice, row))
-        taken.append(weight > 0)
+        owner.append(row)
+        taken.append(weight)
     if not index:
         none = torch.zeros(problems, 0, dtype=torch.long, device=wanted.device)
         return none, none, none.bool()
-    return torch.cat(index, 1), torch.cat(owner, 1), torch.cat(taken, 1)
+    chosen = torch.cat(index, 1)
+    rows_of = torch.tensor(owner, device=wanted.device).repeat_interleave(
+        torch.tensor([choice.shape[1] for choice in index], device=wanted.device)
+    )
+    return chosen, rows_of.expand_as(chosen), torch.cat(taken, 1) > 0

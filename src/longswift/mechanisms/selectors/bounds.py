@@ -1,15 +1,15 @@
-"""Two stages: upper bounds choose key blocks, exact probabilities choose tokens inside them.
+"""Bounds propose, exact probabilities choose.
 
 1. Keys in blocks of ``key_block`` have per-channel centre ``kc`` and radius ``kr``, query rows in
    groups of ``row_group`` likewise ``qc`` and ``qr``. Every score between a group and a block is at
    most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Softmax over
    blocks, max over the query block's groups and the GQA group; the best
    ``proposals * budget / key_block`` blocks are proposed.
-2. Inside the proposals every row scores every key. Probabilities, normalised together with the
-   window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
+2. The exact stage of ``two_stage``.
 
-Decoding (one query) uses pages of 16 keys, Quest's bounds (Tang et al., 2024, arXiv 2406.10774),
-taken from a cache's incremental summaries when it has them.
+Rows of a block that is not complete, as when decoding or asking a short question, are few and
+bounded one by one, with ``row_radius * kr`` for the radius. Decoding uses pages of 16 keys, as in
+Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/85 of
 full attention's scores at 16 x 16) and ``proposals * budget * D`` for the exact stage. In strict
@@ -24,19 +24,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.blocks import BlockRun, Workspace
 from longswift.core.errors import ConfigError, problem
-from longswift.core.softmax import accumulator_dtype
+from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
-from longswift.mechanisms.selectors.base import (
-    EMPTY,
-    Request,
-    Selection,
-    Selector,
-    by_run,
-    candidate_blocks,
-    take_in_turn,
-)
+from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.selectors.two_stage import TwoStage
 
 _HIDDEN = float("-inf")
 
@@ -49,12 +42,16 @@ class Bounds(Selector):
         key_block: Keys per bound; a power of two.
         row_group: Query rows per bound; a power of two.
         proposals: Proposed tokens per token of the budget.
+        row_radius: Share of a key block's radius that counts where rows are bounded one by one.
+            No key is extreme in all channels at once, so that less than 1, which makes it an upper
+            bound, ranks blocks better.
     """
 
     name: ClassVar[str] = "bounds"
 
     row_group: int = 16
     proposals: int = 4
+    row_radius: float = 0.5
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
@@ -68,89 +65,86 @@ class Bounds(Selector):
                 )
             )
 
+        if not isinstance(self.row_radius, int | float) or not 0.0 <= self.row_radius <= 1.0:
+            raise ConfigError(
+                problem(
+                    "Bounds.row_radius",
+                    expected="a number from 0 to 1",
+                    got=repr(self.row_radius),
+                    fix="0.5 is the measured default; 1 gives upper bounds.",
+                )
+            )
+
     def grain(self, q_len: int) -> int:
         """Decoding scores pages of 16 keys, everything else blocks of ``key_block``."""
         return min(PAGE, self.key_block) if q_len == 1 else self.key_block
+
+    def choosing_cost(self, budget: int, keys: float) -> float:
+        """Bounds are three products for every box of rows and block of keys."""
+        boxes = 3 * keys / (self.row_group * self.key_block)
+        return (boxes + self.proposals * budget) / 2 if budget else 0.0
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
         return _Pass(self, request).run()
 
 
-class _Pass:
-    """One selection: the tables it needs and the buffers it reuses."""
+class _Pass(TwoStage):
+    """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        self._selector, self._request = selector, request
-        self._key_block = selector.grain(request.q.shape[2])
-        self._acc = accumulator_dtype(request.q.dtype)
-        self._table = TokenTable(request.k)
-        low, high = self._key_extremes()
-        self._blocks = low.shape[2]
+        low, high = _key_extremes(request, selector.grain(request.q.shape[2]))
+        super().__init__(selector, request, selector.proposals, low.shape[2])
+        self._selector = selector
+        block, k_len = request.pattern.block, request.k.shape[2]
+        offset = k_len - request.q.shape[2]
+        whole = -(-offset // block) * block + block <= k_len and block > 1
+        cut = bool(offset % block or k_len % block) or not whole
+        # Bounds only propose, so 16-bit input may be bounded in 16 bits.
+        dtype = factor_dtype(request.k)
         # Heads flattened once: a slice of blocks then stays a view.
-        self._low, self._high = low.flatten(0, 1), high.flatten(0, 1)
-        self._by_row = request.strict or request.q.shape[2] == 1
-        if not self._by_row:
-            centre, radius = (self._low + self._high) / 2, (self._high - self._low) / 2
-            self._features = torch.cat([centre, radius, centre.abs()], -1)
-        # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
-        self._sink_blocks = min(-(-request.sinks // self._key_block), self._blocks)
+        self._row_boxes: list[Tensor] = []
+        self._group_boxes: list[Tensor] = []
+        if request.strict or cut:
+            self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
+        if whole and not request.strict:
+            low, high = low.to(self._acc), high.to(self._acc)
+            centre, radius = (low + high) / 2, (high - low) / 2
+            features = torch.cat([centre, radius, centre.abs()], -1)
+            self._group_boxes = [features.to(dtype).flatten(0, 1)]
 
-    def _key_extremes(self) -> tuple[Tensor, Tensor]:
-        """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
+    def _scored(self) -> int:
+        return self._blocks if self._row_boxes else -(-self._blocks // self._selector.row_group)
 
-        The incomplete last block is a candidate in bidirectional attention only.
-        """
-        k, size, summary = self._request.k, self._key_block, self._request.summary
-        if summary is not None and size % summary.page == 0:
-            known = summary.coarsen(size // summary.page)
-            low, high = known.k_min, known.k_max
-        else:
-            whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
-            # Two reductions: a fused aminmax over an inner dimension is several times slower.
-            low, high = whole.amin(3), whole.amax(3)
-        if k.shape[2] % size and not self._request.pattern.causal:
-            tail = k[:, :, k.shape[2] // size * size :]
-            low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
-            high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-        return low.to(self._acc), high.to(self._acc)
+    def _by_row(self, run: BlockRun) -> bool:
+        """Whether rows are bounded alone: a cut block has few, and they may be what is decoded."""
+        return self._request.strict or run.rows < self._request.pattern.block or run.rows == 1
 
-    def run(self) -> Selection:
-        blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
-        bounded = self._blocks if self._by_row else -(-self._blocks // self._selector.row_group)
-        width = max(blocks * self._key_block + 1, bounded)
-        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
+    def _propose(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        if self._request.best_blocks is None:
+            return super()._propose(q, run, outside, width, space)
+        rows = torch.cat(self._row_factors(q, run), -1)
+        keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
+        most = min(self._wanted_blocks(), width)
+        return self._request.best_blocks(
+            rows, keys.unflatten(0, q.shape[:2]), outside, self._sink_blocks, most
+        )
 
-    def _wanted_blocks(self) -> int:
-        return -(-self._selector.proposals * self._request.budget // self._key_block)
+    def _boxes(self, run: BlockRun) -> list[Tensor]:
+        """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
+        return self._row_boxes if self._by_row(run) else self._group_boxes
 
-    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block."""
-        request = self._request
-        batch, kv_heads = request.k.shape[:2]
-        outside, width = candidate_blocks(request, run, self._key_block)
-        if not bool(outside.any()):
-            return Selection(self._nothing(run), None)
-        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(q, run, outside, width, space)
-        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
-        rank[..., : self._sink_blocks] = float(EMPTY)
-        proposed, valid = _best(rank, self._wanted_blocks())
-        proposed, valid = self._with_sink_blocks(proposed, valid, outside)
-        probs = self._probabilities(q, run, proposed, valid, space)
-        tokens = self._tokens(proposed)
-        rank = probs[..., :-1].amax(1).view(*proposed.shape[:3], -1)
-        rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
-        best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
-        chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
-        if request.coverage is not None:
-            chosen = self._cover(chosen, best, taken, probs, tokens)
-        return Selection(chosen, None)
-
-    def _nothing(self, run: BlockRun) -> Tensor:
-        batch, kv_heads = self._request.k.shape[:2]
-        device = self._request.k.device
-        return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+    def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
+        """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
+        if not self._by_row(run):
+            return [self._group_features(q, run)]
+        # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
+        # with the smallest one in proportion, it is the bound of a box of a smaller radius.
+        up, down = q.clamp(min=0), q.clamp(max=0)
+        share = (1 + self._selector.row_radius) / 2
+        return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
 
     def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
         """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
@@ -169,138 +163,38 @@ class _Pass:
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
         """Softmax over candidate blocks of the bounds, ``[B, Hkv, N, rows or groups, W]``."""
-        features = q if self._by_row else self._group_features(q, run)
-        batch, kv_heads, count, rows = features.shape[:4]
-        features = features.flatten(2, 3).flatten(0, 1)
+        factors = self._row_factors(q, run)
+        batch, kv_heads, count, rows = factors[0].shape[:4]
         bound = space.get("bound", (batch * kv_heads, count * rows, width), self._acc)
-        if self._by_row:
-            # The largest q.k in a box: positive channels meet its maximum, negative its minimum.
-            torch.bmm(features.clamp(min=0), self._high[:, :width].transpose(1, 2), out=bound)
-            bound.baddbmm_(features.clamp(max=0), self._low[:, :width].transpose(1, 2))
-        else:
-            torch.bmm(features, self._features[:, :width].transpose(1, 2), out=bound)
+        for index, (factor, boxes) in enumerate(zip(factors, self._boxes(run), strict=True)):
+            factor, boxes = factor.flatten(2, 3).flatten(0, 1), boxes[:, :width].transpose(1, 2)
+            product = space.get("product", tuple(bound.shape), self._acc) if index else bound
+            bmm(factor.to(boxes.dtype), boxes, out=product)
+            if index:
+                bound += product
         bound = bound.view(batch, kv_heads, count, rows, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
-        bound[..., common:].masked_fill_(~outside[..., common:].unsqueeze(2), _HIDDEN)
+        bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
+        bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
         return torch.softmax(bound, -1, out=bound)
 
-    def _with_sink_blocks(
-        self, proposed: Tensor, valid: Tensor, outside: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Appends the blocks that hold sinks, as far as the band does not cover them."""
-        sinks = min(self._sink_blocks, outside.shape[-1])
-        block = torch.arange(sinks, device=proposed.device)
-        shape = (*proposed.shape[:3], sinks)
-        return (
-            torch.cat([proposed, block.expand(shape)], 3),
-            torch.cat([valid, outside[..., :sinks].expand(shape)], 3),
-        )
 
-    def _tokens(self, blocks: Tensor) -> Tensor:
-        """Positions of every token of ``blocks [B, Hkv, N, M]``, ``[B, Hkv, N, M * key_block]``."""
-        inside = torch.arange(self._key_block, device=blocks.device)
-        return (blocks.unsqueeze(-1) * self._key_block + inside).flatten(3)
+def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
+    """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
 
-    def _barred(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Tokens that must not be chosen: sinks, invalid proposals, beyond the end."""
-        barred = ~valid.repeat_interleave(self._key_block, 3)
-        return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
-
-    def _probabilities(
-        self,
-        q: Tensor,
-        run: BlockRun,
-        proposed: Tensor,
-        valid: Tensor,
-        space: Workspace,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
-        request = self._request
-        tokens = self._tokens(proposed)
-        width = tokens.shape[3]
-        problems = tokens.shape[0] * tokens.shape[1] * tokens.shape[2]
-        beyond = not request.pattern.causal and request.k.shape[2] % self._key_block > 0
-        if beyond:
-            tokens = tokens.clamp(max=request.k.shape[2] - 1)
-        keys = space.get("keys", (*tokens.shape, request.k.shape[3]), request.k.dtype)
-        keys = self._table.gather(tokens, keys).view(problems, width, -1).to(self._acc)
-        q = q.flatten(0, 2)
-        scores = space.get("scores", (problems, q.shape[1], width + 1), self._acc)
-        torch.bmm(q, keys.transpose(1, 2), out=scores[..., :width])
-        lse = stack_queries(request.band_lse, run, request.k.shape[1])
-        scores[..., width] = lse.flatten(0, 2)
-        if beyond or not bool(valid.all()):
-            hidden = ~valid.repeat_interleave(self._key_block, 3)
-            if beyond:
-                hidden |= self._tokens(proposed) >= request.k.shape[2]
-            scores[..., :width].masked_fill_(hidden.view(problems, 1, width), _HIDDEN)
-        if visible is not None:
-            scores[..., :width].masked_fill_(~visible, _HIDDEN)
-        return torch.softmax(scores, -1, out=scores)
-
-    def _cover(
-        self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
-    ) -> Tensor:
-        """Empties the slots that no row needs to reach the coverage; the crossing token stays."""
-        request = self._request
-        assert request.coverage is not None
-        problems, rows = probs.shape[:2]
-        is_sink = (tokens < request.sinks).view(problems, 1, -1)
-        known = probs[..., -1:] + probs[..., :-1].mul(is_sink).sum(-1, keepdim=True)
-        picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
-        picked = picked * taken.view(problems, 1, -1)
-        before = known + picked.cumsum(2) - picked
-        needed = (before < request.coverage).any(1).view(best.shape)
-        return chosen.masked_fill(~needed, EMPTY)
-
-    def _strict(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block and the query position each is visible from."""
-        request = self._request
-        kv_heads, block = request.k.shape[1], request.pattern.block
-        outside, width = candidate_blocks(request, run, self._key_block)
-        if not bool(outside.any()):
-            nothing = self._nothing(run)
-            return Selection(nothing, nothing)
-        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
-        scores = self._block_scores(q, run, outside, width, space)
-        wanted = self._best_of_group(scores.masked_fill_(~outside.unsqueeze(2).unsqueeze(0), 0.0))
-        wanted[..., : self._sink_blocks] = 0.0
-        index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
-        shape = (*q.shape[:3], index.shape[1])
-        proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
-        owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
-        owner = owner.repeat_interleave(self._key_block, 1)
-        rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
-        visible = owner[:, None] <= rows[:, None]
-        tokens = self._tokens(proposed)
-        probs = self._probabilities(q, run, proposed, valid, space, visible)
-        if request.coverage is not None:
-            probs = _needed(probs, request.coverage)
-        probs = probs[..., :-1].view(*q.shape[:4], -1)
-        probs = probs.masked_fill_(self._barred(tokens, valid).unsqueeze(3), 0.0)
-        wanted = self._best_of_group(probs)
-        index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
-        shape = (*q.shape[:3], index.shape[1])
-        chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
-        first = run.position + torch.arange(run.count, device=q.device) * run.rows
-        return Selection(chosen, owner.view(shape) + first[:, None])
-
-    def _best_of_group(self, weights: Tensor) -> Tensor:
-        """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""
-        return weights.unflatten(3, (self._request.groups, -1)).amax(3)
-
-
-def _best(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
-    value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
-    return index, value > EMPTY
-
-
-def _needed(probs: Tensor, coverage: float) -> Tensor:
-    """Zeroes what a row does not need to reach the coverage by itself; the band comes last."""
-    ordered, order = probs[..., :-1].sort(-1, descending=True)
-    before = probs[..., -1:] + ordered.cumsum(-1) - ordered
-    kept = torch.zeros_like(probs[..., :-1]).scatter_(-1, order, (before < coverage).to(probs))
-    return torch.cat([probs[..., :-1] * kept, probs[..., -1:]], -1)
+    The incomplete last block is a candidate in bidirectional attention only.
+    """
+    k, summary = request.k, request.summary
+    if summary is not None and size % summary.page == 0:
+        known = summary.coarsen(size // summary.page)
+        low, high = known.k_min, known.k_max
+    else:
+        whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
+        # Two reductions: a fused aminmax over an inner dimension is several times slower.
+        low, high = whole.amin(3), whole.amax(3)
+    if k.shape[2] % size and not request.pattern.causal:
+        tail = k[:, :, k.shape[2] // size * size :]
+        low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
+        high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
+    return low, high

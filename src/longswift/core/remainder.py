@@ -1,0 +1,169 @@
+"""The coarse remainder alone, as differentiable torch: a part that merges with any exact kernel.
+
+With ``K`` and ``V`` the sums of a column of ``c`` tokens, less the gathered ones the row sees
+exactly, the column has score ``q.K / c + log c`` and value ``V / c``. Sums are shared by all rows;
+what a row takes out of them is a scatter over its few gathered tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longswift.core.blocks import BlockRun, block_runs, stack_queries, unstack_queries
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import Pools, block_edges, build_pools, pool_columns, token_columns
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.summary import KeySummary
+from longswift.core.types import Partial
+
+# Score elements held at once: 64 MiB in fp32.
+_SCORES = 1 << 24
+
+
+def attend_remainder(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    summary: KeySummary | None = None,
+) -> Partial:
+    """Attention over the pooled columns of a pattern with ``pool`` set.
+
+    Scores are recomputed a run of blocks at a time in the backward pass. Time
+    ``O(Lq * (Lk / pool + C) * D)``, memory O(Lq + Lk).
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        pattern: Bands, gathered tokens and pools.
+        scale: Factor on the scores.
+        summary: Page summaries of ``k`` and ``v``; used when no gradients flow.
+
+    Returns:
+        ``out [B, Hq, Lq, Dv]`` and ``lse [B, Hq, Lq]`` in the accumulator dtype.
+    """
+    assert pattern.pool is not None
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    pools = build_pools(k, v, pattern, None if tracked else summary)
+    width = k.shape[2] // pattern.pool + 2
+    if pattern.tokens is not None:
+        width += pattern.tokens.shape[3]
+    most = max(1, _SCORES // (q.shape[0] * q.shape[1] * pattern.block * width))
+    outs, lses = [], []
+    for run in block_runs(q.shape[2], k.shape[2], pattern.block, most):
+
+        def part(
+            q: Tensor, k: Tensor, v: Tensor, *sums: Tensor, run: BlockRun = run
+        ) -> tuple[Tensor, Tensor]:
+            k_sum, v_sum, k_grain, v_grain = sums
+            again = pools._replace(k_sum=k_sum, v_sum=v_sum, k_grain=k_grain, v_grain=v_grain)
+            return _attend_run(q, k, v, again, pattern, scale, run)
+
+        inputs = (q, k, v, *pools[:4])
+        if tracked:
+            out, lse = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, lse = part(*inputs)
+        outs.append(out)
+        lses.append(lse)
+    return Partial(torch.cat(outs, 2), torch.cat(lses, 2))
+
+
+def _attend_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pools: Pools,
+    pattern: BlockPattern,
+    scale: float,
+    run: BlockRun,
+) -> tuple[Tensor, Tensor]:
+    """Blocks are problems ``Z = [B, Hkv, N]`` of ``R`` rows over ``P + 2`` columns."""
+    kv_heads, heads = k.shape[1], q.shape[1]
+    acc = accumulator_dtype(q.dtype)
+    edges = block_edges(pattern, q.shape[2], k.shape[2])[:, run.first : run.first + run.count]
+    columns = pool_columns(pools, pattern.causal, edges)
+    rows = stack_queries(q, run, kv_heads).to(acc) * scale
+    count = columns.count
+    whole_k, whole_v = (x[:, :, None, : columns.pools] for x in (pools.k_sum, pools.v_sum))
+    scores = torch.cat(
+        [
+            rows @ whole_k.to(acc).transpose(3, 4),
+            rows @ columns.cut_k.transpose(3, 4),
+        ],
+        -1,
+    )
+    taken = None
+    if pattern.tokens is not None:
+        slots = pattern.tokens[:, :, run.first : run.first + run.count].to(q.device).long()
+        column = token_columns(slots.clamp(min=0), columns, pools, edges.to(q.device))
+        taken = _Taken(q, k, v, slots, column, pattern, run)
+    if taken is not None:
+        scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
+        count = count - taken.counts(columns.pools + 2, acc)
+    share = count.clamp(min=1.0).reciprocal()
+    scores = scores * share + count.log()
+    nothing = (count <= 0).all(4, keepdim=True).expand(*scores.shape[:4], 1)
+    scores = scores.masked_fill(nothing, 0.0)
+    lse = torch.logsumexp(scores, 4).masked_fill(nothing[..., 0], float("-inf"))
+    weights = torch.softmax(scores, 4).masked_fill(nothing, 0.0) * share
+    out = weights[..., : columns.pools] @ whole_v.to(acc) + weights[..., columns.pools :] @ (
+        columns.cut_v
+    )
+    if taken is not None:
+        out = out - taken.values(weights.gather(4, taken.column_of(weights)))
+    return unstack_queries(out, run, heads), unstack_queries(lse, run, heads)
+
+
+class _Taken:
+    """The gathered tokens of a run: what its rows take out of the columns."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        column: Tensor,
+        pattern: BlockPattern,
+        run: BlockRun,
+    ) -> None:
+        blocks = slice(run.first, run.first + run.count)
+        slots = slots.expand(q.shape[0], -1, -1, -1)
+        self._acc = accumulator_dtype(q.dtype)
+        tokens = slots.clamp(min=0)
+        shown = (slots >= 0).unsqueeze(3)
+        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
+        if any(limit is not None for limit, _ in limits):
+            position = torch.arange(run.count * run.rows, device=q.device) + run.position
+            for limit, sees in limits:
+                if limit is not None:
+                    limit = limit[:, :, blocks].to(q.device).unsqueeze(3)
+                    shown = shown & sees(limit, position.view(run.count, run.rows, 1))
+            shown = shown.repeat(1, 1, 1, q.shape[1] // k.shape[1], 1)
+        self._shown = shown
+        self._column = column.unsqueeze(3)
+        batch = torch.arange(k.shape[0], device=q.device).view(-1, 1, 1, 1)
+        head = torch.arange(k.shape[1], device=q.device).view(-1, 1, 1)
+        self._keys, self._values = (x[batch, head, tokens].to(self._acc) for x in (k, v))
+
+    def column_of(self, like: Tensor) -> Tensor:
+        """Column of each token, ``[B, Hkv, N, R, C]``."""
+        return self._column.expand(*like.shape[:4], -1)
+
+    def products(self, rows: Tensor) -> Tensor:
+        """Products with the tokens each row sees, else 0."""
+        return (rows @ self._keys.transpose(3, 4)).masked_fill(~self._shown, 0.0)
+
+    def values(self, weights: Tensor) -> Tensor:
+        """Values of the tokens each row sees, weighted."""
+        return weights.masked_fill(~self._shown, 0.0) @ self._values
+
+    def counts(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """Tokens each row takes out of each column, ``[B, Hkv, N, R or 1, P + 2]``."""
+        none = torch.zeros(*self._shown.shape[:4], columns, dtype=dtype, device=self._shown.device)
+        return none.scatter_add(4, self._column.expand_as(self._shown), self._shown.to(dtype))

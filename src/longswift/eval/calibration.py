@@ -1,0 +1,215 @@
+"""Finding for every KV head the cheapest windows and budgets that keep what attention sees.
+
+Candidates are tried on the dense model's own queries, keys and values, on sampled blocks of query
+rows, with the mechanism itself. Their cost is counted in keys attended to per query, the choosing
+included; what full attention sees in the same rows is known exactly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longswift.core.mechanism import Mechanism
+from longswift.core.observe import Observed
+from longswift.core.summary import PAGE, KeySummary
+from longswift.mechanisms.ms_swift import MSSwift
+from longswift.mechanisms.profile import LayerProfile
+
+CAPTURED, OUTPUT = "captured", "output"
+CRITERIA = (CAPTURED, OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A scale and a budget for all heads alike."""
+
+    scale: int
+    key_tokens: int
+
+
+def candidates(base: MSSwift, budgets: Sequence[int]) -> list[Candidate]:
+    """Every scale of ``base`` with every budget."""
+    return [
+        Candidate(scale=scale, key_tokens=budget)
+        for scale in range(len(base.windows))
+        for budget in sorted(set(budgets))
+    ]
+
+
+def variant(base: MSSwift, candidate: Candidate, kv_heads: int) -> MSSwift:
+    """``base`` with the candidate's setting in every head."""
+    return replace(
+        base,
+        key_tokens=candidate.key_tokens,
+        scale_of_head=(candidate.scale,) * kv_heads,
+        dense_heads=(),
+        min_coverage=None,
+        collect=False,
+    )
+
+
+@dataclass
+class Kept:
+    """What one mechanism kept of full attention in the sampled blocks, per query head.
+
+    Attributes:
+        sums: ``[2, Hq]``: mass and rows, or squared error and squared output.
+        keys: Keys attended to and choosing, summed over queries, ``[Hkv]``.
+        queries: Query rows.
+    """
+
+    sums: Tensor
+    keys: Tensor
+    queries: int = 0
+
+    def share(self, criterion: str) -> list[float]:
+        """Per query head: captured mass, or 1 minus the relative error of the output."""
+        found: list[float]
+        if criterion == CAPTURED:
+            found = (self.sums[0] / self.sums[1]).tolist()
+        else:
+            found = (1.0 - (self.sums[0] / self.sums[1].clamp(min=1e-300)).sqrt()).tolist()
+        return found
+
+    def cost(self) -> list[float]:
+        """Keys per query of each KV head."""
+        found: list[float] = (self.keys / self.queries).tolist()
+        return found
+
+
+class Tryout:
+    """An observer that tries mechanisms on sampled blocks of what full attention computed.
+
+    Args:
+        mechanisms: What to try in a layer with so many KV heads, by name.
+        block: Rows of a block.
+        first: Rows at earlier positions are never sampled: they are exact anyway.
+        share: Share of the blocks to sample.
+        criterion: ``"captured"`` or ``"output"``.
+        seed: Chooses the blocks.
+    """
+
+    def __init__(
+        self,
+        mechanisms: Callable[[int, int], dict[Any, Mechanism]],
+        *,
+        block: int,
+        first: int,
+        share: float,
+        criterion: str,
+        seed: int,
+    ) -> None:
+        self._mechanisms, self._block, self._first = mechanisms, block, first
+        self._share, self._criterion, self._seed = share, criterion, seed
+        self.kept: dict[int, dict[Any, Kept]] = {}
+        self.dense: dict[int, list[float]] = {}
+
+    def __call__(self, call: Observed) -> None:
+        """Sample blocks of one call."""
+        q_len, k_len = call.q.shape[2], call.k.shape[2]
+        offset, layer = k_len - q_len, call.layer or 0
+        origin = -(-self._first // self._block)
+        phase = random.Random(f"{self._seed} {layer}").random()
+        for index in range(max(origin, -(-offset // self._block)), -(-k_len // self._block)):
+            # Evenly spaced from a random phase, so that neither chunks nor resuming matter.
+            passed = (index - origin) * self._share + phase
+            if int(passed + self._share) > int(passed):
+                start = index * self._block
+                end = min(start + self._block, k_len)
+                self._try(call, layer, slice(start - offset, end - offset), end)
+
+    def _try(self, call: Observed, layer: int, rows: slice, end: int) -> None:
+        q, k, v = call.q[:, :, rows], call.k[:, :, :end], call.v[:, :, :end]
+        kv_heads = k.shape[1]
+        summary = KeySummary.build(k, v, PAGE)
+        truth = call.result.out[:, :, rows].double(), call.result.lse[:, :, rows]
+        kept = self.kept.setdefault(layer, {})
+        for name, mechanism in self._mechanisms(layer, kv_heads).items():
+            tried = mechanism
+            if self._criterion == CAPTURED:
+                exact = mechanism.exact_part()
+                assert exact is not None
+                tried = exact
+            result = tried(q, k, v, scale=call.scale, summary=summary)
+            if self._criterion == CAPTURED:
+                mass = (result.lse - truth[1]).exp().clamp(max=1.0).double()
+                sums = torch.stack([mass.sum((0, 2)), torch.ones_like(mass).sum((0, 2))])
+            else:
+                wrong = (result.out.double() - truth[0]).square().sum((0, 2, 3))
+                sums = torch.stack([wrong, truth[0].square().sum((0, 2, 3))])
+            one = kept.setdefault(
+                name, Kept(torch.zeros_like(sums), torch.zeros(kv_heads, dtype=torch.double))
+            )
+            one.sums += sums
+            one.queries += q.shape[2]
+            whole = tried == mechanism
+            one.keys += q.shape[2] * _keys(mechanism, result.stats, kv_heads, end, whole)
+        visible = self.dense.setdefault(layer, [0.0, 0.0])
+        visible[0] += q.shape[2] * (end - (q.shape[2] - 1) / 2)
+        visible[1] += q.shape[2]
+
+
+def _keys(mechanism: Mechanism, stats: Any, kv_heads: int, end: int, pools_counted: bool) -> Tensor:
+    """Keys attended to per query of each KV head, and what choosing them cost."""
+    density = stats.density_by_head or (stats.density,) * kv_heads
+    keys = torch.tensor(density, dtype=torch.double) * (stats.keys_per_query / stats.density)
+    if isinstance(mechanism, MSSwift):
+        budgets = mechanism.key_tokens
+        budgets = (budgets,) * kv_heads if isinstance(budgets, int) else budgets
+        selector: Any = mechanism.selector
+        # Where only the exact part was run, the means are still part of the price.
+        means = 0.0 if pools_counted or not mechanism.remainder else end / mechanism.remainder
+        for head, budget in enumerate(budgets):
+            if head not in mechanism.dense_heads:
+                keys[head] += means + selector.choosing_cost(budget, end)
+    return keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What every candidate kept and cost in one layer.
+
+    Attributes:
+        shares: ``[candidates][Hq]``.
+        costs: ``[candidates][Hkv]``.
+        dense: Keys full attention sees per query in the same rows.
+    """
+
+    shares: list[list[float]]
+    costs: list[list[float]]
+    dense: float
+
+
+def cheapest(
+    tried: Tried, found: Sequence[Candidate], kv_heads: int, target: float
+) -> tuple[LayerProfile, list[float], list[float]]:
+    """The cheapest candidate of each KV head whose every query head reaches the target.
+
+    Returns:
+        The layer's profile, the share each query head is predicted to keep, and the cost of each
+        KV head in keys per query. A head no candidate serves is dense.
+    """
+    size = len(tried.shares[0]) // kv_heads
+    scale, budget, dense, shares, costs = [], [], [], [], []
+    for head in range(kv_heads):
+        own = slice(head * size, (head + 1) * size)
+        good = [
+            (tried.costs[i][head], i)
+            for i in range(len(found))
+            if min(tried.shares[i][own]) >= target and tried.costs[i][head] < tried.dense
+        ]
+        cost, best = min(good, default=(tried.dense, None))
+        chosen = found[0] if best is None else found[best]
+        scale.append(chosen.scale)
+        budget.append(0 if best is None else chosen.key_tokens)
+        dense.append(best is None)
+        shares += [1.0] * size if best is None else tried.shares[best][own]
+        costs.append(cost)
+    layer = LayerProfile(scale=tuple(scale), key_tokens=tuple(budget), dense=tuple(dense))
+    return layer, shares, costs

@@ -1,0 +1,308 @@
+"""The table of mechanisms, measured on the same work: growth, time, memory, and quality kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longswift.core.errors import ConfigError, InputError, LongSwiftError, problem
+from longswift.core.mechanism import Mechanism
+from longswift.eval import attention, options, standings, suite
+from longswift.eval.attention import AttentionBench
+from longswift.eval.cost import equal_cost_window
+from longswift.eval.judging import EndJudge
+from longswift.eval.mechanism_table import MechanismRow
+from longswift.eval.models import Loaded
+from longswift.eval.progress import bar
+from longswift.eval.reading import hidden_states
+from longswift.eval.results import Result, writable
+from longswift.eval.results import load as load_result
+from longswift.eval.runner import FULL, SWIFT, WINDOW
+from longswift.eval.samples import samples
+from longswift.eval.suite import Suite
+
+ALL = "all"
+_RIVAL = "rival"
+_NOTES = {
+    "growth": "exponent of the time fitted over the lengths, time and memory at the longest one; "
+    "attention alone on random numbers, against SDPA in the same process",
+    "window": "sliding_window has the window of equal cost: as many keys per query as ms_swift "
+    "scores at the tasks' length",
+    "quality": "zero-shot: the mechanism replaces the full-attention layers of a model that was "
+    "trained with full attention, without any training since",
+    "divergence": "next-token distributions on a text of the tasks' length, from full attention's",
+    "direction": "mechanisms without a causal form are timed in bidirectional attention and "
+    "cannot run in a language model",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare, and on which work.
+
+    Attributes:
+        speed: Attention alone. Its mechanisms are the rows of the table; ``causal`` is decided
+            per mechanism.
+        quality: Tasks on a model at one length. Its mechanisms are ignored.
+        file: Text for the divergence; Python's documentation by default.
+        left_out: Mechanisms that could not even be configured, and why.
+    """
+
+    speed: AttentionBench
+    quality: Suite
+    file: str | None = None
+    left_out: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if len(self.quality.lengths) != 1:
+            raise ConfigError(
+                problem(
+                    "compare",
+                    expected="one length for the tasks",
+                    got=self.quality.lengths,
+                    fix="Use longswift eval for several.",
+                )
+            )
+
+
+def choose(text: str, settings: Sequence[str] = ()) -> tuple[list[Mechanism], dict[str, str]]:
+    """Mechanisms by name, ``"all"`` for the whole table; those that need options are named.
+
+    Returns:
+        The mechanisms, and why others of ``"all"`` were left out.
+    """
+    from longswift.mechanisms import list_mechanisms
+
+    if text != ALL:
+        return list(options.mechanisms(text, settings).values()), {}
+    names = list_mechanisms()
+    # A setting for an unknown name must be refused, whatever else is left out.
+    if strange := [s for s in settings if s not in options.settings_of(settings, names)]:
+        options.mechanisms(FULL, strange)
+    found, left_out = [], {}
+    for name in names:
+        try:
+            mine = options.settings_of(settings, [name])
+            found.append(options.mechanisms(name, mine)[name])
+        except LongSwiftError as error:
+            if mine:
+                raise
+            left_out[name] = str(error)
+    return found, left_out
+
+
+def run(
+    comparison: Comparison,
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Measure everything; parts that an interrupted run of the same options finished are reused.
+
+    Args:
+        comparison: What to compare.
+        output: JSON file of the table. Its parts lie beside it: ``<name>.causal.json``,
+            ``<name>.bidirectional.json`` and ``<name>.eval.json`` with its samples.
+        fresh: Start over.
+        progress: Show bars on stderr.
+    """
+    if output is not None:
+        writable(output)
+    mechanisms = [options.from_json(config) for config in comparison.speed.mechanisms]
+    length = comparison.quality.lengths[0]
+    mechanisms, window = _equal_cost(mechanisms, comparison.speed, length)
+    causal = [m for m in mechanisms if m.supports_causal]
+    found: dict[str, dict[str, Any]] = {m.name: {"name": m.name, "note": ""} for m in mechanisms}
+    for direction, some in ((True, causal), (False, [m for m in mechanisms if m not in causal])):
+        kind = "causal" if direction else "bidirectional"
+        runs = _runnable(some, direction, found)
+        if runs:
+            bench = _bench(comparison.speed, runs, direction)
+            _times(_measured(bench, _beside(output, kind), fresh, progress), found, direction)
+    able = [m for m in causal if "seconds" in found[m.name]]
+    for mechanism in mechanisms:
+        if not mechanism.supports_causal:
+            found[mechanism.name]["note"] += "no causal form: not run in the model"
+    if not able:
+        raise ConfigError(
+            problem(
+                "compare",
+                expected="at least one mechanism with a causal form",
+                got=", ".join(found),
+                fix="Add full or ms_swift.",
+            )
+        )
+    judged = _with_full(able)
+    asked = _suite(comparison.quality, judged)
+    scored = suite.run(asked, _beside(output, "eval"), fresh=fresh, progress=progress)
+    _scores(scored, found)
+    _divergences(comparison, suite.prepare(asked), judged, found, progress)
+    rows = [asdict(MechanismRow(**{"scores": {}, "kept": {}, **row})) for row in found.values()]
+    rows += [
+        asdict(MechanismRow(name=name, scores={}, kept={}, note=f"not configured: {why}"))
+        for name, why in comparison.left_out.items()
+    ]
+    speed = _bench(comparison.speed, mechanisms, True).to_dict()
+    result = Result(
+        kind="compare",
+        config={"speed": speed, "quality": scored.config, "text_tokens": length},
+        seed=comparison.speed.seed,
+        rows=rows,
+        summary={"window": window, "dense": list(standings.dense(scored)), "how": _NOTES},
+    )
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _beside(output: str | Path | None, part: str) -> Path | None:
+    return None if output is None else Path(output).with_suffix(f".{part}.json")
+
+
+def _with_full(mechanisms: Iterable[Mechanism]) -> list[Mechanism]:
+    """Full attention judges, whether it is a row of the table or not."""
+    chosen = list(mechanisms)
+    if not any(m.name == FULL for m in chosen):
+        chosen.insert(0, options.mechanisms(FULL)[FULL])
+    return sorted(chosen, key=lambda m: m.name != FULL)
+
+
+def _equal_cost(
+    mechanisms: list[Mechanism], bench: AttentionBench, length: int
+) -> tuple[list[Mechanism], int | None]:
+    """Give the window the cost of MS-SWIFT at ``length``, if both are there."""
+    by_name = {m.name: m for m in mechanisms}
+    if SWIFT not in by_name or WINDOW not in by_name:
+        return mechanisms, None
+    with torch.inference_mode():
+        stats = by_name[SWIFT](*attention.inputs(bench, length)).stats
+    window = equal_cost_window(stats.keys_per_query, length)
+    equal = options.from_json({**by_name[WINDOW].to_dict(), "window": window})
+    return [equal if m.name == WINDOW else m for m in mechanisms], window
+
+
+def _runnable(
+    mechanisms: list[Mechanism], causal: bool, found: dict[str, dict[str, Any]]
+) -> list[Mechanism]:
+    """Those that attend to a few tokens; what the others say becomes their note."""
+    able = []
+    for mechanism in mechanisms:
+        x = torch.zeros(1, 1, 8, 16)
+        try:
+            mechanism(x, x, x, causal=causal)
+            able.append(mechanism)
+        except LongSwiftError as error:
+            found[mechanism.name]["note"] = str(error)
+    return able
+
+
+def _bench(bench: AttentionBench, mechanisms: list[Mechanism], causal: bool) -> AttentionBench:
+    content = {**asdict(bench), "causal": causal}
+    return AttentionBench(**{**content, "mechanisms": tuple(m.to_dict() for m in mechanisms)})
+
+
+def _measured(bench: AttentionBench, path: Path | None, fresh: bool, progress: bool) -> Result:
+    """Times of a bench, read from ``path`` if the same run wrote it."""
+    if path is not None and path.is_file() and not fresh:
+        try:
+            before = load_result(path, "attention")
+        except InputError:
+            before = None
+        now = Result(kind="attention", config=bench.to_dict(), seed=bench.seed, rows=[])
+        if before is not None and now.same_run(before):
+            return before
+    return attention.run(bench, path, fresh=fresh, progress=progress)
+
+
+def _times(result: Result, found: dict[str, dict[str, Any]], causal: bool) -> None:
+    for name, rows in attention.series(result).items():
+        if name in found:
+            last = rows[-1]
+            found[name].update(
+                causal=causal,
+                exponent=result.summary["exponents"][name],
+                seconds=last.seconds,
+                speedup=last.speedup,
+                extra_bytes=last.extra_bytes,
+                keys_per_query=last.keys_per_query,
+                density=last.density,
+            )
+
+
+def _suite(quality: Suite, mechanisms: list[Mechanism]) -> Suite:
+    content = {f: getattr(quality, f) for f in quality.__dataclass_fields__}
+    content["mechanisms"] = tuple(m.to_dict() for m in mechanisms)
+    # The window is the one that was timed.
+    return Suite(**{**content, "equal_cost": False})
+
+
+def _scores(result: Result, found: dict[str, dict[str, Any]]) -> None:
+    kept = {(row.mechanism, row.task): share for row, _, share in standings.compared(result)}
+    for row in standings.rows(result):
+        own = found.get(row.mechanism)
+        if own is None or row.at is not None or row.score is None:
+            continue
+        if row.metric == standings.main_metric(row.task):
+            own.setdefault("scores", {})[row.task] = row.score
+            share = 1.0 if row.mechanism == FULL else kept.get((row.mechanism, row.task))
+            if share is not None:
+                own.setdefault("kept", {})[row.task] = share
+    for name, why in result.summary["refused"].items():
+        found[name]["note"] += why
+
+
+@torch.inference_mode()
+def _divergences(
+    comparison: Comparison,
+    loaded: Loaded,
+    mechanisms: list[Mechanism],
+    found: dict[str, dict[str, Any]],
+    progress: bool,
+) -> None:
+    """Read one text with each mechanism, full attention first."""
+    from longswift.hf import SwiftCache
+
+    length = comparison.quality.lengths[0]
+    (ids,) = samples(loaded, comparison.file, length=length, documents=1).documents
+    truth: list[Tensor] = []
+    with bar(len(mechanisms) * len(ids), "reading", shown=progress) as step:
+        for mechanism in mechanisms:
+            row = found.get(mechanism.name)
+            if row is not None and row["note"]:
+                continue
+            step(text=f"divergence of {mechanism.name}")
+            loaded.use(mechanism)
+            states = []
+            for hidden in hidden_states(
+                loaded.model, ids, SwiftCache(loaded.model.config), comparison.quality.chunk
+            ):
+                states.append(hidden)
+                step(hidden.shape[1])
+            truth = truth or states
+            if row is not None:
+                row.update(_divergence(loaded, ids, truth, states))
+
+
+@torch.inference_mode()
+def _divergence(
+    loaded: Loaded, ids: list[int], truth: list[Tensor], states: list[Tensor]
+) -> dict[str, float | None]:
+    """Next-token distributions of a reading against those of full attention."""
+    judge, start = EndJudge(loaded.model, ids), 0
+    for full, other in zip(truth, states, strict=True):
+        judge.add(start, full, {_RIVAL: other})
+        start += full.shape[1]
+    ends = {end.name: end for end in judge.rows(0, {FULL: 0.0, _RIVAL: 0.0})}
+    return {
+        "kl": ends[_RIVAL].kl,
+        "top1": ends[_RIVAL].agreement,
+        "perplexity": math.exp(ends[_RIVAL].nll),
+        "perplexity_ratio": math.exp(ends[_RIVAL].nll - ends[FULL].nll),
+    }

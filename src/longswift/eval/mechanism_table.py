@@ -1,0 +1,101 @@
+"""The table of mechanisms for people: one row each, and in words what did not run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longswift.eval import text as text_of
+from longswift.eval.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class MechanismRow:
+    """One mechanism. Figures are None where they do not exist, and ``note`` says why.
+
+    Attributes:
+        name: Mechanism.
+        causal: Timed in causal attention.
+        exponent: Fitted growth of the time with the length.
+        seconds: Time of a call at the longest length, median.
+        speedup: SDPA's time over it.
+        extra_bytes: Working memory at the longest length.
+        keys_per_query: Keys scored per query there.
+        density: The same as a share of what full attention scores.
+        scores: Score of each task.
+        kept: The same as shares of full attention's.
+        kl: Next-token divergence from full attention, in nats.
+        top1: Share of positions with the same likeliest token.
+        perplexity: Of the text.
+        perplexity_ratio: The same over full attention's.
+        note: What did not run, and why; empty if all did.
+    """
+
+    name: str
+    causal: bool = True
+    exponent: float | None = None
+    seconds: float | None = None
+    speedup: float | None = None
+    extra_bytes: int | None = None
+    keys_per_query: float | None = None
+    density: float | None = None
+    scores: dict[str, float]
+    kept: dict[str, float]
+    kl: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    perplexity_ratio: float | None = None
+    note: str = ""
+
+
+def table(result: Result) -> text_of.Table:
+    """The result for people."""
+    rows = [MechanismRow(**row) for row in result.rows]
+    tasks = [task["name"] for task in result.config["quality"]["tasks"]]
+    longest = max(result.config["speed"]["lengths"])
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    cells = []
+    for row in rows:
+        scores = [
+            "-"
+            if task not in row.scores
+            else f"{100 * row.scores[task]:.0f} %"
+            + (f" ({100 * row.kept[task]:.0f} %)" if task in row.kept else "")
+            for task in tasks
+        ]
+        cells.append(
+            (
+                row.name if row.causal else f"{row.name} (bidirectional)",
+                shown(row.exponent, "{:.2f}"),
+                "-" if row.seconds is None else text_of.seconds(row.seconds),
+                shown(row.speedup, "{:.2f}x"),
+                text_of.megabytes(row.extra_bytes),
+                "-" if row.density is None else f"{100 * row.density:.1f} %",
+                *scores,
+                shown(row.kl, "{:.4f}"),
+                shown(None if row.top1 is None else 100 * row.top1, "{:.1f} %"),
+                shown(row.perplexity_ratio, "{:.3f}x"),
+            )
+        )
+    title = (
+        f"attention alone at {longest:,} tokens; {result.config['quality']['model']} at "
+        f"{result.config['text_tokens']:,} tokens, zero-shot (share of full attention's)"
+    )
+    measured = ("n^", "time", "vs SDPA", "memory", "keys")
+    return text_of.Table(title, ("", *measured, *tasks, "KL", "top 1", "perplexity"), cells)
+
+
+def sentences(result: Result) -> list[str]:
+    """What did not run, what saved nothing, and which window was of equal cost."""
+    said = [f"{row['name']}: {row['note']}" for row in result.rows if row["note"]]
+    tokens = result.config["text_tokens"]
+    said += [
+        f"{name} is dense at {tokens} tokens: its quality says nothing."
+        for name in result.summary["dense"]
+    ]
+    window = result.summary["window"]
+    if window is not None:
+        said.insert(0, f"sliding_window has {window} tokens, the cost of ms_swift.")
+    return said

@@ -1,0 +1,164 @@
+"""Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
+
+``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
+is computed by torch and merged. ``scoring`` holds the selection's first stage. On a CPU the kernels
+run in Triton's interpreter, for tests.
+Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longswift.core.errors import UnsupportedError, problem
+from longswift.core.pattern import BlockPattern
+from longswift.core.remainder import attend_remainder
+from longswift.core.softmax import merge
+from longswift.core.summary import KeySummary
+from longswift.core.types import Partial
+from longswift.kernels.triton.tables import Tables, tables
+
+_WIDEST = 256
+
+
+def verify(device: torch.device) -> tuple[bool, str]:
+    """Usable with the ``triton`` package on a GPU it compiles for, or in its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed: pip install 'longswift[gpu]'"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return True, "Triton's interpreter, for tests only"
+        return False, "Triton compiles for GPUs; on a CPU it runs only with TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return False, f"the kernels are not used on {device.type}"
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return False, "Triton does not compile for this GPU"
+    return True, "Triton kernels"
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why these inputs cannot be computed here, or None."""
+    if q.dtype == torch.float64 and q.device.type != "cpu":
+        return "fp64: the kernels are for fp32 and 16-bit inputs"
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return "bf16 on a CPU: Triton's interpreter cannot multiply it"
+    if max(q.shape[3], v.shape[3]) > _WIDEST:
+        return f"heads of {max(q.shape[3], v.shape[3])}: at most {_WIDEST} channels fit a tile"
+    return None
+
+
+@torch.no_grad()
+def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+    """Attention over the pattern's bands alone, without gradients."""
+    q, k, v = _checked(q, k, v)
+    bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
+    return _forward(q, k, v, _tables(bare, q, k), scale)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    *,
+    bands: Partial | None = None,
+    summary: KeySummary | None = None,
+) -> Partial:
+    """Attention of an unpadded batch under ``pattern``.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        pattern: Which keys are seen.
+        scale: Factor on the scores.
+        bands: The result of ``attend_bands``; it has no gradients and is not used with them.
+        summary: Page summaries of ``k`` and ``v``, used for the remainder.
+
+    Raises:
+        UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
+    """
+    q, k, v = _checked(q, k, v)
+    table = _tables(pattern, q, k)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        parts = [Partial(*_Attend.apply(q, k, v, table, scale))]
+    elif bands is None:
+        parts = [_forward(q, k, v, table, scale)]
+    else:
+        parts = [bands]
+        if table.tokens.shape[3]:
+            parts.append(_forward(q, k, v, table, scale, band=False))
+    if pattern.pool is not None:
+        parts.append(attend_remainder(q, k, v, pattern, scale, summary))
+    out, lse = merge(*parts)
+    return Partial(out.to(q.dtype), lse)
+
+
+def best_blocks(
+    rows: Tensor, keys: Tensor, outside: Tensor, skip: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """Key blocks with the largest bounds; see ``scoring.best_blocks``."""
+    from longswift.kernels.triton import scoring
+
+    return scoring.best_blocks(rows, keys, outside, skip, most)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs as the kernels read them, or an error."""
+    reason = refusal(q, k, v)
+    if reason is not None:
+        raise UnsupportedError(
+            problem(
+                "backend 'triton'",
+                expected="inputs its kernels compute on this device",
+                got=reason,
+                fix="Use backend='eager'.",
+            )
+        )
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return q, k, v
+
+
+def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:
+    return tables(pattern, q.shape[0], q.shape[2], k.shape[2], q.device)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float, *, band: bool = True
+) -> Partial:
+    from longswift.kernels.triton.forward import forward
+
+    return forward(q, k, v, table, scale, band=band)
+
+
+class _Attend(torch.autograd.Function):
+    """Scores are recomputed in the backward pass: memory O(n). Differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, table, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.table, ctx.scale = table, scale
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from longswift.kernels.triton.backward import backward
+
+        q, k, v, out, lse = ctx.saved_tensors
+        d_out, d_lse = grad_outputs
+        grads = backward(q, k, v, ctx.table, ctx.scale, out, lse, d_out, d_lse)
+        d_q, d_k, d_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+        return d_q, d_k, d_v, None, None

@@ -1,0 +1,273 @@
+"""Two stages: something cheap proposes key blocks, exact probabilities choose tokens inside them.
+
+Inside the proposals every row scores every key. Probabilities, normalised together with the window
+and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
+
+Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they
+are (sums in fp32, each score rounded once): it decides between near ties only. Probabilities and
+ranks are fp32 always.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.products import bmm, factor_dtype, mm
+from longswift.core.softmax import accumulator_dtype, hide_
+from longswift.mechanisms.selectors.base import (
+    EMPTY,
+    Request,
+    Selection,
+    Selector,
+    by_run,
+    candidate_blocks,
+    take_in_turn,
+)
+
+_HIDDEN = float("-inf")
+
+
+class TwoStage(ABC):
+    """One selection: the tables it needs; subclasses say what a key block is worth to a row.
+
+    Args:
+        selector: Whose blocks they are.
+        request: The request.
+        proposals: Proposed tokens per token of the budget.
+        blocks: Key blocks that may be candidates.
+    """
+
+    def __init__(self, selector: Selector, request: Request, proposals: int, blocks: int) -> None:
+        self._request, self._proposals, self._blocks = request, proposals, blocks
+        self._key_block = selector.grain(request.q.shape[2])
+        self._acc = accumulator_dtype(request.q.dtype)
+        self._table = TokenTable(request.k)
+        # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
+        self._sink_blocks = min(-(-request.sinks // self._key_block), blocks)
+
+    @abstractmethod
+    def _block_scores(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> Tensor:
+        """Weights of the candidate blocks, ``[B, Hkv, N, rows or groups, W]``, summing to 1.
+
+        Args:
+            q: Scaled queries ``[B, Hkv, N, G * rows, D]``.
+            run: The run.
+            outside: Which blocks are candidates, bool ``[Hkv, N, W]``.
+            width: ``W``.
+            space: Buffers of this thread.
+        """
+
+    def _scored(self) -> int:
+        """Block weights a query row holds while blocks are proposed."""
+        return self._blocks
+
+    def run(self) -> Selection:
+        """The selection."""
+        blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
+        width = max(blocks * self._key_block + 1, self._scored())
+        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
+
+    def _wanted_blocks(self) -> int:
+        return -(-self._proposals * self._request.budget // self._key_block)
+
+    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens a block."""
+        request = self._request
+        batch, kv_heads = request.k.shape[:2]
+        outside, width = candidate_blocks(request, run, self._key_block)
+        if not bool(outside.any()):
+            return Selection(self._nothing(run), None)
+        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
+        proposed, valid = self._propose(q, run, outside, width, space)
+        proposed, valid = self._with_sink_blocks(proposed, valid, outside)
+        tokens = self._tokens(proposed)
+        if request.coverage is None and q.device.type == "cpu":
+            rank = self._largest_probabilities(q, run, proposed, valid, space)
+        else:
+            probs = self._probabilities(q, run, proposed, valid, space)
+            rank = probs[..., :-1].amax(1)
+        rank = rank.view(*proposed.shape[:3], -1)
+        rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
+        best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
+        chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
+        if request.coverage is not None:
+            chosen = self._cover(chosen, best, taken, probs, tokens)
+        return Selection(chosen, None)
+
+    def _propose(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks worth most, and whether each is a real choice, ``[B, Hkv, N, M]``."""
+        scores = self._block_scores(q, run, outside, width, space)
+        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
+        rank[..., : self._sink_blocks] = float(EMPTY)
+        return _best(rank, self._wanted_blocks())
+
+    def _nothing(self, run: BlockRun) -> Tensor:
+        batch, kv_heads = self._request.k.shape[:2]
+        device = self._request.k.device
+        return torch.empty(batch, kv_heads, run.count, 0, dtype=torch.long, device=device)
+
+    def _with_sink_blocks(
+        self, proposed: Tensor, valid: Tensor, outside: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Appends the blocks that hold sinks, as far as the band does not cover them."""
+        sinks = min(self._sink_blocks, outside.shape[-1])
+        block = torch.arange(sinks, device=proposed.device)
+        shape = (*proposed.shape[:3], sinks)
+        return (
+            torch.cat([proposed, block.expand(shape)], 3),
+            torch.cat([valid, outside[..., :sinks].expand(shape)], 3),
+        )
+
+    def _tokens(self, blocks: Tensor) -> Tensor:
+        """Positions of every token of ``blocks [B, Hkv, N, M]``, ``[B, Hkv, N, M * key_block]``."""
+        inside = torch.arange(self._key_block, device=blocks.device)
+        return (blocks.unsqueeze(-1) * self._key_block + inside).flatten(3)
+
+    def _barred(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Tokens that must not be chosen: sinks, invalid proposals, beyond the end."""
+        barred = ~valid.repeat_interleave(self._key_block, 3)
+        return barred | (tokens < self._request.sinks) | (tokens >= self._request.k.shape[2])
+
+    def _keys(self, proposed: Tensor, space: Workspace, as_dtype: torch.dtype) -> Tensor:
+        """Keys of the proposed tokens and a zero for the band, ``[Z, M + 1, D]``."""
+        request = self._request
+        tokens = self._tokens(proposed).clamp_(max=request.k.shape[2] - 1)
+        problems, width = proposed.shape[:3].numel(), tokens.shape[3]
+        dim, dtype = request.k.shape[3], request.k.dtype
+        found = self._table.gather(tokens, space.get("gathered", (*tokens.shape, dim), dtype))
+        keys = space.get("keys", (problems, width + 1, dim), as_dtype)
+        keys[:, :width] = found.view(problems, width, dim)
+        keys[:, width] = 0.0
+        return keys
+
+    def _hidden(self, proposed: Tensor, valid: Tensor) -> Tensor | None:
+        """0 or ``-inf`` for proposed tokens and the band, ``[Z, 1, M + 1]``; None if all count."""
+        beyond = not self._request.pattern.causal and self._request.k.shape[2] % self._key_block
+        if not beyond and bool(valid.all()):
+            return None
+        hidden = ~valid.repeat_interleave(self._key_block, 3)
+        if beyond:
+            hidden |= self._tokens(proposed) >= self._request.k.shape[2]
+        bias = torch.zeros(hidden.shape, dtype=self._acc, device=hidden.device)
+        bias.masked_fill_(hidden, _HIDDEN)
+        return torch.nn.functional.pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
+
+    def _probabilities(
+        self,
+        q: Tensor,
+        run: BlockRun,
+        proposed: Tensor,
+        valid: Tensor,
+        space: Workspace,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
+        keys = self._keys(proposed, space, self._acc)
+        hidden = self._hidden(proposed, valid)
+        q = q.flatten(0, 2)
+        scores = space.get("scores", (*q.shape[:2], keys.shape[1]), self._acc)
+        bmm(q, keys.transpose(1, 2), out=scores)
+        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1])
+        scores[..., -1] = lse.flatten(0, 2)
+        if hidden is not None:
+            scores += hidden
+        if visible is not None:
+            hide_(scores[..., :-1], visible)
+        return torch.softmax(scores, -1, out=scores)
+
+    def _largest_probabilities(
+        self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
+    ) -> Tensor:
+        """Largest probability of each proposed token over the rows, ``[Z, M]``.
+
+        One problem at a time, so that its scores never leave the cache.
+        """
+        dtype = factor_dtype(self._request.k)
+        keys, hidden = self._keys(proposed, space, dtype), self._hidden(proposed, valid)
+        lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1]).flatten(0, 2)
+        queries = q.flatten(0, 2).to(dtype)
+        problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
+        largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
+        for index, (rows, columns, band) in enumerate(problems):
+            scores = mm(rows, columns)
+            if dtype != self._acc:
+                scores = space.get("scores", tuple(scores.shape), self._acc).copy_(scores)
+            scores[:, -1] = band
+            if hidden is not None:
+                scores += hidden[index]
+            torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
+        return largest[:, :-1]
+
+    def _cover(
+        self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
+    ) -> Tensor:
+        """Empties the slots that no row needs to reach the coverage; the crossing token stays."""
+        request = self._request
+        assert request.coverage is not None
+        problems, rows = probs.shape[:2]
+        is_sink = (tokens < request.sinks).view(problems, 1, -1)
+        known = probs[..., -1:] + probs[..., :-1].mul(is_sink).sum(-1, keepdim=True)
+        picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
+        picked = picked * taken.view(problems, 1, -1)
+        before = known + picked.cumsum(2) - picked
+        needed = (before < request.coverage).any(1).view(best.shape)
+        return chosen.masked_fill(~needed, EMPTY)
+
+    def _strict(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens a block and the query position each is visible from."""
+        request = self._request
+        kv_heads, block = request.k.shape[1], request.pattern.block
+        outside, width = candidate_blocks(request, run, self._key_block)
+        if not bool(outside.any()):
+            nothing = self._nothing(run)
+            return Selection(nothing, nothing)
+        q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
+        scores = self._block_scores(q, run, outside, width, space)
+        # Without a candidate a block's softmax is 0 / 0; elsewhere hidden blocks are 0 already.
+        wanted = self._best_of_group(scores).nan_to_num_(0.0)
+        wanted[..., : self._sink_blocks] = 0.0
+        index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
+        shape = (*q.shape[:3], index.shape[1])
+        proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
+        owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
+        owner = owner.repeat_interleave(self._key_block, 1)
+        rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
+        visible = owner[:, None] <= rows[:, None]
+        tokens = self._tokens(proposed)
+        probs = self._probabilities(q, run, proposed, valid, space, visible)
+        if request.coverage is not None:
+            probs = _needed(probs, request.coverage)
+        probs = probs[..., :-1].view(*q.shape[:4], -1)
+        allowed = ~self._barred(tokens, valid).unsqueeze(3)
+        wanted = self._best_of_group(probs).mul_(allowed.to(self._acc))
+        index, owner, taken = take_in_turn(wanted.flatten(0, 2), request.budget, block)
+        shape = (*q.shape[:3], index.shape[1])
+        chosen = tokens.gather(3, index.view(shape)).masked_fill_(~taken.view(shape), EMPTY)
+        first = run.position + torch.arange(run.count, device=q.device) * run.rows
+        return Selection(chosen, owner.view(shape) + first[:, None])
+
+    def _best_of_group(self, weights: Tensor) -> Tensor:
+        """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""
+        return weights.unflatten(3, (self._request.groups, -1)).amax(3)
+
+
+def _best(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
+    """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
+    value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
+    return index, value > EMPTY
+
+
+def _needed(probs: Tensor, coverage: float) -> Tensor:
+    """Zeroes what a row does not need to reach the coverage by itself; the band comes last."""
+    ordered, order = probs[..., :-1].sort(-1, descending=True)
+    before = probs[..., -1:] + ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probs[..., :-1]).scatter_(-1, order, (before < coverage).to(probs))
+    return torch.cat([probs[..., :-1] * kept, probs[..., -1:]], -1)
