@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 from longswift import ConfigError, Full, InputError, SlidingWindow, UnsupportedError
 from longswift.hf import (
@@ -19,11 +21,12 @@ from longswift.hf import (
     memory_parameters,
     set_attention,
 )
+from longswift.hf.loading import load
 from longswift.hf.memory_cache import MemoryLayer
 from longswift.memory.base import MemoryConfig
 from longswift.memory.compressive import Infini
 from longswift.memory.segment import TransformerXL
-from tests.hf.models import batch, build, shared
+from tests.hf.models import batch, build, recent, shared
 
 FAMILIES = ["llama", "mistral", "qwen3", "smollm3", "gpt_neox"]
 SHORT: list[MemoryConfig] = [
@@ -172,6 +175,7 @@ def test_cache_rows() -> None:
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits)
 
 
+@recent
 @of_memory
 @torch.no_grad()
 def test_recorded_tokens_can_be_taken_back(memory: MemoryConfig) -> None:
@@ -206,6 +210,7 @@ def test_recorded_tokens_can_be_taken_back(memory: MemoryConfig) -> None:
             cache.crop(-15)
 
 
+@recent
 @of_memory
 @torch.no_grad()
 def test_assisted_decoding_is_greedy_decoding(memory: MemoryConfig) -> None:
@@ -230,7 +235,7 @@ def test_what_a_memory_cannot_undo_is_refused() -> None:
     ids = torch.randint(3, 90, (1, 11))
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
     cache.crop(0)
     with pytest.raises(UnsupportedError, match="SwiftCache"):
         cache.crop(-1)
@@ -356,6 +361,18 @@ def test_saved_and_loaded_again(name: str, memory: MemoryConfig, tmp_path: Path)
     assert type(again.get_submodule(_attention(name, 1))) is type(
         model.get_submodule(_attention(name, 1))
     )
+
+
+def test_the_command_line_loads_converted_models(tmp_path: Path) -> None:
+    model = build("llama")
+    convert(model, Infini(segment=4))
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    for saved, loaded in zip(memory_parameters(model), memory_parameters(again), strict=True):
+        assert torch.equal(saved, loaded)
 
 
 def test_plain_models_load_as_always_and_incomplete_ones_do_not(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class Conversion:
     def revert(self) -> None:
         """Restore the very modules, attention and settings. Further calls do nothing.
 
-        Projections that were replaced meanwhile (by adapters, say) stay replaced.
+        Projections that were replaced meanwhile (by adapters, say) stay replaced. Several
+        conversions of a model are reverted in the opposite order.
         """
         if not self._active:
             return

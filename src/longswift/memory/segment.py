@@ -130,53 +130,46 @@ class TransformerXLAttention(MemoryAttention):
         seen, length = state.seen[0], tokens.q.shape[2]
         first = self.config.first_key(seen)
         held = {name: x[..., : seen - first, :] for name, x in state.kept.items()}
-        old = self._projected(held, project)
         past = {name: torch.cat([held[name], x], dim=-2) for name, x in _kept(tokens).items()}
-        new = {"k": tokens.k, "v": tokens.v}
-        behind = dict(new)
-        if torch.is_grad_enabled():
-            # What the next segment sees of this one has no history, but its projection does.
-            k, v = project(tokens.hidden.detach())
-            behind = {"k": k.to(tokens.k.dtype), "v": v.to(tokens.v.dtype)}
-        parts = []
-        start = seen
+        own = {"k": tokens.k, "v": tokens.v}
+        behind = self._behind(tokens, held, own, project)
+        parts, start = [], seen
         while start < seen + length:
             end = min(start + self.config.segment - start % self.config.segment, seen + length)
+            lowest, mine = self.config.first_key(start) - first, slice(start - seen, end - seen)
             keys = {
-                name: torch.cat(
-                    [
-                        torch.cat([old[name], behind[name][:, :, : start - seen]], dim=2),
-                        new[name][:, :, start - seen : end - seen],
-                    ],
-                    dim=2,
-                )[:, :, self.config.first_key(start) - first :]
-                for name in ("k", "v")
+                name: torch.cat([behind[name][:, :, lowest : start - first], x[:, :, mine]], dim=2)
+                for name, x in own.items()
             }
-            window = slice(self.config.first_key(start) - first, end - first)
-            angles = {name: past[name][:, window] for name in tokens.angles}
-            mine = slice(start - seen, end - seen)
-            parts.append(self._attend(tokens.q[:, :, mine], keys, angles, start, scale))
+            angles = {name: past[name][:, lowest : end - first] for name in tokens.angles}
+            parts.append(self._attend(tokens.q[:, :, mine], keys, angles, scale))
             start = end
         if not torch.is_grad_enabled():
-            past |= {name: torch.cat([old[name], new[name]], dim=2) for name in ("k", "v")}
+            past |= behind
         # A view would keep the whole prompt alive.
         keep = seen + length - self.config.first_key(seen + length)
         kept = {name: x[..., x.shape[-2] - keep :, :].detach().clone() for name, x in past.items()}
         return torch.cat(parts, dim=2), State((seen + length,) * len(state.seen), kept=kept)
 
-    def _projected(self, held: dict[str, Tensor], project: Project) -> dict[str, Tensor]:
-        """Keys and values of the memory; stored ones serve only where nothing is learned."""
-        if "k" in held and not torch.is_grad_enabled():
-            return {"k": held["k"], "v": held["v"]}
-        k, v = project(held["hidden"])
-        return {"k": k, "v": v}
+    def _behind(
+        self, tokens: Tokens, held: dict[str, Tensor], own: dict[str, Tensor], project: Project
+    ) -> dict[str, Tensor]:
+        """Keys and values of memory and tokens, as later segments see them."""
+        if torch.is_grad_enabled():
+            # Layer inputs have no history here, but their projection is learned from.
+            hidden = torch.cat([held["hidden"], tokens.hidden.detach()], dim=1)
+            k, v = project(hidden)
+            return {"k": k, "v": v}
+        if "k" not in held:
+            k, v = project(held["hidden"])
+            held = {"k": k, "v": v}
+        return {name: torch.cat([held[name], x], dim=2) for name, x in own.items()}
 
     def _attend(
         self,
         q: Tensor,
         keys: dict[str, Tensor],
         angles: dict[str, Tensor],
-        start: int,
         scale: float,
     ) -> Tensor:
         """Attention of one segment's queries, the last of them at the last key."""
