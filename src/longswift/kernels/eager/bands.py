@@ -33,7 +33,7 @@ _UNFUSED_ROWS = 256
 _SCORES = 1 << 19
 _ACCELERATOR = 4
 # Fewer scores than this are quicker in one fused call.
-_FEW_SCORES = 3 << 18
+_FEW_SCORES = 1 << 18
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
