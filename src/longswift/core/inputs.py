@@ -150,9 +150,9 @@ def check_finite(**tensors: Tensor) -> None:
     """
     for name, x in tensors.items():
         if x.device.type == "cpu" and x.numel():
+            x = x.detach() if x.requires_grad else x
             # 16-bit sums accumulate in fp32; an fp16 overflow only costs the second look.
-            total = x.detach().sum()
-            if not math.isfinite(total.item()) and not torch.isfinite(x.detach()).all():
+            if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
                 raise InputError(
                     problem(
                         name,

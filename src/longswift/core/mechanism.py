@@ -94,9 +94,11 @@ class Mechanism(ABC):
         scale = check_scale(scale, q.shape[-1])
         if summary is not None:
             check_summary(summary, k)
-        # With a cache's summaries the older keys were checked when they came in.
-        new = slice(k.shape[2] - q.shape[2], None) if summary is not None else slice(None)
-        check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
+            # The older keys of a cache were checked when they came in.
+            new = slice(k.shape[2] - q.shape[2], None)
+            check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
+        else:
+            check_finite(q=q, k=k, v=v)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if training is None:
             training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -31,8 +31,9 @@ _ROWS = 4096
 _UNFUSED_ROWS = 256
 # Score elements per unfused step: 2 MiB in fp32.
 _SCORES = 1 << 19
+_ACCELERATOR = 4
 # Fewer scores than this are quicker in one fused call.
-_FEW_SCORES = 3 << 18
+_FEW_SCORES = 1 << 18
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
@@ -76,11 +77,13 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: floa
     k_len, groups = k.shape[2], heads // k.shape[1]
     acc, value_dtype = accumulator_dtype(q.dtype), factor_dtype(v)
     out, lse = _results(q, v, pattern)
-    rows = max(32, _UNFUSED_ROWS // groups)
+    # An accelerator wants fewer and larger products than a cache.
+    larger = 1 if q.device.type == "cpu" else _ACCELERATOR
+    rows = max(32, larger * _UNFUSED_ROWS // groups)
     pieces = []
     for band, band_kv in band_heads(pattern.bands):
         found = jobs(band, q_len, k_len, pattern.causal)
-        cut = by_tiles(by_rows(found, rows, pattern.causal), _SCORES // groups)
+        cut = by_tiles(by_rows(found, rows, pattern.causal), larger**2 * _SCORES // groups)
         pieces += [(band, job, b, head) for job in cut for b in range(batch) for head in band_kv]
     # The widest first, so that no thread is left alone with them at the end.
     pieces.sort(key=lambda piece: -piece[1].count * piece[1].width)
