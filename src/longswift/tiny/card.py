@@ -235,8 +235,7 @@ no invented word of the training has.
 |---:|---:|---:|---:|
 {rows}
 
-With one secret it is enough to find the sentence. With several, the words have to be told apart,
-which this model mostly fails to do, at short lengths as well as at long ones.
+With one secret it is enough to find the sentence; with several, the words have to be told apart.
 
 Perplexity per token on held-out text, in windows of {perplexity_window} tokens: **{prose}** on
 documentation (`pydoc_data.topics`), **{source}** on the standard library's source.
