@@ -120,9 +120,16 @@ def test_a_finished_run_is_not_measured_again(
 
 
 _KILLED = """
-import sys
+import sys, time
 from tests.eval.test_suite import asked
 from longswift.eval import suite
+from longswift.eval.journal import Journal
+add = Journal.add
+def slowly(self, entry):
+    # Leaves the watcher time to kill it in the middle, however busy the machine.
+    add(self, entry)
+    time.sleep(0.3)
+Journal.add = slowly
 suite.run(asked(sys.argv[1]), sys.argv[2], progress=False)
 """
 

@@ -95,7 +95,7 @@ class NaiveSwift:
             if offset + row < dense:
                 seen[:, row, : offset + row + 1 if self.causal else n] = True
         first_row = max(0, dense - offset)
-        rest = self.with_pages(q_len - first_row)
+        rest = self.with_pages(q_len)
         for kv in range(kv_heads):
             window = self.scale_order()[kv % len(self.windows)]
             own = slice(kv * groups, (kv + 1) * groups)
@@ -274,7 +274,7 @@ class NaiveSwift:
         kv_heads, n, _ = k.shape
         seen = self.visible(q, k, scale)
         dense = self.with_pages(q_len).dense_until(n, kv_heads)
-        pages = self.with_pages(q_len - max(0, dense - (n - q_len)))
+        pages = self.with_pages(q_len)
         out, lse = np.zeros((heads, q_len, v.shape[-1])), np.zeros((heads, q_len))
         for h in range(heads):
             kv = h * kv_heads // heads

@@ -224,7 +224,7 @@ class MSSwift(Mechanism):
         more_keys: tuple[float, ...] = ()
         if exact_rows < q_len:
             rest = q[:, :, exact_rows:]
-            pattern, bands = self._choose(rest, k, v, call)
+            pattern, bands = self._choose(rest, k, v, call, q_len)
             # Decoding may be handed page summaries; longer calls derive their own pools.
             part = backend.attend(
                 rest, k, v, pattern, call.scale, bands=bands, summary=call.summary
@@ -274,17 +274,20 @@ class MSSwift(Mechanism):
 
     @torch.no_grad()
     def _choose(
-        self, q: Tensor, k: Tensor, v: Tensor, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, asked: int
     ) -> tuple[BlockPattern, Partial | None]:
-        """The pattern of these queries, and the bands' result, which the choice needed anyway."""
+        """The pattern of these queries, and the bands' result, which the choice needed anyway.
+
+        ``asked`` counts all queries of the call: what is left of a text is not decoding.
+        """
         _, backend = dispatch.resolve(call.backend, q.device, q, k, v)
-        bands = self.bands(q.shape[2], k.shape[1], call.causal)
+        bands = self.bands(asked, k.shape[1], call.causal)
         pattern = BlockPattern(
             causal=call.causal,
             bands=bands,
             block=self.block,
             pool=self.remainder,
-            pool_grain=self._grain(q.shape[2]),
+            pool_grain=self._grain(asked),
         )
         strict = self._strict(call)
         sinks = self._sink_slots(pattern, q.shape[2], k)
@@ -328,7 +331,7 @@ class MSSwift(Mechanism):
         if exact_rows == q_len:
             return seen
         rest = q[:, :, exact_rows:]
-        pattern, _ = self._choose(rest, k, k, call)
+        pattern, _ = self._choose(rest, k, k, call, q_len)
         part = pattern.visible(rest.shape[2], k_len, groups, q.device)
         seen = seen.expand(part.shape[0], -1, -1, -1)
         if self.min_coverage is not None:
