@@ -105,6 +105,11 @@ class BlockPattern:
             ends.append(end.clamp(min=0))
         return torch.stack(firsts).int(), torch.stack(ends).int()
 
+    @property
+    def by_row(self) -> bool:
+        """Whether rows of one block may see different slots."""
+        return self.visible_from is not None or self.visible_until is not None
+
     def slots(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Gathered positions, and the first and one-past-last query position that sees each.
 

@@ -70,3 +70,16 @@ class Registry(Generic[T]):
                     fix=f"See help({cls.__name__}).",
                 )
             ) from None
+
+    def from_dict(self, config: dict[str, Any]) -> T:
+        """An instance from its name and options in one dictionary, as ``to_dict`` saves them."""
+        if not isinstance(config, dict) or "name" not in config:
+            raise ConfigError(
+                problem(
+                    f"{self._kind} config",
+                    expected="a dictionary with a 'name'",
+                    got=repr(config),
+                    fix="Save one with its to_dict().",
+                )
+            )
+        return self.build(config["name"], {k: v for k, v in config.items() if k != "name"})

@@ -106,8 +106,7 @@ def _attend_run(
     if slots is not None:
         here = [x[:, :, blocks] for x in slots]
         column = token_columns(here[0].long(), columns, pools, edges.to(q.device))
-        by_row = pattern.visible_from is not None or pattern.visible_until is not None
-        taken = _Taken(k, v, here, column, by_row, run, heads // kv_heads)
+        taken = _Taken(k, v, here, column, pattern.by_row, run, heads // kv_heads)
     if taken is not None:
         scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
         count = count - taken.counts(columns.pools + 2, acc)

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from longswift.core.errors import InputError, problem
-from longswift.eval.documents import read_text
+from longswift.eval.documents import source
 from longswift.eval.models import Loaded
 
 LONGEST = 32768
@@ -49,12 +49,7 @@ def samples(
     from longswift.hf import check_length
     from longswift.hf.extending import limit_of
 
-    if file is None:
-        from longswift.tiny import corpus
-
-        text = corpus.text("heldout")
-    else:
-        text = read_text(file)
+    text = source(file)
     begin, ids = loaded.begin(), loaded.encode(text)
     limit = limit_of(loaded.model) or LONGEST
     if length is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.core.registry import Registry
 
@@ -46,14 +45,4 @@ def get_mechanism(name: str, **config: Any) -> Mechanism:
 
 def from_dict(config: dict[str, Any]) -> Mechanism:
     """Inverse of ``Mechanism.to_dict``."""
-    if not isinstance(config, dict) or "name" not in config:
-        raise ConfigError(
-            problem(
-                "mechanism config",
-                expected="a dictionary with a 'name'",
-                got=repr(config),
-                fix="Save one with Mechanism.to_dict().",
-            )
-        )
-    options = {k: v for k, v in config.items() if k != "name"}
-    return MECHANISMS.build(config["name"], options)
+    return MECHANISMS.from_dict(config)

@@ -26,7 +26,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 85 + 4 key_tokens D) | O(n) |
+| selection (``bounds``) | O(n D / 43 + 4 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 

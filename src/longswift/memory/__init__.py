@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from longswift.core.errors import ConfigError, problem
 from longswift.core.registry import Registry
 from longswift.memory.base import MemoryConfig
 
@@ -39,13 +38,4 @@ def get_memory(name: str, **config: Any) -> MemoryConfig:
 
 def memory_from_dict(config: dict[str, Any]) -> MemoryConfig:
     """Inverse of ``MemoryConfig.to_dict``."""
-    if not isinstance(config, dict) or "name" not in config:
-        raise ConfigError(
-            problem(
-                "memory config",
-                expected="a dictionary with a 'name'",
-                got=repr(config),
-                fix="Save one with MemoryConfig.to_dict().",
-            )
-        )
-    return MEMORIES.build(config["name"], {k: v for k, v in config.items() if k != "name"})
+    return MEMORIES.from_dict(config)

@@ -70,7 +70,7 @@ class Gathered(StepTable):
         """Adds the gathered part to the bands' result, in place."""
         kv_heads = self.k.shape[1]
         # Without per-row visibility the remainder is the same for every row of a block.
-        by_row = self.pattern.visible_from is not None or self.pattern.visible_until is not None
+        by_row = self.pattern.by_row
         attend = self._attend_by_row if by_row else self._attend
 
         def merge(run: BlockRun, space: Workspace) -> None:

@@ -86,8 +86,8 @@ class StepTable:
         real = slots >= 0
         tokens = slots.clamp(min=0)
         shown = real.reshape(problems, 1, -1)
-        limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
-        if any(limit is not None for limit, _ in limits):
+        if pattern.by_row:
+            limits = (pattern.visible_from, torch.le), (pattern.visible_until, torch.gt)
             position = run.position + torch.arange(run.count * run.rows, device=self.q.device).view(
                 1, 1, run.count, run.rows, 1
             )

@@ -25,7 +25,7 @@ def make_selector(value: str | dict[str, Any] | Selector) -> Selector:
     if isinstance(value, str):
         return SELECTORS.build(value, {})
     if isinstance(value, dict) and "name" in value:
-        return SELECTORS.build(value["name"], {k: v for k, v in value.items() if k != "name"})
+        return SELECTORS.from_dict(value)
     raise ConfigError(
         problem(
             "selector",
