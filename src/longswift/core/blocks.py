@@ -81,6 +81,12 @@ def unstack_queries(x: Tensor, run: BlockRun, heads: int) -> Tensor:
     return part.transpose(2, 3).reshape(batch, heads, run.count * run.rows, *tail)
 
 
+def row_positions(run: BlockRun, device: torch.device) -> Tensor:
+    """Key position of every query row of a run, ``[count, rows]``."""
+    position = torch.arange(run.count * run.rows, device=device) + run.position
+    return position.view(run.count, run.rows)
+
+
 class TokenTable:
     """Gathers rows of ``[B, H, L, D]`` by position without ever copying the whole tensor."""
 

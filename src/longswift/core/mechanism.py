@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.bias import PositionBias, ScoreBias
+from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.inputs import (
     RowGroup,
     check_finite,
@@ -21,7 +22,7 @@ from longswift.core.inputs import (
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
-from longswift.core.types import AttentionResult, AttentionStats, CapturedMass, means
+from longswift.core.types import AttentionResult, AttentionStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Call:
         backend: ``"auto"`` or an explicit backend name.
         training: True when the choice of keys must not depend on later rows.
         summary: Page summaries of ``k`` kept by a cache, or None.
+        bias: Additions to the scaled scores by distance, or None.
     """
 
     causal: bool
@@ -41,6 +43,7 @@ class Call:
     backend: str = "auto"
     training: bool = False
     summary: KeySummary | None = None
+    bias: ScoreBias | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class Mechanism(ABC):
     supports_causal: ClassVar[bool] = True
     supports_bidirectional: ClassVar[bool] = True
     supports_cross: ClassVar[bool] = False
+    supports_bias: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -69,6 +73,7 @@ class Mechanism(ABC):
         backend: str = "auto",
         training: bool | None = None,
         summary: KeySummary | None = None,
+        bias: PositionBias | None = None,
     ) -> AttentionResult:
         """Attend.
 
@@ -84,10 +89,13 @@ class Mechanism(ABC):
             training: Content-based choices leak nothing from later rows of a block. None means
                 "while gradients are recorded".
             summary: Page summaries of exactly these keys, from a cache (see ``KeySummary``).
+            bias: Added to the scaled scores by query head and distance, with gradients to its
+                parameters (see ``longswift.extend.bias``).
 
         Raises:
             InputError: Wrong shapes, dtypes, devices, or NaN.
-            UnsupportedError: The mechanism has no causal (or bidirectional) form.
+            UnsupportedError: The mechanism has no causal (or bidirectional) form, or no scores to
+                add a bias to.
         """
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
@@ -100,14 +108,17 @@ class Mechanism(ABC):
         else:
             check_finite(q=q, k=k, v=v)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        added = self._bias_of(bias, q, k, causal)
         if training is None:
             training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            training = training or added is not None and added.requires_grad
         call = Call(
             causal=causal,
             scale=scale,
             backend=backend,
             training=training,
             summary=summary,
+            bias=added,
         )
         if torch.is_autocast_enabled(q.device.type):
             # Autocast would round scores and selections that the contract keeps in fp32.
@@ -125,6 +136,7 @@ class Mechanism(ABC):
                 key_mask=key_mask,
                 scale=scale,
                 training=training,
+                bias=bias,
                 result=result,
             )
         return result
@@ -138,6 +150,7 @@ class Mechanism(ABC):
         key_mask: Tensor | None = None,
         scale: float | None = None,
         training: bool = False,
+        bias: PositionBias | None = None,
     ) -> Tensor:
         """Exactly the keys each query sees, bool ``[B, Hq, Lq, Lk]``. O(Lq * Lk): small n only."""
         v = k
@@ -149,6 +162,7 @@ class Mechanism(ABC):
             causal=causal,
             scale=check_scale(scale, q.shape[-1]),
             training=training,
+            bias=self._bias_of(bias, q, k, causal),
         )
         if q.numel() == 0 or k.numel() == 0:
             return seen
@@ -180,6 +194,7 @@ class Mechanism(ABC):
         key_mask: Tensor | None = None,
         scale: float | None = None,
         training: bool | None = None,
+        bias: PositionBias | None = None,
     ) -> AttentionResult:
         """Dense specification in fp32/fp64: explicit masks over all pairs, O(Lq * Lk) memory.
 
@@ -194,6 +209,7 @@ class Mechanism(ABC):
             scale=scale,
             backend="reference",
             training=training,
+            bias=bias,
         )
 
     def exact_part(self) -> Mechanism | None:
@@ -236,6 +252,45 @@ class Mechanism(ABC):
                 )
             )
 
+    def _bias_of(
+        self, bias: PositionBias | None, q: Tensor, k: Tensor, causal: bool
+    ) -> ScoreBias | None:
+        """The table of a bias for this call, if the mechanism can honour it."""
+        if bias is None:
+            return None
+        if not isinstance(bias, PositionBias):
+            raise InputError(
+                problem(
+                    "bias",
+                    expected="a PositionBias such as ALiBi(), or None",
+                    got=type(bias).__name__,
+                    fix="See longswift.extend.bias; a dense matrix of biases is not taken.",
+                )
+            )
+        if not causal and q.shape[2] != k.shape[2]:
+            raise UnsupportedError(
+                problem(
+                    "bias",
+                    expected="Lq == Lk in bidirectional attention (distances need positions)",
+                    got=f"Lq={q.shape[2]}, Lk={k.shape[2]}",
+                    fix="Cross attention has no distances; leave the bias out.",
+                )
+            )
+        self._check_bias(bias)
+        return bias.scores(q, k)
+
+    def _check_bias(self, bias: PositionBias) -> None:
+        """Raise ``UnsupportedError`` unless a bias is honoured."""
+        if not self.supports_bias:
+            raise UnsupportedError(
+                problem(
+                    self.name,
+                    expected="no position bias",
+                    got=f"bias {bias.name!r}",
+                    fix="It has no scores to add one to; use a mechanism of the softmax family.",
+                )
+            )
+
     def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor, causal: bool) -> list[RowGroup]:
         q_len, k_len = q.shape[2], k.shape[2]
         return split_padding(key_mask, q_len, k_len, aligned=causal or q_len == k_len)
@@ -244,7 +299,7 @@ class Mechanism(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
     ) -> AttentionResult:
         if q.numel() == 0 or k.numel() == 0:
-            return self._nothing(q, k, v)
+            return self._nothing(q, k, v, call.bias)
         if key_mask is None or bool(key_mask.all()):
             return self._forward(q, k, v, call)
         return self._forward_padded(q, k, v, key_mask, call)
@@ -279,15 +334,19 @@ class Mechanism(ABC):
             lse = lse.index_put(place, part.lse)
             all_stats.extend([part.stats] * len(group.rows))
         if not all_stats:
-            return self._nothing(q, k, v)
-        return AttentionResult(out, lse, _mean_stats(self.name, all_stats))
+            return self._nothing(q, k, v, call.bias)
+        return AttentionResult(out, lse, AttentionStats.over_batch(self.name, all_stats))
 
-    def _nothing(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionResult:
+    def _nothing(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None
+    ) -> AttentionResult:
         """No query sees any key: zeros that still belong to the graph of the inputs."""
         out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
+        if bias is not None:
+            out = out + (0 * bias.values.sum()).to(out.dtype)
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
-        return AttentionResult(out, lse, _mean_stats(self.name, []))
+        return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
 
 
 def _take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:
@@ -303,36 +362,6 @@ def _indices(positions: slice | Tensor, device: torch.device) -> Tensor:
     if isinstance(positions, Tensor):
         return positions.to(device)
     return torch.arange(positions.start, positions.stop, device=device)
-
-
-def _mean_stats(name: str, stats: list[AttentionStats]) -> AttentionStats:
-    """Average over batch rows; a batch of nothing but padding computed nothing."""
-    if not stats:
-        return AttentionStats(
-            mechanism=name,
-            backend="none",
-            mode="dense",
-            keys_per_query=0.0,
-            density=0.0,
-            dense_rows=0.0,
-        )
-
-    def mean(field: str) -> float:
-        return sum(getattr(s, field) for s in stats) / len(stats)
-
-    # Short rows are dense; the row that was not says what the mechanism did.
-    telling = min(stats, key=lambda s: s.dense_rows)
-    return AttentionStats(
-        mechanism=name,
-        backend=telling.backend,
-        mode=telling.mode,
-        keys_per_query=mean("keys_per_query"),
-        density=mean("density"),
-        dense_rows=mean("dense_rows"),
-        density_by_head=means([s.density_by_head for s in stats]),
-        captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
-        extra=telling.extra,
-    )
 
 
 def check_count(owner: str, **values: int) -> None:

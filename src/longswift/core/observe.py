@@ -17,6 +17,7 @@ from torch import Tensor
 from longswift.core.types import AttentionResult
 
 if TYPE_CHECKING:
+    from longswift.core.bias import PositionBias
     from longswift.core.mechanism import Mechanism
 
 
@@ -35,6 +36,7 @@ class Observed:
         training: Whether the choice of keys had to leak nothing.
         result: What the call returned.
         layer: Index of the calling layer, where a model made the call.
+        bias: What was added to the scores, or None.
     """
 
     mechanism: Mechanism
@@ -47,6 +49,7 @@ class Observed:
     training: bool
     result: AttentionResult
     layer: int | None
+    bias: PositionBias | None = None
 
 
 Observer = Callable[[Observed], None]

@@ -195,6 +195,24 @@ def pool_columns(pools: Pools, causal: bool, edges: Tensor) -> PoolColumns:
     )
 
 
+def column_ranges(edges: Tensor, columns: PoolColumns, pools: Pools) -> tuple[Tensor, Tensor]:
+    """First and one-past-last token of every column, ``[Hkv, N, P + 2]`` on CPU.
+
+    Those of a column that stands for nothing are any.
+
+    Args:
+        edges: ``block_edges`` of the run.
+        columns: Columns of the run.
+        pools: The pools.
+    """
+    start, end = edges.unbind(-1)
+    whole = torch.arange(columns.pools, device="cpu").expand(*start.shape, -1) * pools.size
+    right_end = (end // pools.size + 1) * pools.size
+    first = torch.cat([whole, (start // pools.size * pools.size)[..., None], end[..., None]], -1)
+    last = torch.cat([whole + pools.size, start[..., None], right_end[..., None]], -1)
+    return first, last.clamp(max=pools.k_len)
+
+
 def token_columns(tokens: Tensor, columns: PoolColumns, pools: Pools, edges: Tensor) -> Tensor:
     """Column of the pool each gathered token belongs to, ``[B, Hkv, N, C]``.
 

@@ -82,6 +82,36 @@ class AttentionStats:
     captured: CapturedMass | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @staticmethod
+    def over_batch(name: str, stats: Sequence[AttentionStats]) -> AttentionStats:
+        """Average over batch rows; a batch of nothing but padding computed nothing."""
+        if not stats:
+            return AttentionStats(
+                mechanism=name,
+                backend="none",
+                mode="dense",
+                keys_per_query=0.0,
+                density=0.0,
+                dense_rows=0.0,
+            )
+
+        def mean(field: str) -> float:
+            return sum(getattr(s, field) for s in stats) / len(stats)
+
+        # Short rows are dense; the row that was not says what the mechanism did.
+        telling = min(stats, key=lambda s: s.dense_rows)
+        return AttentionStats(
+            mechanism=name,
+            backend=telling.backend,
+            mode=telling.mode,
+            keys_per_query=mean("keys_per_query"),
+            density=mean("density"),
+            dense_rows=mean("dense_rows"),
+            density_by_head=means([s.density_by_head for s in stats]),
+            captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
+            extra=telling.extra,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, in the very form JSON gives back."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))

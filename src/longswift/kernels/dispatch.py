@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels import eager, flex, reference, triton
@@ -35,7 +36,11 @@ def available(device: torch.device | str | None = None) -> dict[str, tuple[bool,
 
 
 def resolve(
-    backend: str, device: torch.device, *inputs: Tensor, kernel: str = "attend"
+    backend: str,
+    device: torch.device,
+    *inputs: Tensor,
+    kernel: str = "attend",
+    bias: ScoreBias | None = None,
 ) -> tuple[str, ModuleType]:
     """Name and module of the backend to use.
 
@@ -45,13 +50,14 @@ def resolve(
         inputs: q, k and v. Without them ``"auto"`` is the eager kernel, which computes anything.
         kernel: The function that will be called: ``"attend"`` for a pattern, ``"attend_linear"``
             or ``"attend_landmarks"``.
+        bias: Additions to the scores, which only some backends know.
 
     Raises:
         ConfigError: Unknown backend, or an explicit one that cannot run on ``device``.
         UnsupportedError: An explicit backend without this family of kernel.
     """
     if backend == "auto":
-        name = _automatic(device, inputs)
+        name = _automatic(device, inputs, bias)
         return name, BACKENDS[name]
     if backend not in BACKENDS:
         raise ConfigError(
@@ -82,11 +88,11 @@ def resolve(
     return backend, BACKENDS[backend]
 
 
-def _automatic(device: torch.device, inputs: tuple[Tensor, ...]) -> str:
+def _automatic(device: torch.device, inputs: tuple[Tensor, ...], bias: ScoreBias | None) -> str:
     """Eager on a CPU; on a GPU the first backend that is right there and takes these inputs."""
     if device.type == "cuda" and inputs:
         for name in _ON_GPU:
-            if BACKENDS[name].refusal(*inputs) is None and trusted(name, device):
+            if BACKENDS[name].refusal(*inputs, bias) is None and trusted(name, device):
                 return name
     return "eager"
 

@@ -50,9 +50,9 @@ def attend_by_head(
     for heads, mechanism in groups:
         own, query = _index(heads), _index(_query_heads(heads, size))
         summary = None if call.summary is None else call.summary.heads(own)
-        found.append(
-            mechanism._forward(q[:, query], k[:, own], v[:, own], replace(call, summary=summary))
-        )
+        bias = None if call.bias is None else call.bias.heads(query)
+        part = replace(call, summary=summary, bias=bias)
+        found.append(mechanism._forward(q[:, query], k[:, own], v[:, own], part))
     return AttentionResult(
         _restore([r.out for r in found], groups, size),
         _restore([r.lse for r in found], groups, size),
@@ -65,9 +65,10 @@ def visible_by_head(groups: Sequence[HeadGroup], q: Tensor, k: Tensor, call: Cal
     size, batch = q.shape[1] // k.shape[1], q.shape[0]
     parts = []
     for heads, mechanism in groups:
-        query = q[:, _index(_query_heads(heads, size))]
-        seen = mechanism._visible(query, k[:, _index(heads)], call)
-        parts.append(seen.expand(batch, query.shape[1], -1, -1))
+        which = _index(_query_heads(heads, size))
+        bias = None if call.bias is None else call.bias.heads(which)
+        seen = mechanism._visible(q[:, which], k[:, _index(heads)], replace(call, bias=bias))
+        parts.append(seen.expand(batch, len(heads) * size, -1, -1))
     return _restore(parts, groups, size)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import CapturedMass
@@ -45,14 +46,26 @@ class RowMass:
         position: ``[P]`` key position of each row.
         scale: Factor on the scores.
         causal: Whether later keys are hidden.
+        bias: Additions to the scaled scores.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, position: Tensor, scale: float, causal: bool) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        position: Tensor,
+        scale: float,
+        causal: bool,
+        bias: ScoreBias | None = None,
+    ) -> None:
         batch, heads, rows, _ = q.shape
         self.position = position
         self._kv_heads = k.shape[1]
         stacked = (q.to(k.dtype) * scale).view(batch, self._kv_heads, -1, q.shape[3])
         scores = (stacked @ k.transpose(2, 3)).view(batch, heads, rows, k.shape[2])
+        if bias is not None:
+            key = torch.arange(k.shape[2], device=k.device)
+            scores += bias.values[:, bias.zero + key - position[:, None]]
         if causal:
             later = torch.arange(k.shape[2], device=k.device) > position[:, None]
             scores.masked_fill_(later, float("-inf"))
@@ -101,7 +114,13 @@ class RowMass:
 
 @torch.no_grad()
 def captured(
-    q: Tensor, k: Tensor, rows: Tensor, pattern: BlockPattern, scale: float, q_len: int
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    q_len: int,
+    bias: ScoreBias | None = None,
 ) -> Captured:
     """Captured mass of the query rows ``rows [P]``, ascending, of an unpadded batch.
 
@@ -112,6 +131,7 @@ def captured(
         pattern: Made for the last ``q_len`` of the queries, to which all rows belong.
         scale: Factor on the scores.
         q_len: Queries the pattern was made for.
+        bias: Additions to the scaled scores.
     """
     k_len, offset = k.shape[2], k.shape[2] - q.shape[2]
     keys = k.to(accumulator_dtype(k.dtype))
@@ -119,7 +139,8 @@ def captured(
     for start, end in _steps(len(rows), q.shape[0] * q.shape[1] * k_len):
         position = rows[start:end] + offset
         seen = int(position[-1]) + 1 if pattern.causal else k_len
-        of = RowMass(q[:, :, rows[start:end]], keys[:, :, :seen], position, scale, pattern.causal)
+        queries, causal = q[:, :, rows[start:end]], pattern.causal
+        of = RowMass(queries, keys[:, :, :seen], position, scale, causal, bias)
         parts.append(Captured(of.captured(pattern, q_len, k_len), of.lse))
     mass, lse = (torch.cat([part[i] for part in parts], 2) for i in range(2))
     return Captured(mass, lse)
@@ -151,6 +172,7 @@ def captured_mass(
     lse: Tensor,
     exact_rows: int,
     dense: Tensor | None,
+    bias: ScoreBias | None = None,
 ) -> CapturedMass:
     """Captured mass of sampled rows, or of all of a short call.
 
@@ -162,6 +184,7 @@ def captured_mass(
         lse: ``[B, Hq, Lq]`` of the result, pooled means included.
         exact_rows: Leading queries that saw every key.
         dense: bool ``[B, Hkv, N]``, blocks of the pattern that saw every key all the same.
+        bias: Additions to the scaled scores.
     """
     q_len, k_len, heads = q.shape[2], k.shape[2], q.shape[1]
     rows = sample_rows(q_len, k_len, SAMPLED_ROWS)
@@ -170,7 +193,7 @@ def captured_mass(
     below = sum(row < exact_rows for row in rows)
     if pattern is not None and below < len(rows):
         row = torch.tensor(rows[below:], device=q.device)
-        found = captured(q, k, row, pattern, scale, q_len - exact_rows)
+        found = captured(q, k, row, pattern, scale, q_len - exact_rows, bias)
         share = (found.lse - lse[:, :, row].detach()).exp() * found.mass
         if dense is not None:
             first = (k_len - q_len + exact_rows) // pattern.block

@@ -58,6 +58,7 @@ class DilatedWindow(Mechanism):
     """
 
     name: ClassVar[str] = "dilated_window"
+    supports_bias: ClassVar[bool] = True
 
     window: int = 256
     dilation: int | tuple[int, ...] = 4
@@ -82,14 +83,18 @@ class DilatedWindow(Mechanism):
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         turns = min(len(self._dilations), kv_heads)
-        q = q.unflatten(1, (kv_heads, -1))
+        groups, q = q.shape[1] // kv_heads, q.unflatten(1, (kv_heads, -1))
         outs, lses, keys = [], [], 0.0
         for turn, dilation in enumerate(self._dilations[:turns]):
             heads = slice(turn, None, turns)
             q_own, k_own, v_own = q[:, heads].flatten(1, 2), k[:, heads], v[:, heads]
+            bias = None
+            if call.bias is not None:
+                own = torch.arange(q.shape[1] * groups).view(-1, groups)[heads].flatten()
+                bias = call.bias.heads(own.to(q.device)).spaced(dilation)
             residues = list(_residues(q_len, k_len, dilation))
             rows = [torch.arange(r.row, q_len, dilation, device=q.device) for r in residues]
             pieces = zip(
@@ -101,7 +106,7 @@ class DilatedWindow(Mechanism):
             parts = []
             for residue, piece in zip(residues, pieces, strict=True):
                 pattern = self._pattern(residue, k_own.shape[1], call.causal)
-                parts.append(backend.attend(*piece, pattern, call.scale))
+                parts.append(backend.attend(*piece, pattern, call.scale, bias=bias))
                 seen = keys_of_rows(pattern, residue.queries, residue.keys)
                 keys += float(seen.sum())
             place = torch.cat(rows).argsort()

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import block_count, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.types import Partial
@@ -45,7 +46,14 @@ class Short(NamedTuple):
     keys: float
 
 
-def short_blocks(q: Tensor, k: Tensor, pattern: BlockPattern, scale: float, target: float) -> Short:
+def short_blocks(
+    q: Tensor,
+    k: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    target: float,
+    bias: ScoreBias | None = None,
+) -> Short:
     """Probe every block of an unpadded batch."""
     q_len, k_len = q.shape[2], k.shape[2]
     blocks, count = block_count(q_len, k_len, pattern.block), min(PROBES, q_len)
@@ -56,7 +64,7 @@ def short_blocks(q: Tensor, k: Tensor, pattern: BlockPattern, scale: float, targ
     ]
     probes = [row + size * (2 * i + 1) // (2 * count) for row, size in starts for i in range(count)]
     rows = torch.tensor(probes, device=q.device)
-    mass = captured(q, k, rows, pattern, scale, q_len).mass
+    mass = captured(q, k, rows, pattern, scale, q_len, bias).mass
     batch, kv_heads = k.shape[:2]
     coverage = mass.view(batch, kv_heads, -1, blocks, count).mean(-1).amin(2)
     scored = sum(row + k_len - q_len + 1 if pattern.causal else k_len for row in probes)
@@ -94,6 +102,7 @@ def fill_densely(
     scale: float,
     dense: Tensor,
     backend: ModuleType,
+    bias: ScoreBias | None = None,
 ) -> tuple[Partial, tuple[float, ...]]:
     """``part`` with the blocks in ``dense [B, Hkv, N]`` computed over every key.
 
@@ -111,12 +120,17 @@ def fill_densely(
     for b, head, rows in stretches(dense, pattern, q_len, k_len):
         own, count = slice(head * groups, (head + 1) * groups), rows.stop - rows.start
         end = k_len - q_len + rows.stop if pattern.causal else k_len
+        added = None
+        if bias is not None:
+            # The kernel takes these queries for the last ones.
+            added = bias.heads(own).moved(k_len - q_len + rows.stop - end)
         exact = backend.attend(
             q[b : b + 1, own, rows],
             k[b : b + 1, head : head + 1, :end],
             v[b : b + 1, head : head + 1, :end],
             full_pattern(end, 1, pattern.causal, q_len=count),
             scale,
+            bias=added,
         )
         out[b, own, rows], lse[b, own, rows] = exact.out[0], exact.lse[0]
         each = end - (count - 1) / 2 if pattern.causal else k_len

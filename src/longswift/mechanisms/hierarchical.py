@@ -23,6 +23,9 @@ chunks of equal keys and values give full attention exactly; without, it counts 
 |---|---|---|
 | forward, backward | O(L * (chunk + L / chunk) * D) | O(L * D + (L / chunk)^2) |
 
+A position bias is added to the summaries as its mean over the tokens of the chunk (``"mean"``) or
+as that of the first token (``"first"``). ``"attention"`` refuses one: it weighs tokens by content.
+
 The least time, O(L^1.5 * D), takes ``chunk`` near the root of ``L``. One level of the hierarchy in
 Chalkidis et al., 2022 (arXiv 2210.05529), inside a single attention layer.
 """
@@ -36,7 +39,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.bias import PositionBias
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Call, Mechanism, check_positive
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype, merge
@@ -62,6 +66,7 @@ class Hierarchical(Mechanism):
     """
 
     name: ClassVar[str] = "hierarchical"
+    supports_bias: ClassVar[bool] = True
 
     chunk: int = 256
     pooling: str = "mean"
@@ -81,11 +86,13 @@ class Hierarchical(Mechanism):
                 )
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
         start = (k_len - q_len) // self.chunk * self.chunk
         own = self._own(k.shape[1], call.causal)
-        parts = [backend.attend(q, k[:, :, start:], v[:, :, start:], own, call.scale)]
+        parts = [
+            backend.attend(q, k[:, :, start:], v[:, :, start:], own, call.scale, bias=call.bias)
+        ]
         # The keys that only summaries stand for lie before the last query's chunk.
         complete = (k_len - 1 if call.causal else k_len) // self.chunk
         if complete:
@@ -106,6 +113,18 @@ class Hierarchical(Mechanism):
             dense_rows=0.0 if complete else 1.0,
         )
         return AttentionResult(out.to(q.dtype), lse, stats)
+
+    def _check_bias(self, bias: PositionBias) -> None:
+        super()._check_bias(bias)
+        if self.pooling == "attention":
+            raise UnsupportedError(
+                problem(
+                    "Hierarchical.pooling",
+                    expected="'mean' or 'first' with a position bias",
+                    got="'attention', whose summaries weigh their tokens by content",
+                    fix="Use another pooling, or no bias.",
+                )
+            )
 
     def exact_part(self) -> Mechanism | None:
         return Chunked(chunk=self.chunk, overlap=0)
@@ -140,7 +159,7 @@ class Hierarchical(Mechanism):
             k_len: Tokens in all.
             call: The call.
         """
-        _, backend = dispatch.resolve(call.backend, q.device, q, key, value)
+        _, backend = dispatch.resolve(call.backend, q.device, q, key, value, bias=call.bias)
         kv_heads = key.shape[1]
         summaries = torch.arange(first, first + key.shape[2], device="cpu")
         chunk = torch.arange(start // self.chunk, -(-k_len // self.chunk), device="cpu")[:, None]
@@ -156,7 +175,14 @@ class Hierarchical(Mechanism):
             block=self.chunk,
             tokens=tokens.expand(1, kv_heads, -1, -1),
         )
-        part = backend.attend(q, pad(key, filler), pad(value, filler), pattern, call.scale)
+        bias = call.bias
+        if bias is not None:
+            # By the places of the chunks, for queries that the kernel takes to sit elsewhere.
+            bias = bias.mean(count if self.pooling == "mean" else 1, self.chunk)
+            bias = bias.moved(k_len - length - first * self.chunk)
+        part = backend.attend(
+            q, pad(key, filler), pad(value, filler), pattern, call.scale, bias=bias
+        )
         if not self.count_weighted:
             return part
         return Partial(part.out, part.lse + torch.tensor(float(count)).log())

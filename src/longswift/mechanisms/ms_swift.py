@@ -20,6 +20,9 @@ Causal, one head (``#`` window, ``s`` sink, ``k`` key token, ``-`` seen through 
     s - k # # # . .
     s k - - # # # .
 
+A position bias takes part in every stage: bounds of blocks, exact scores, attention. A pool gets
+its mean over the pool's tokens, as it gets the mean of their products with the query.
+
 Rounding: tiles are multiples of ``block`` (a window shorter than a block still sees the whole
 block); a window's far edge moves outwards to a multiple of the selector's ``key_block``.
 
@@ -91,6 +94,7 @@ class MSSwift(Mechanism):
     """
 
     name: ClassVar[str] = "ms_swift"
+    supports_bias: ClassVar[bool] = True
 
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
@@ -207,7 +211,7 @@ class MSSwift(Mechanism):
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
             return attend_by_head(self.name, _head_groups(self, k.shape[1]), q, k, v, call)
-        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         parts: list[Partial] = []
@@ -217,7 +221,9 @@ class MSSwift(Mechanism):
             if exact_rows < q_len:
                 first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
             everything = full_pattern(end, k.shape[1], call.causal)
-            parts.append(backend.attend(first, keys, values, everything, call.scale))
+            parts.append(
+                backend.attend(first, keys, values, everything, call.scale, bias=call.bias)
+            )
         pattern: BlockPattern | None = None
         short: Short | None = None
         extra: dict[str, Any] = {}
@@ -227,13 +233,20 @@ class MSSwift(Mechanism):
             pattern, bands = self._choose(rest, k, v, call, q_len)
             # Decoding may be handed page summaries; longer calls derive their own pools.
             part = backend.attend(
-                rest, k, v, pattern, call.scale, bands=bands, summary=call.summary
+                rest,
+                k,
+                v,
+                pattern,
+                call.scale,
+                bands=bands,
+                summary=call.summary,
+                bias=call.bias,
             )
             extra["selector"] = self._selector.name
             if self.min_coverage is not None:
                 short = self._short_blocks(rest, k, pattern, call)
                 part, more_keys = fill_densely(
-                    part, rest, k, v, pattern, call.scale, short.dense, backend
+                    part, rest, k, v, pattern, call.scale, short.dense, backend, call.bias
                 )
                 more_keys = tuple(keys + short.keys for keys in more_keys)
                 extra["guard"] = {
@@ -255,7 +268,7 @@ class MSSwift(Mechanism):
             out, lse = (torch.cat([p[i] for p in parts], 2) for i in range(2))
         if self.collect:
             dense = None if short is None else short.dense
-            mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense)
+            mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense, call.bias)
             stats = replace(stats, captured=mass)
         return AttentionResult(out, lse, replace(stats, extra=extra))
 
@@ -270,7 +283,7 @@ class MSSwift(Mechanism):
                     fix="Set min_coverage=None for training, or causality='shared'.",
                 )
             )
-        return short_blocks(q, k, pattern, call.scale, self.min_coverage)
+        return short_blocks(q, k, pattern, call.scale, self.min_coverage, call.bias)
 
     @torch.no_grad()
     def _choose(
@@ -280,7 +293,7 @@ class MSSwift(Mechanism):
 
         ``asked`` counts all queries of the call: what is left of a text is not decoding.
         """
-        _, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        _, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         bands = self.bands(asked, k.shape[1], call.causal)
         pattern = BlockPattern(
             causal=call.causal,
@@ -293,7 +306,8 @@ class MSSwift(Mechanism):
         sinks = self._sink_slots(pattern, q.shape[2], k)
         if self.key_tokens == 0:
             return replace(pattern, tokens=sinks), None
-        band_part = backend.attend_bands(q, k, v, pattern, call.scale)
+        self._selector.check_bias(call.bias)
+        band_part = backend.attend_bands(q, k, v, pattern, call.scale, call.bias)
         request = Request(
             q=q,
             k=k,
@@ -305,6 +319,7 @@ class MSSwift(Mechanism):
             coverage=self.coverage,
             strict=strict,
             summary=call.summary,
+            bias=call.bias,
             best_blocks=getattr(backend, "best_blocks", None),
         )
         found: Selection = self._selector.select(request)

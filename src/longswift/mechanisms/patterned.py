@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.types import AttentionResult, AttentionStats
+from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
 
 
@@ -24,6 +26,7 @@ class Patterned(Mechanism):
     """
 
     mode: ClassVar[str] = "static"
+    supports_bias: ClassVar[bool] = True
 
     @abstractmethod
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
@@ -34,15 +37,14 @@ class Patterned(Mechanism):
         return None
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, backend = dispatch.resolve(call.backend, q.device, q, k, v)
+        name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]
         pattern = self.pattern(q_len, k_len, kv_heads, call.causal)
-        out, lse = backend.attend(q, k, v, pattern, call.scale)
+        out, lse = backend.attend(q, k, v, pattern, call.scale, bias=call.bias)
         rows = None if call.causal else self.full_rows(k_len)
         if rows is not None:
             at = rows.to(q.device)
-            everything = full_pattern(k_len, kv_heads, causal=False)
-            full = backend.attend(q.index_select(2, at), k, v, everything, call.scale)
+            full = attend_rows(backend, q, k, v, rows, call.scale, call.bias)
             out, lse = out.index_copy(2, at, full.out), lse.index_copy(2, at, full.lse)
         stats = pattern_stats(self.name, name, self.mode, pattern, q_len, k_len, full_rows=rows)
         return AttentionResult(out, lse, stats)
@@ -55,6 +57,32 @@ class Patterned(Mechanism):
         seen = pattern.visible(q.shape[2], k.shape[2], q.shape[1] // k.shape[1], q.device)
         rows = None if call.causal else self.full_rows(k.shape[2])
         return seen if rows is None else seen.index_fill(2, rows.to(q.device), True)
+
+
+def attend_rows(
+    backend: ModuleType,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    scale: float,
+    bias: ScoreBias | None,
+) -> Partial:
+    """Bidirectional attention of the queries ``rows``, ascending on CPU, to every key."""
+    at, k_len, kv_heads = rows.to(q.device), k.shape[2], k.shape[1]
+    if bias is None:
+        everything = full_pattern(k_len, kv_heads, causal=False)
+        return backend.attend(q.index_select(2, at), k, v, everything, scale)
+    # Distances need neighbouring rows: a stretch of them at a time.
+    breaks = (rows.diff() != 1).nonzero().flatten() + 1
+    parts = []
+    for stretch in torch.tensor_split(rows, breaks):
+        first, count = int(stretch[0]), len(stretch)
+        pattern = full_pattern(k_len, kv_heads, causal=False, q_len=count)
+        moved = bias.moved(first - q.shape[2] + count)
+        part = backend.attend(q[:, :, first : first + count], k, v, pattern, scale, bias=moved)
+        parts.append(part)
+    return Partial(*(torch.cat(of, 2) for of in zip(*parts, strict=True)))
 
 
 def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:

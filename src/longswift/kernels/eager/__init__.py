@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longswift.core.bias import ScoreBias
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
@@ -40,9 +41,16 @@ def verify(device: torch.device) -> tuple[bool, str]:
 
 
 @torch.no_grad()
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def attend_bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
     """Attention over the pattern's bands alone, without gradients."""
-    return band_kernel.forward(q, k, v, pattern, scale)
+    return band_kernel.forward(q, k, v, pattern, scale, bias)
 
 
 def attend(
@@ -54,6 +62,7 @@ def attend(
     *,
     bands: Partial | None = None,
     summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -65,14 +74,17 @@ def attend(
         scale: Factor on the scores.
         bands: The result of ``attend_bands`` for these inputs if the caller has it; overwritten.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
+        bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out, lse = _Attend.apply(q, k, v, pattern, scale, bands)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if tracked or bias is not None and bias.requires_grad:
+        values = None if bias is None else bias.values
+        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias)
         return Partial(out, lse)
-    return _forward(q, k, v, pattern, scale, bands, summary)
+    return _forward(q, k, v, pattern, scale, bands, summary, bias)
 
 
 @torch.no_grad()
@@ -84,11 +96,12 @@ def _forward(
     scale: float,
     bands: Partial | None,
     summary: KeySummary | None,
+    bias: ScoreBias | None,
 ) -> Partial:
     if bands is None:
-        bands = band_kernel.forward(q, k, v, pattern, scale)
+        bands = band_kernel.forward(q, k, v, pattern, scale, bias)
     if pattern.tokens is not None or pattern.pool is not None:
-        bands = Gathered(q, k, v, pattern, scale, summary).merge_into(bands)
+        bands = Gathered(q, k, v, pattern, scale, summary, bias).merge_into(bands)
     return Partial(bands.out.to(q.dtype), bands.lse)
 
 
@@ -104,35 +117,46 @@ class _Attend(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        values: Tensor | None,
         pattern: BlockPattern,
         scale: float,
         bands: Partial | None,
+        bias: ScoreBias | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, pattern, scale, bands, None)
-        ctx.save_for_backward(q, k, v, out, lse)
+        """``values`` are those of ``bias``, named once more so that gradients reach them."""
+        out, lse = _forward(q, k, v, pattern, scale, bands, None, bias)
+        ctx.save_for_backward(q, k, v, values, out, lse)
         ctx.pattern, ctx.scale = pattern, scale
+        ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, values, out, lse = ctx.saved_tensors
         pattern, scale = ctx.pattern, ctx.scale
         acc = accumulator_dtype(q.dtype)
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
+        # Batch rows have sums of their own: they may be added up on different threads.
+        d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
+        zero, step = ctx.place
 
         def add(rows: Index, keys: Index, own: BlockPattern) -> None:
             qkv = q[rows], k[keys], v[keys]
             grads = d_q[rows], d_k[keys], d_v[keys]
             given = lse[rows], delta[rows], d_out[rows]
+            bias = d_bias = None
+            if d_values is not None:
+                bias = ScoreBias(values=values[rows[1]], zero=zero, step=step)
+                d_bias = ScoreBias(values=d_values[rows], zero=zero, step=step)
             with torch.autocast(q.device.type, enabled=False):
-                band_gradients.add(*qkv, own, scale, *given, grads)
+                band_gradients.add(*qkv, own, scale, *given, grads, bias, d_bias)
                 if own.tokens is not None or own.pool is not None:
-                    Gathered(*qkv, own, scale).backward(*given, grads)
+                    Gathered(*qkv, own, scale, None, bias).backward(*given, grads, d_bias)
 
         if q.device.type != "cpu":
             everything = slice(None), slice(None)
@@ -146,7 +170,8 @@ class _Attend(torch.autograd.Function):
                 q.device,
                 least=1,
             )
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+        grads = d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+        return *grads, None if d_values is None else d_values.sum(0), None, None, None, None
 
 
 def _heads(

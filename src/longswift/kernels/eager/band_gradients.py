@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import BlockPattern
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
@@ -40,6 +41,8 @@ def add(
     delta: Tensor,
     d_out: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
+    bias: ScoreBias | None = None,
+    d_bias: ScoreBias | None = None,
 ) -> None:
     """Adds the bands' share of the gradients to ``grads = (dq, dk, dv)``, scores recomputed.
 
@@ -53,6 +56,8 @@ def add(
         delta: ``[B, Hq, Lq]``, ``sum(d_out * out) - d_lse``.
         d_out: ``[B, Hq, Lq, Dv]``.
         grads: Accumulators shaped like q, k, v.
+        bias: Additions to the scaled scores.
+        d_bias: Accumulators ``[B, Hq, S]`` for its gradient.
     """
     batch, heads, q_len, _ = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
@@ -63,6 +68,9 @@ def add(
             for head in band_kv:
                 query_heads = slice(head * groups, (head + 1) * groups)
                 for b in range(batch):
+                    biases = None
+                    if bias is not None and d_bias is not None:
+                        biases = bias.heads(query_heads), d_bias.heads((b, query_heads))
                     _backward_job(
                         (q[b, query_heads], k[b, head], v[b, head]),
                         job,
@@ -70,6 +78,7 @@ def add(
                         scale,
                         (lse[b, query_heads], delta[b, query_heads], d_out[b, query_heads]),
                         (grads[0][b, query_heads], grads[1][b, head], grads[2][b, head]),
+                        biases,
                     )
 
 
@@ -80,6 +89,7 @@ def _backward_job(
     scale: float,
     rows_of: tuple[Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[ScoreBias, ScoreBias] | None,
 ) -> None:
     """One KV head and its ``G`` query heads: ``q [G, Lq, D]``, ``k, v [Lk, *]``."""
     acc = accumulator_dtype(qkv[0].dtype)
@@ -96,10 +106,15 @@ def _backward_job(
     k, v = keys_by_tile(qkv[1]), keys_by_tile(qkv[2])
     probs = bmm(q, k.transpose(1, 2)).mul_(scale).sub_(lse)
     by_row = probs.view(job.count, groups, job.rows, job.width)
-    for first, bias in hidden:
-        by_row[..., first : first + bias.shape[1]] += bias
+    for first, limit in hidden:
+        by_row[..., first : first + limit.shape[1]] += limit
+    if biases is not None:
+        by_row += biases[0].rectangle(-job.shift, job.rows, job.width)
     probs.exp_()
-    d_scores = bmm(d_out, v.transpose(1, 2)).sub_(delta).mul_(probs).mul_(scale)
+    d_scores = bmm(d_out, v.transpose(1, 2)).sub_(delta).mul_(probs)
+    if biases is not None:
+        biases[1].add_rectangle_(-job.shift, d_scores.view_as(by_row).sum(0))
+    d_scores.mul_(scale)
     # 16-bit inputs get 16-bit gradients: so may the factors of the last products be.
     dtype = factor_dtype(qkv[0])
     probs, d_scores, q, k, d_out = (x.to(dtype) for x in (probs, d_scores, q, k, d_out))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import Workspace
 from longswift.core.hardware import onednn_beats_blas
 from longswift.core.parallel import for_each
@@ -36,14 +37,22 @@ _ACCELERATOR = 4
 _FEW_SCORES = 1 << 18
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
     """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the accumulator dtype."""
     if q.numel() == 0 or k.numel() == 0:
         # The fused kernel divides by these extents.
         return _nothing(q, v)
-    if _fused_is_best(q, k, v):
+    # The fused kernel takes a bias as a dense mask only, of quadratic size.
+    if bias is None and _fused_is_best(q, k, v):
         return _fused(q, k, v, pattern, scale)
-    return _unfused(q, k, v, pattern, scale)
+    return _unfused(q, k, v, pattern, scale, bias)
 
 
 def _nothing(q: Tensor, v: Tensor) -> Partial:
@@ -71,7 +80,14 @@ def _fused_is_best(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return rows < _UNFUSED_ROWS // 2 or rows * k.shape[2] < _FEW_SCORES
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def _unfused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None,
+) -> Partial:
     """Tiles of a KV head and its group, cut so that their scores stay in cache."""
     batch, heads, q_len, _ = q.shape
     k_len, groups = k.shape[2], heads // k.shape[1]
@@ -104,6 +120,7 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: floa
             scale,
             hidden_scores(job, band, pattern.causal, acc, q.device),
             space,
+            None if bias is None else (bias.heads(own), job.shift),
         )
         tiles(out[b, own], job.row, *shape, job.rows).copy_(part.out)
         tiles(lse[b, own].unsqueeze(-1), job.row, *shape, job.rows).copy_(part.lse.unsqueeze(-1))

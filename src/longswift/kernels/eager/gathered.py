@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import (
     BlockRun,
     Workspace,
@@ -69,8 +70,8 @@ class Gathered(StepTable):
     def merge_into(self, bands: Partial) -> Partial:
         """Adds the gathered part to the bands' result, in place."""
         kv_heads = self.k.shape[1]
-        # Without per-row visibility the remainder is the same for every row of a block.
-        by_row = self.pattern.by_row
+        # Without per-row visibility or bias the remainder is the same for every row of a block.
+        by_row = self.pattern.by_row or self.bias is not None
         attend = self._attend_by_row if by_row else self._attend
 
         def merge(run: BlockRun, space: Workspace) -> None:
@@ -154,6 +155,7 @@ class Gathered(StepTable):
         delta: Tensor,
         d_out: Tensor,
         grads: tuple[Tensor, Tensor, Tensor],
+        d_bias: ScoreBias | None = None,
     ) -> None:
         """Adds this part's gradients to ``grads = (dq, dk, dv)``; arguments as for the bands."""
         d_q, d_k, d_v = grads
@@ -168,7 +170,7 @@ class Gathered(StepTable):
                 stack_queries(x, run, kv_heads).flatten(0, 2).to(self.acc)
                 for x in (lse.unsqueeze(-1), delta.unsqueeze(-1), d_out)
             ]
-            d_rows = self._backward_step(step, rows_of, d_k, d_v, pool_grads)
+            d_rows = self._backward_step(step, rows_of, d_k, d_v, pool_grads, d_bias)
             shape = (self.k.shape[0], kv_heads, run.count, d_rows.shape[1], d_rows.shape[2])
             d_q[:, :, run.row : run.row + run.count * run.rows] += unstack_queries(
                 d_rows.reshape(shape), run, self.q.shape[1]
@@ -184,6 +186,7 @@ class Gathered(StepTable):
         d_k: Tensor,
         d_v: Tensor,
         pool_grads: list[Tensor] | None,
+        d_bias: ScoreBias | None,
     ) -> Tensor:
         """Gradient of the run's unscaled queries; the keys' and values' go to the accumulators."""
         lse, delta, d_out = rows_of
@@ -197,6 +200,8 @@ class Gathered(StepTable):
         d_scores = d_probs.sub_(delta).mul_(probs)
         tokens, columns = self.weights(step, probs, column_probs)
         d_tokens, d_sums = self.weights(step, d_scores, d_columns)
+        if d_bias is not None:
+            self.add_bias_gradient(step, d_bias, d_tokens, d_sums)
         self._add_rows(d_v, step.tokens, bmm(tokens.transpose(1, 2), d_out))
         self._add_rows(d_k, step.tokens, bmm(d_tokens.transpose(1, 2), step.q))
         if pool_grads is not None and columns is not None and d_sums is not None:

@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.bias import ScoreBias
+from longswift.core.blocks import BlockRun, TokenTable, Workspace, row_positions, stack_queries
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import (
     PoolColumns,
     Pools,
     block_edges,
     build_pools,
+    column_ranges,
     pool_columns,
     token_columns,
 )
@@ -56,8 +58,10 @@ class StepTable:
         pattern: BlockPattern,
         scale: float,
         summary: KeySummary | None = None,
+        bias: ScoreBias | None = None,
     ) -> None:
         self.q, self.k, self.v, self.pattern, self.scale = q, k, v, pattern, scale
+        self.bias = bias
         self.acc = accumulator_dtype(q.dtype)
         self._keys, self._values = TokenTable(k), TokenTable(v)
         self.pools: Pools | None = None
@@ -66,6 +70,7 @@ class StepTable:
             self.pools = build_pools(k, v, pattern, summary)
             self._edges = block_edges(pattern, q.shape[2], k.shape[2])
             self._columns = pool_columns(self.pools, pattern.causal, self._edges)
+            self._bias_sums = None if bias is None else bias.sums()
 
     def load(self, run: BlockRun, space: Workspace, widen: bool = True) -> Step:
         """Gather what one run needs, keys and values in the accumulator dtype if ``widen``."""
@@ -146,6 +151,9 @@ class StepTable:
             ],
             -1,
         )
+        if sums == "k" and self._bias_sums is not None:
+            start, end = self._column_places(step)
+            total += torch.take(self._bias_sums, end).sub_(torch.take(self._bias_sums, start))
         assert step.column_of is not None
         total.scatter_add_(
             2, step.column_of.expand_as(tokens), tokens * step.shown.to(self.acc).neg_()
@@ -184,8 +192,58 @@ class StepTable:
     def scores(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Scores of tokens ``[Z, R, C]`` and of remainder columns ``[Z, R, P + 2]``."""
         token_scores = bmm(step.q, step.k.transpose(1, 2))
+        if self.bias is not None:
+            positions = row_positions(step.run, self.q.device)
+            token_scores += self.bias.at(step.tokens, positions).flatten(0, 2)
         column_scores = None
         if step.count is not None:
             column_scores = self.products(step, step.q, token_scores, "k")
             column_scores.add_(step.count.clamp(min=0.0).log())
         return token_scores if step.complete else hide_(token_scores, step.shown), column_scores
+
+    def add_bias_gradient(
+        self, step: Step, d_bias: ScoreBias, d_tokens: Tensor, d_sums: Tensor | None
+    ) -> None:
+        """Adds the gradients of a step's scores to ``d_bias.values [B, Hq, S]``.
+
+        Args:
+            step: The run.
+            d_bias: The accumulators.
+            d_tokens: ``[Z, R, C]``, of the scores of gathered tokens.
+            d_sums: ``[Z, R, P + 2]``, of the columns' sums of scores, or None.
+        """
+        assert self.bias is not None
+        batch, heads, length = d_bias.values.shape
+        of_row = torch.arange(batch, device=d_tokens.device) * heads
+        positions = row_positions(step.run, d_tokens.device)
+        places = self.bias.places(step.tokens, positions).flatten(3, 4)
+        places = places + (of_row * length).view(-1, 1, 1, 1, 1)
+        d_bias.values.view(-1).index_add_(0, places.flatten(), d_tokens.flatten())
+        if d_sums is None:
+            return
+        assert self._bias_sums is not None
+        change = self._bias_sums.new_zeros(batch, heads, length + 1)
+        base = (of_row * (length + 1)).view(-1, 1, 1)
+        shape = (batch, -1, d_sums.shape[2])
+        for place, sign in zip(self._column_places(step), (-1.0, 1.0), strict=True):
+            at = (place.view(shape) + base).flatten()
+            change.view(-1).index_add_(0, at, d_sums.flatten().to(change.dtype), alpha=sign)
+        # A value is in every sum behind it.
+        d_bias.values.add_(change[..., 1:].flip(2).cumsum(2).flip(2).to(d_bias.values.dtype))
+
+    def _column_places(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Where the running sums of the bias start and end for each column, ``[Z, R, P + 2]``."""
+        assert self.bias is not None and self.pools is not None and step.columns is not None
+        run, device = step.run, self.q.device
+        edges = self._edges[:, run.first : run.first + run.count]
+        heads, length = self.bias.values.shape
+        starts = self.bias.head_starts(self.k.shape[1])
+        # The table of sums has one column more.
+        starts = starts // length * (length + 1)
+        position = row_positions(run, device)[:, None, :, None]
+        found = []
+        for key in column_ranges(edges, step.columns, self.pools):
+            column = self.bias.zero + key.to(device)[None, :, :, None, None] - position
+            place = starts + column.clamp(0, length)
+            found.append(place.flatten(3, 4).expand(self.k.shape[0], -1, -1, -1, -1).flatten(0, 2))
+        return found[0], found[1]

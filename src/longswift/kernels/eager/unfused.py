@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import Workspace
 from longswift.core.products import bmm, mm
 from longswift.core.softmax import merge
@@ -49,6 +50,7 @@ def attend(
     scale: float,
     hidden: list[tuple[int, Tensor]],
     space: Workspace,
+    biased: tuple[ScoreBias, int] | None = None,
 ) -> Partial:
     """Softmax attention of tiles of queries that share their keys; not differentiable.
 
@@ -59,6 +61,8 @@ def attend(
         scale: Factor on the scores.
         hidden: First key and ``[R, *]`` of 0 and ``-inf``, added to the scores from that key on.
         space: Buffers of this thread.
+        biased: The bias of the ``G`` heads, and the position of a tile's first query minus that of
+            its first key.
 
     Returns:
         ``out [N, G, R, Dv]``, ``lse [N, G, R]``, in the accumulator dtype.
@@ -77,10 +81,13 @@ def attend(
             scores = space.get("scores", (shape[0], queries.shape[1], size), k.dtype)
             bmm(queries, keys.transpose(1, 2), out=scores)
         by_row = scores.view(*shape, size)
-        for start, bias in hidden:
-            begin, end = max(start, first), min(start + bias.shape[1], first + size)
+        for start, limit in hidden:
+            begin, end = max(start, first), min(start + limit.shape[1], first + size)
             if begin < end:
-                by_row[..., begin - first : end - first] += bias[:, begin - start : end - start]
+                by_row[..., begin - first : end - first] += limit[:, begin - start : end - start]
+        if biased is not None:
+            bias, shift = biased
+            by_row += bias.rectangle(first - shift, shape[2], size)
         lse = softmax_(scores, empty=bool(hidden))
         parts.append(Partial(weigh(scores, values, space), lse))
     out, lse = merge(*parts)

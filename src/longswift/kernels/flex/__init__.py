@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import block_count
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
@@ -40,8 +41,10 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "FlexAttention, compiled"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
     """Why these inputs cannot be computed here, or None."""
+    if bias is not None:
+        return "a position bias: no kernel of this backend adds one"
     if q.device.type == "cpu":
         return None
     if q.dtype == torch.float64:
@@ -52,9 +55,16 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def attend_bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
     """Attention over the pattern's bands alone, without gradients."""
-    _refuse(q, k, v)
+    _refuse(q, k, v, bias)
     return _bands(q, k, v, pattern, scale)
 
 
@@ -67,6 +77,7 @@ def attend(
     *,
     bands: Partial | None = None,
     summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -78,11 +89,12 @@ def attend(
         scale: Factor on the scores.
         bands: The result of ``attend_bands``; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
+        bias: Refused unless None.
 
     Raises:
         UnsupportedError: FlexAttention cannot compute these inputs; see ``refusal``.
     """
-    _refuse(q, k, v)
+    _refuse(q, k, v, bias)
     if bands is None or torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         bands = _bands(q, k, v, pattern, scale)
     parts = [bands]
@@ -94,8 +106,8 @@ def attend(
     return Partial(out.to(q.dtype), lse)
 
 
-def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
-    reason = refusal(q, k, v)
+def _refuse(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None) -> None:
+    reason = refusal(q, k, v, bias)
     if reason is not None:
         raise UnsupportedError(
             problem(

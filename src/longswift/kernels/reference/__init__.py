@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype, softmax_partial
 from longswift.core.summary import KeySummary
@@ -28,10 +29,17 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "dense oracle, quadratic memory"
 
 
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def attend_bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
     """Attention over the pattern's bands alone."""
     bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
-    return attend(q, k, v, bare, scale)
+    return attend(q, k, v, bare, scale, bias=bias)
 
 
 def attend(
@@ -43,6 +51,7 @@ def attend(
     *,
     bands: Partial | None = None,
     summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Softmax over the visible keys and the remainder's columns; ``bands``, ``summary`` unused."""
     groups = q.shape[1] // k.shape[1]
@@ -50,6 +59,9 @@ def attend(
     qa, ka, va = (x.to(acc) for x in (q, k, v))
     ka, va = ka.repeat_interleave(groups, 1), va.repeat_interleave(groups, 1)
     scores = qa @ ka.transpose(2, 3) * scale
+    added = None if bias is None else dense_bias(bias, q.shape[2], k.shape[2])
+    if added is not None:
+        scores = scores + added
     hidden = ~pattern.visible(q.shape[2], k.shape[2], groups, q.device)
     scores = scores.masked_fill(hidden, float("-inf"))
     if pattern.pool is None:
@@ -64,12 +76,24 @@ def attend(
         for x in (ka, va)
     )
     coarse = torch.einsum("bhrd,bhrcd->bhrc", qa, mean_k) * scale + count.log()
+    if added is not None:
+        total = torch.einsum("bhrcl,hrl->bhrc", members, added)
+        coarse = coarse + total / count.clamp(min=1.0)
     every = torch.cat([scores, coarse], -1)
     lse = torch.logsumexp(every, -1)
     weights = torch.exp(every - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
     out = weights[..., : k.shape[2]] @ va
     out = out + torch.einsum("bhrc,bhrcd->bhrd", weights[..., k.shape[2] :], mean_v)
     return Partial(out.to(q.dtype), lse)
+
+
+def dense_bias(bias: ScoreBias, q_len: int, k_len: int) -> Tensor:
+    """The bias of every pair, ``[Hq, Lq, Lk]``."""
+    device = bias.values.device
+    position = torch.arange(k_len - q_len, k_len, device=device)[:, None]
+    column = bias.zero + bias.step * torch.arange(k_len, device=device) - position
+    # Keys that nobody sees may lie beyond the table.
+    return bias.values[:, column.clamp(0, bias.values.shape[1] - 1)]
 
 
 def remainder_members(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
 from longswift.core.remainder import attend_remainder
@@ -44,8 +45,10 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
     """Why these inputs cannot be computed here, or None."""
+    if bias is not None:
+        return "a position bias: no kernel of this backend adds one"
     if q.dtype == torch.float64 and q.device.type != "cpu":
         return "fp64: the kernels are for fp32 and 16-bit inputs"
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
@@ -56,9 +59,16 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def attend_bands(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def attend_bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
     """Attention over the pattern's bands alone, without gradients."""
-    q, k, v = _checked(q, k, v)
+    q, k, v = _checked(q, k, v, bias)
     bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
     return _forward(q, k, v, _tables(bare, q, k), scale)
 
@@ -72,6 +82,7 @@ def attend(
     *,
     bands: Partial | None = None,
     summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -83,11 +94,12 @@ def attend(
         scale: Factor on the scores.
         bands: The result of ``attend_bands``; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
+        bias: Refused unless None.
 
     Raises:
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
-    q, k, v = _checked(q, k, v)
+    q, k, v = _checked(q, k, v, bias)
     table = _tables(pattern, q, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         parts = [Partial(*_Attend.apply(q, k, v, table, scale))]
@@ -112,9 +124,11 @@ def best_blocks(
     return scoring.best_blocks(rows, keys, outside, skip, most)
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The inputs as the kernels read them, or an error."""
-    reason = refusal(q, k, v)
+    reason = refusal(q, k, v, bias)
     if reason is not None:
         raise UnsupportedError(
             problem(

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, block_runs
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
@@ -42,6 +43,7 @@ class Request:
         summary: Page summaries of ``k``, or None.
         best_blocks: The backend's kernel for scoring key blocks by bounds and keeping the best, or
             None; ``kernels.triton.scoring`` says what it takes.
+        bias: Additions to the scaled scores, part of ``band_lse``, or None.
     """
 
     q: Tensor
@@ -55,6 +57,7 @@ class Request:
     strict: bool
     summary: KeySummary | None = None
     best_blocks: Callable[..., tuple[Tensor, Tensor]] | None = None
+    bias: ScoreBias | None = None
 
     @property
     def groups(self) -> int:
@@ -94,6 +97,7 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
+    supports_bias: ClassVar[bool] = False
 
     key_block: int = 16
 
@@ -111,6 +115,18 @@ class Selector(ABC):
         In keys attended to: a product with a key without its value counts half.
         """
         return keys / 2 if budget else 0.0
+
+    def check_bias(self, bias: ScoreBias | None) -> None:
+        """Raise ``UnsupportedError`` unless the choice takes a bias into account."""
+        if bias is not None and not self.supports_bias:
+            raise UnsupportedError(
+                problem(
+                    f"selector {self.name!r}",
+                    expected="no position bias (it would choose as if there were none)",
+                    got="a position bias",
+                    fix="Use selector='bounds', or key_tokens=0.",
+                )
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Name and fields, JSON-ready."""

@@ -5,7 +5,8 @@
    most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Boxes are much
    larger than what is in them, so that radii are shrunk (``key_radius``, ``row_radius``). Softmax
    over blocks, max over the query block's groups and the GQA group; the best
-   ``proposals * budget / key_block`` blocks are proposed.
+   ``proposals * budget / key_block`` blocks are proposed. A position bias enters with its maximum
+   over the pairs of group and block.
 2. The exact stage of ``two_stage``.
 
 Rows of a block that is not complete, as when decoding or asking a short question, are few and
@@ -25,7 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, Workspace
+from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
@@ -49,6 +50,7 @@ class Bounds(Selector):
     """
 
     name: ClassVar[str] = "bounds"
+    supports_bias: ClassVar[bool] = True
 
     key_block: int = 8
     row_group: int = 16
@@ -165,6 +167,20 @@ class _Pass(TwoStage):
         features = torch.cat([centre, of_keys * (centre.abs() + radius), of_rows * radius], -1)
         return features.flatten(3, 4)
 
+    def _largest_bias(self, run: BlockRun, width: int) -> Tensor:
+        """Maximum of the bias between rows (or groups) and blocks, ``[1, Hkv, N, rows, W]``."""
+        request, size, group = self._request, self._key_block, 1
+        assert request.bias is not None
+        position = row_positions(run, request.k.device)
+        if not self._by_row(run):
+            group = self._selector.row_group
+            # The last row of a group is the farthest from the first key of a block.
+            position = position[:, ::group] + (group - 1)
+        largest = request.bias.largest(size + group - 1, size)
+        block = torch.arange(width, device=position.device)
+        shape = 1, request.k.shape[1], 1, width
+        return largest.at(block.expand(shape), position.clamp(max=request.k.shape[2] - 1))
+
     def _block_scores(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
@@ -179,6 +195,8 @@ class _Pass(TwoStage):
             if index:
                 bound += product
         bound = bound.view(batch, kv_heads, count, rows, width)
+        if self._request.bias is not None:
+            bound += self._largest_bias(run, width)
         # Causal candidates form a prefix: only the columns where some block ends need a mask.
         common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
         bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, TokenTable, Workspace, stack_queries
+from longswift.core.blocks import BlockRun, TokenTable, Workspace, row_positions, stack_queries
 from longswift.core.products import bmm, factor_dtype, mm
 from longswift.core.softmax import accumulator_dtype, hide_
 from longswift.mechanisms.selectors.base import (
@@ -146,6 +146,14 @@ class TwoStage(ABC):
         keys[:, width] = 0.0
         return keys
 
+    def _bias(self, proposed: Tensor, run: BlockRun) -> Tensor | None:
+        """Position bias of the proposed tokens, ``[Z, G * rows, M]``, or None."""
+        bias, k = self._request.bias, self._request.k
+        if bias is None:
+            return None
+        tokens = self._tokens(proposed).clamp_(max=k.shape[2] - 1)
+        return bias.at(tokens, row_positions(run, k.device)).flatten(0, 2)
+
     def _hidden(self, proposed: Tensor, valid: Tensor) -> Tensor | None:
         """0 or ``-inf`` for proposed tokens and the band, ``[Z, 1, M + 1]``; None if all count."""
         beyond = not self._request.pattern.causal and self._request.k.shape[2] % self._key_block
@@ -175,6 +183,9 @@ class TwoStage(ABC):
         bmm(q, keys.transpose(1, 2), out=scores)
         lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1])
         scores[..., -1] = lse.flatten(0, 2)
+        bias = self._bias(proposed, run)
+        if bias is not None:
+            scores[..., :-1] += bias
         if hidden is not None:
             scores += hidden
         if visible is not None:
@@ -191,6 +202,7 @@ class TwoStage(ABC):
         dtype = factor_dtype(self._request.k)
         keys, hidden = self._keys(proposed, space, dtype), self._hidden(proposed, valid)
         lse = stack_queries(self._request.band_lse, run, self._request.k.shape[1]).flatten(0, 2)
+        bias = self._bias(proposed, run)
         queries = q.flatten(0, 2).to(dtype)
         problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
         largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
@@ -199,6 +211,8 @@ class TwoStage(ABC):
             if dtype != self._acc:
                 scores = space.get("scores", tuple(scores.shape), self._acc).copy_(scores)
             scores[:, -1] = band
+            if bias is not None:
+                scores[:, :-1] += bias[index]
             if hidden is not None:
                 scores += hidden[index]
             torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
