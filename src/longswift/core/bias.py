@@ -66,6 +66,12 @@ class ScoreBias:
         first = self.zero + offset - rows + 1
         return self.values[:, first : first + rows + width - 1].unfold(1, width, 1).flip(1)
 
+    def rows(self, position: Tensor, keys: int) -> Tensor:
+        """``[Hq, P, keys]`` of the queries at ``position [P]`` and the first ``keys`` keys."""
+        column = self.step * torch.arange(keys, device=position.device) - position[:, None]
+        # Keys that nobody sees may lie beyond the table.
+        return self.values[:, (column + self.zero).clamp(0, self.values.shape[1] - 1)]
+
     def add_rectangle_(self, offset: int, grad: Tensor) -> None:
         """Adds the gradient ``[Hq, rows, width]`` of a ``rectangle`` to these values."""
         heads, rows, width = grad.shape

@@ -136,7 +136,7 @@ class Tryout:
                 exact = mechanism.exact_part()
                 assert exact is not None
                 tried = exact
-            result = tried(q, k, v, scale=call.scale, summary=summary)
+            result = tried(q, k, v, scale=call.scale, summary=summary, bias=call.bias)
             if self._criterion == CAPTURED:
                 mass = (result.lse - truth[1]).exp().clamp(max=1.0).double()
                 sums = torch.stack([mass.sum((0, 2)), torch.ones_like(mass).sum((0, 2))])

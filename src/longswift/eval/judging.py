@@ -123,7 +123,8 @@ class LayerJudge:
         mechanism = rival.choose(call.layer)
 
         def run(other: Any) -> AttentionResult:
-            return other(call.q, call.k, call.v, causal=call.causal, scale=call.scale)
+            options = {"causal": call.causal, "scale": call.scale, "bias": call.bias}
+            return other(call.q, call.k, call.v, **options)
 
         same = rival is self._own or self._own is None and mechanism == call.mechanism
         result = call.result if same else run(mechanism)
@@ -177,6 +178,7 @@ def attend_rows(call: Observed, rows: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     acc = accumulator_dtype(q.dtype)
     keys, values = k.to(acc), v.to(acc)
+    bias = None if call.bias is None else call.bias.scores(q, k)
     outs, sums = [], []
     for part in rows.split(16):
         position = part + (k.shape[2] - q.shape[2])
@@ -184,6 +186,8 @@ def attend_rows(call: Observed, rows: Tensor) -> tuple[Tensor, Tensor]:
         stacked = (q[:, :, part].to(acc) * call.scale).reshape(batch, kv_heads, -1, q.shape[3])
         scores = stacked @ keys[:, :, :end].transpose(2, 3)
         scores = scores.view(batch, heads, len(part), end)
+        if bias is not None:
+            scores = scores + bias.rows(position, end)
         if call.causal:
             later = torch.arange(end, device=q.device) > position[:, None]
             scores = scores.masked_fill(later, float("-inf"))

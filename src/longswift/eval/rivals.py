@@ -24,6 +24,8 @@ class Uniform(Mechanism):
 
     name: ClassVar[str] = "uniform"
     supports_cross: ClassVar[bool] = True
+    # A bias is part of the scores that are left out.
+    supports_bias: ClassVar[bool] = True
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         (q_len, k_len), acc = (q.shape[2], k.shape[2]), accumulator_dtype(q.dtype)

@@ -246,12 +246,14 @@ def _views(call: Observed, queries: slice, text: _Text, rows: range) -> list[Vie
     mechanism, q, k = call.mechanism, call.q[:1, :, queries], call.k[:1]
     kv_heads, k_len, q_len = k.shape[1], k.shape[2], q.shape[2]
     groups = q.shape[1] // kv_heads
-    seen = mechanism.visible(q, k, causal=True, scale=call.scale)[0]
+    seen = mechanism.visible(q, k, causal=True, scale=call.scale, bias=call.bias)[0]
     # A group shares its keys, so its first head speaks for all.
     why = reasons(mechanism, seen[::groups].cpu(), causal=True)
     position = torch.arange(k_len - q_len, k_len, device=q.device)
     keys = k[0].float().repeat_interleave(groups, 0)
     scores = q[0].float() @ keys.transpose(-1, -2) * call.scale
+    if call.bias is not None:
+        scores = scores + call.bias.scores(q, k).rows(position, k_len)
     hidden = torch.arange(k_len, device=q.device) > position[:, None]
     probs = scores.masked_fill(hidden, float("-inf")).softmax(-1).cpu()
     begin = k_len - q_len

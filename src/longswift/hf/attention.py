@@ -15,6 +15,7 @@ from longswift.core.observe import layer_scope
 from longswift.core.summary import KeySummary
 from longswift.hf.cache import pages_of
 from longswift.hf.masks import KeyMask, Rule
+from longswift.hf.position import bias_of
 from longswift.hf.settings import resolve
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.sliding_window import SlidingWindow
@@ -90,6 +91,7 @@ def make_attention(name: str) -> AttentionFunction:
                 # A recomputed layer must make the choice it made before, gradients on or off.
                 training=True if module.training else None,
                 summary=summary,
+                bias=bias_of(module),
             )
         return result.out.transpose(1, 2).contiguous(), None
 

@@ -18,6 +18,7 @@ from longswift.core.mechanism import Mechanism
 from longswift.hf.converted import ConvertedAttention
 from longswift.hf.families import Family, attention_layers
 from longswift.hf.global_attention import GlobalAttention, encoder_layers
+from longswift.hf.position import bias_of
 from longswift.hf.settings import (
     KEY,
     attention_of,
@@ -165,7 +166,7 @@ def install(
         )
     if key == _MEMORY:
         for index, memory in chosen.items():
-            _check_window(*found[index][1:], memory)
+            _check_layer(*found[index][1:], memory)
     handle = Conversion(model)
     try:
         if attention_of(model) is None:
@@ -261,7 +262,17 @@ def memory_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _check_window(layer: nn.Module, family: Family, memory: MemoryConfig) -> None:
+def _check_layer(layer: nn.Module, family: Family, memory: MemoryConfig) -> None:
+    bias = bias_of(layer)
+    if bias is not None:
+        raise UnsupportedError(
+            problem(
+                f"layer {layer.layer_idx}",
+                expected="no position bias (a memory adds none to its scores)",
+                got=f"bias {bias.name!r}",
+                fix="Convert models with rotary positions, or without any.",
+            )
+        )
     window = family.window(layer)
     if window is not None and memory.reach > window:
         raise UnsupportedError(

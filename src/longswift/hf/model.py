@@ -11,6 +11,7 @@ from transformers import SmolLM3Config, SmolLM3ForCausalLM
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.hf.convert import install
+from longswift.hf.position import PLACE, LayerBias, layer_bias, read_position
 from longswift.hf.settings import KEY, read_settings, set_attention
 from longswift.mechanisms import from_dict, list_mechanisms
 from longswift.mechanisms.full import Full
@@ -39,14 +40,20 @@ class LongSwiftConfig(SmolLM3Config):
     Args:
         attention: A mechanism or memory for all layers, or a sequence with one per layer: the
             object, its name, or its dictionary. Full attention by default.
-        rope: Rotary positions in every layer (default) or in none. ``rope_parameters`` sets their
-            base, ``no_rope_layers`` (1 marks a rotated layer) chooses single layers.
+        position: Where positions come from. ``"rope"`` (default): rotation; ``rope_parameters`` say
+            how, ``no_rope_layers`` (1 marks a rotated layer) in which layers.
+            ``"none"``: causality alone. ``"alibi"``: linear biases with the published slopes.
+            ``"t5"``: learned biases by bucket, a table per layer of
+            ``relative_attention_num_buckets`` (32) rows up to ``relative_attention_max_distance``
+            (128). Biases need mechanisms of the softmax family in every layer.
+        rope: ``True`` and ``False`` say ``position="rope"`` and ``"none"``.
         **kwargs: Everything else SmolLM3 knows, with the sizes of a small model as defaults:
             ``hidden_size``, ``num_hidden_layers``, ``num_key_value_heads``,
             ``tie_word_embeddings``...
 
     Raises:
-        ConfigError: As many attentions as layers were expected, or one is unknown.
+        ConfigError: As many attentions as layers were expected, one is unknown or has no scores to
+            add a bias to, or the positions contradict one another.
     """
 
     model_type = "longswift"
@@ -55,16 +62,21 @@ class LongSwiftConfig(SmolLM3Config):
         self,
         *,
         attention: Attention | Sequence[Attention] | None = None,
+        position: str | None = None,
         rope: bool | None = None,
         **kwargs: Any,
     ) -> None:
         sizes = {**_SMALL, **kwargs}
         layers = int(sizes["num_hidden_layers"])
-        if rope is not None or sizes.get("no_rope_layers") is None:
-            sizes["no_rope_layers"] = [int(rope is not False)] * layers
+        position, sizes["no_rope_layers"] = read_position(
+            position, rope, sizes.get("no_rope_layers"), layers
+        )
         super().__init__(**sizes)
+        self.position = position
         if attention is not None or getattr(self, KEY, None) is None:
             setattr(self, KEY, _settings(attention, layers))
+        if position in ("alibi", "t5"):
+            _check_biased(getattr(self, KEY), position)
 
 
 class LongSwiftLM(SmolLM3ForCausalLM):
@@ -85,6 +97,10 @@ class LongSwiftLM(SmolLM3ForCausalLM):
         layers = {int(i): from_dict(c) for i, c in settings.get("layers", {}).items()}
         memories = {int(i): memory_from_dict(c) for i, c in settings.get("memory", {}).items()}
         set_attention(self, from_dict(settings["attention"]), layers)
+        for layer in self.model.layers:
+            bias = layer_bias(config)
+            if bias is not None:
+                layer.self_attn.add_module(PLACE, bias)
         if memories:
             install(self, memories)
 
@@ -95,7 +111,7 @@ class LongSwiftLM(SmolLM3ForCausalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MemoryAttention):
+        if isinstance(module, MemoryAttention | LayerBias):
             module.reset_parameters()
 
 
@@ -125,6 +141,22 @@ def _settings(
             str(i): x.to_dict() for i, x in enumerate(chosen) if isinstance(x, MemoryConfig)
         },
     }
+
+
+def _check_biased(settings: dict[str, Any], position: str) -> None:
+    """Raise ``ConfigError`` if a layer has no scores to add a bias to."""
+    mechanisms = [settings["attention"], *settings.get("layers", {}).values()]
+    deaf = {m["name"] for m in mechanisms if not from_dict(m).supports_bias}
+    deaf |= {m["name"] for m in settings.get("memory", {}).values()}
+    if deaf:
+        raise ConfigError(
+            problem(
+                "position",
+                expected=f"mechanisms of the softmax family with {position!r}",
+                got=", ".join(sorted(deaf)),
+                fix="Use position='rope' or 'none' with these.",
+            )
+        )
 
 
 def _resolved(attention: Attention) -> Mechanism | MemoryConfig:

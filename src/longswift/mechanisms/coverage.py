@@ -64,8 +64,7 @@ class RowMass:
         stacked = (q.to(k.dtype) * scale).view(batch, self._kv_heads, -1, q.shape[3])
         scores = (stacked @ k.transpose(2, 3)).view(batch, heads, rows, k.shape[2])
         if bias is not None:
-            key = torch.arange(k.shape[2], device=k.device)
-            scores += bias.values[:, bias.zero + key - position[:, None]]
+            scores += bias.rows(position, k.shape[2])
         if causal:
             later = torch.arange(k.shape[2], device=k.device) > position[:, None]
             scores.masked_fill_(later, float("-inf"))

@@ -59,8 +59,10 @@ def attend(
     qa, ka, va = (x.to(acc) for x in (q, k, v))
     ka, va = ka.repeat_interleave(groups, 1), va.repeat_interleave(groups, 1)
     scores = qa @ ka.transpose(2, 3) * scale
-    added = None if bias is None else dense_bias(bias, q.shape[2], k.shape[2])
-    if added is not None:
+    added = None
+    if bias is not None:
+        position = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)
+        added = bias.rows(position, k.shape[2])
         scores = scores + added
     hidden = ~pattern.visible(q.shape[2], k.shape[2], groups, q.device)
     scores = scores.masked_fill(hidden, float("-inf"))
@@ -85,15 +87,6 @@ def attend(
     out = weights[..., : k.shape[2]] @ va
     out = out + torch.einsum("bhrc,bhrcd->bhrd", weights[..., k.shape[2] :], mean_v)
     return Partial(out.to(q.dtype), lse)
-
-
-def dense_bias(bias: ScoreBias, q_len: int, k_len: int) -> Tensor:
-    """The bias of every pair, ``[Hq, Lq, Lk]``."""
-    device = bias.values.device
-    position = torch.arange(k_len - q_len, k_len, device=device)[:, None]
-    column = bias.zero + bias.step * torch.arange(k_len, device=device) - position
-    # Keys that nobody sees may lie beyond the table.
-    return bias.values[:, column.clamp(0, bias.values.shape[1] - 1)]
 
 
 def remainder_members(
