@@ -38,6 +38,20 @@ class NaiveSwift:
     remainder: int | None = None
     strict: bool = False
     causal: bool = True
+    # By query head and key position minus query position, [Hq, 2 * most + 1].
+    bias: Array | None = None
+
+    def added(self, head: int, offset: int) -> float:
+        """What a head's score grows by; beyond the table as at its end."""
+        if self.bias is None:
+            return 0.0
+        most = self.bias.shape[1] // 2
+        return float(self.bias[head, min(max(offset, -most), most) + most])
+
+    def scores(self, q: Array, k: Array, keys: list[int], positions: list[int]) -> Array:
+        """``[G, rows, keys]`` of scaled queries ``[G, rows, D]``."""
+        added = [[[self.added(g, j - p) for j in keys] for p in positions] for g in range(len(q))]
+        return q @ k[keys].T + np.array(added).reshape(*q.shape[:2], len(keys))
 
     def with_pages(self, q_len: int) -> NaiveSwift:
         """Itself, with blocks of 16 keys if a single query is decoded and they fit."""
@@ -101,7 +115,8 @@ class NaiveSwift:
             own = slice(kv * groups, (kv + 1) * groups)
             for rows in self.row_blocks(first_row, q_len, offset):
                 start, end = rest.band(window, offset + rows[0], n)
-                since = rest.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
+                alone = rest if self.bias is None else replace(rest, bias=self.bias[own])
+                since = alone.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
                 for row in rows:
                     position = offset + row
                     keys = [j for j in range(n) if start <= j < end or j < self.sinks]
@@ -141,12 +156,13 @@ class NaiveSwift:
             return {}
         sink_blocks = [b for b in outside if b * self.key_block < self.sinks]
         wanted = min(math.ceil(self.proposals * self.key_tokens / self.key_block), len(blocks))
+        positions = [offset + row for row in rows]
         # What the window already holds takes part in every probability.
         window = np.empty(q.shape[:2])
         for g in range(q.shape[0]):
             for i, row in enumerate(rows):
                 last = min(end, offset + row + 1) if self.causal else end
-                scores = k[start:last] @ q[g, i]
+                scores = self.scores(q, k, list(range(start, last)), positions)[g, i]
                 window[g, i] = np.logaddexp.reduce(scores)
         if self.strict and self.causal:
             return self.choose_strictly(q, k, rows, offset, outside, sink_blocks, wanted, window)
@@ -159,17 +175,23 @@ class NaiveSwift:
             shares = (self.key_radius, self.row_radius, self.key_radius)
             for i in range(0, len(rows), group):
                 part = q[g, i : i + group]
-                bounds = np.array([self.bound(part, blocks[b], shares) for b in outside])
+                places = positions[i : i + group]
+                bounds = np.array(
+                    [
+                        self.bound(part, blocks[b], shares) + self.most_added(g, b, places, n)
+                        for b in outside
+                    ]
+                )
                 for b, p in zip(outside, softmax(bounds), strict=True):
                     rank[b] = max(rank[b], p)
         proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
         tokens = self.tokens_of([*proposed, *sink_blocks], n)
-        probs = self.probabilities(q, k, tokens, window)
+        probs = self.probabilities(q, k, tokens, window, positions)
         best = probs.max((0, 1))
         free = [i for i, t in enumerate(tokens) if t >= self.sinks]
         chosen = sorted(free, key=lambda i: -best[i])[: self.key_tokens]
         if self.coverage is not None:
-            chosen = self.cover(chosen, tokens, probs, q, k, window)
+            chosen = self.cover(chosen, tokens, probs, q, k, window, positions)
         return {tokens[i]: 0 for i in chosen}
 
     def bound(
@@ -184,13 +206,20 @@ class NaiveSwift:
         a, b, c = shares
         return float(qc @ kc + a * abs(qc) @ kr + b * qr @ abs(kc) + c * qr @ kr)
 
+    def most_added(self, head: int, block: int, positions: list[int], n: int) -> float:
+        """Largest bias between a block of keys, complete or not, and some queries."""
+        keys = range(block * self.key_block, (block + 1) * self.key_block)
+        return max(self.added(head, j - p) for j in keys for p in positions if j - p < n)
+
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
         size = self.key_block
         return [j for b in blocks for j in range(b * size, min((b + 1) * size, n))]
 
-    def probabilities(self, q: Array, k: Array, tokens: list[int], window: Array) -> Array:
+    def probabilities(
+        self, q: Array, k: Array, tokens: list[int], window: Array, positions: list[int]
+    ) -> Array:
         """Exact probabilities of ``tokens``, normalised with the window, ``[G, rows, tokens]``."""
-        scores = q @ k[tokens].T
+        scores = self.scores(q, k, tokens, positions)
         total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
         return np.exp(scores - total[..., None])
 
@@ -202,10 +231,11 @@ class NaiveSwift:
         q: Array,
         k: Array,
         window: Array,
+        positions: list[int],
     ) -> list[int]:
         """The best tokens until every row has the coverage; the one that crosses it stays."""
         assert self.coverage is not None
-        scores = q @ k[tokens].T
+        scores = self.scores(q, k, tokens, positions)
         total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
         have = np.exp(window - total)
         have = have + probs[..., [i for i, t in enumerate(tokens) if t < self.sinks]].sum(-1)
@@ -235,8 +265,10 @@ class NaiveSwift:
         for g in range(groups):
             for i in range(len(rows)):
                 row = q[g, i : i + 1]
+                place = [offset + rows[i]]
                 bounds = [
                     self.bound(row, k[b * size : (b + 1) * size], (self.key_radius, 0.0, 0.0))
+                    + self.most_added(g, b, place, len(k))
                     for b in outside
                 ]
                 shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
@@ -250,7 +282,9 @@ class NaiveSwift:
         for i in range(len(rows)):
             shown = [c for c, t in enumerate(tokens) if since[t] <= i]
             now = slice(i, i + 1)
-            probs = self.probabilities(q[:, now], k, [tokens[c] for c in shown], window[:, now])
+            place = [offset + rows[i]]
+            some = [tokens[c] for c in shown]
+            probs = self.probabilities(q[:, now], k, some, window[:, now], place)
             for c, p in zip(shown, probs[:, 0].max(0), strict=True):
                 want[i, c] = 0.0 if tokens[c] < self.sinks else p
         chosen = self.in_turn(want, self.key_tokens)
@@ -282,7 +316,8 @@ class NaiveSwift:
             for row in range(q_len):
                 position = n - q_len + row
                 exact = np.flatnonzero(seen[h, row])
-                scores, values = [k[kv, exact] @ q[h, row] * scale], [v[kv, exact]]
+                added = [self.added(h, int(j) - position) for j in exact]
+                scores, values = [k[kv, exact] @ q[h, row] * scale + added], [v[kv, exact]]
                 if self.remainder is not None and position >= dense:
                     start, end = pages.band(window, position, n)
                     rest = [j for j in range(n) if not seen[h, row, j]]
@@ -292,6 +327,7 @@ class NaiveSwift:
                         for members in ([j for j in in_pool if j < start], right):
                             if members:
                                 mean = k[kv, members].mean(0) @ q[h, row] * scale
+                                mean += np.mean([self.added(h, j - position) for j in members])
                                 scores.append(np.array([mean + math.log(len(members))]))
                                 values.append(v[kv, members].mean(0, keepdims=True))
                 every = np.concatenate(scores)
@@ -324,7 +360,11 @@ class NaiveAntidiagonal(NaiveSwift):
                     for j in range(b * size, (b + 1) * size, self.stride):
                         pairs = [(i + self.stride - 1 - s, j + s) for s in range(self.stride)]
                         # Beyond the end the last row and the last key are repeated.
-                        scores = [q[g, min(r, len(rows) - 1)] @ k[min(c, n - 1)] for r, c in pairs]
+                        scores = [
+                            q[g, min(r, len(rows) - 1)] @ k[min(c, n - 1)]
+                            + self.added(g, c - (offset + rows[0] + r))
+                            for r, c in pairs
+                        ]
                         sums.append(sum(scores) / self.stride)
                 probs = softmax(np.array(sums)).reshape(len(outside), -1).sum(1)
                 for b, p in zip(outside, probs, strict=True):

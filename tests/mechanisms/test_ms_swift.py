@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longswift import ConfigError, Full, MSSwift, UnsupportedError
 from longswift.core.summary import KeySummary
+from longswift.extend.bias import ClippedBias
 from tests.mechanisms.naive import NaiveAntidiagonal, NaiveSwift
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ ANTIDIAGONAL: dict[str, dict[str, Any]] = {
 def twin(naive: NaiveSwift) -> MSSwift:
     """The mechanism with the options of its twin."""
     options = asdict(naive)
-    options.pop("causal")
+    del options["causal"], options["bias"]
     causality = "strict" if options.pop("strict") else "shared"
     names = "key_block", "row_group", "proposals", "key_radius", "row_radius"
     inner = {name: options.pop(name) for name in names}
@@ -79,10 +80,18 @@ def compare(naive: NaiveSwift, data: st.DataObject) -> None:
     k, v = rng.normal(size=(2, kv_heads, n, 6)) * data.draw(st.sampled_from([1.0, 3.0]))
     scale = 0.4
     mechanism = twin(naive)
+    bias = None
+    if data.draw(st.booleans()):
+        table = 2 * rng.normal(size=(kv_heads * groups, 2 * n - 1))
+        # Falling with distance, as biases do, and rough.
+        table -= 0.1 * np.abs(np.arange(2 * n - 1) - (n - 1))
+        naive = replace(naive, bias=table)
+        bias = ClippedBias(table=torch.from_numpy(table.T))
     tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
-    seen = mechanism.visible(tensors[0], tensors[1], causal=naive.causal, scale=scale)
+    options: dict[str, Any] = {"causal": naive.causal, "scale": scale, "bias": bias}
+    seen = mechanism.visible(tensors[0], tensors[1], **options)
     np.testing.assert_array_equal(seen[0].numpy(), naive.visible(q, k, scale))
-    r = mechanism(*tensors, causal=naive.causal, scale=scale)
+    r = mechanism(*tensors, **options)
     out, lse = naive.attend(q, k, v, scale)
     np.testing.assert_allclose(r.out[0].numpy(), out, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(r.lse[0].numpy(), lse, rtol=1e-8, atol=1e-10)

@@ -3,7 +3,7 @@
 Queries and keys are folded by ``stride``: every folded score sums one antidiagonal of a
 ``stride x stride`` tile, ``1 / stride`` of full attention's work. Softmax over the folded keys,
 summed per key block, over the query block's rows and the GQA group; whole blocks are taken, best
-first. No exact second stage.
+first. No exact second stage. A position bias enters with its mean over the antidiagonal.
 
 Cost per query and head: ``D n / stride`` multiply-adds.
 """
@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.blocks import BlockRun, stack_queries
+from longswift.core.blocks import BlockRun, row_positions, stack_queries
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.softmax import accumulator_dtype
 from longswift.mechanisms.selectors.base import (
@@ -44,6 +44,7 @@ class Antidiagonal(Selector):
     """
 
     name: ClassVar[str] = "antidiagonal"
+    supports_bias: ClassVar[bool] = True
 
     stride: int = 8
 
@@ -111,7 +112,13 @@ class Antidiagonal(Selector):
         folded = q.unflatten(4, (-1, self.stride)).flip(5).flatten(5).flatten(3, 4)
         per_block = self.key_block // self.stride
         scores = folded.flatten(2, 3) @ keys[:, :, : width * per_block].transpose(2, 3)
-        scores = scores.view(*folded.shape[:4], width, per_block)
+        scores = scores.view(*folded.shape[:4], width * per_block)
+        if request.bias is not None:
+            # Of every folded row the last token meets the first of a folded key.
+            position = row_positions(run, q.device)[:, :: self.stride] + (self.stride - 1)
+            tile = torch.arange(width * per_block, device=q.device).expand(1, kv_heads, 1, -1)
+            scores = scores + request.bias.antidiagonals(self.stride).at(tile, position)
+        scores = scores.unflatten(4, (width, per_block))
         scores.masked_fill_(~outside[:, :, None, :, None], _HIDDEN)
         probs = torch.softmax(scores.flatten(4), -1).nan_to_num_()
         rank = probs.view_as(scores).sum((3, 5)).masked_fill_(~outside, float(EMPTY))
