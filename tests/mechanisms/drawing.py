@@ -9,10 +9,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longswift.core.bias import PositionBias
 from longswift.core.mechanism import Mechanism
 from longswift.core.types import AttentionResult
+from longswift.extend.bias import ALiBi, ClippedBias, RelativeBias, T5Bias
 from tests.mechanisms.table import Case
 
+BIASES = ("none", "none", "none", "alibi", "slopes", "clipped", "t5")
 MASKS = ("none", "left", "right", "both", "holes", "empty_row")
 
 
@@ -26,13 +29,14 @@ class Inputs:
     causal: bool = True
     key_mask: Tensor | None = None
     scale: float | None = None
+    bias: PositionBias | None = None
 
     def __repr__(self) -> str:
         q, k, v = (list(x.shape) for x in self.tensors)
         mask = None if self.key_mask is None else self.key_mask.int().tolist()
         return (
             f"Inputs(q={q}, k={k}, v={v}, {self.q.dtype}, contiguous={self.q.is_contiguous()}, "
-            f"causal={self.causal}, scale={self.scale}, key_mask={mask})"
+            f"causal={self.causal}, scale={self.scale}, bias={self.bias}, key_mask={mask})"
         )
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -44,14 +48,32 @@ class Inputs:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "key_mask": self.key_mask, "scale": self.scale}
+        return {
+            "causal": self.causal,
+            "key_mask": self.key_mask,
+            "scale": self.scale,
+            "bias": self.bias,
+        }
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients are taken of: the tensors, and the bias's own if it is learned."""
+        if isinstance(self.bias, RelativeBias):
+            return *self.tensors, self.bias.table
+        if isinstance(self.bias, ALiBi) and isinstance(self.bias.slopes, Tensor):
+            return *self.tensors, self.bias.slopes
+        return self.tensors
 
     def run(self, mechanism: Mechanism, **options: Any) -> AttentionResult:
         return mechanism(*self.tensors, **{**self.options, **options})
 
     def with_grad(self) -> Inputs:
-        q, k, v = (x.detach().clone().requires_grad_() for x in self.tensors)
-        return replace(self, q=q, k=k, v=v)
+        q, k, v, *learned = (x.detach().clone().requires_grad_() for x in self.leaves)
+        bias = self.bias
+        if learned:
+            name = "slopes" if isinstance(bias, ALiBi) else "table"
+            bias = replace(bias, **{name: learned[0]})  # type: ignore[type-var]
+        return replace(self, q=q, k=k, v=v, bias=bias)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
@@ -75,6 +97,22 @@ def make_mask(kind: str, batch: int, length: int, generator: torch.Generator) ->
     return mask
 
 
+def make_bias(
+    kind: str, heads: int, causal: bool, dtype: torch.dtype, generator: torch.Generator
+) -> PositionBias | None:
+    """A bias of some kind for ``heads`` query heads."""
+    if kind == "none":
+        return None
+    if kind == "alibi":
+        return ALiBi()
+    if kind == "slopes":
+        return ALiBi(slopes=torch.rand(heads, generator=generator, dtype=dtype))
+    table = torch.randn(31 if kind == "clipped" else 10, heads, generator=generator, dtype=dtype)
+    if kind == "clipped":
+        return ClippedBias(table=2 * table)
+    return T5Bias(table=2 * table, max_distance=40, bidirectional=not causal)
+
+
 @st.composite
 def inputs(
     draw: st.DrawFn,
@@ -86,6 +124,7 @@ def inputs(
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
     chunked: bool = True,
     same_dv: bool = False,
+    biases: tuple[str, ...] = BIASES,
 ) -> Inputs:
     """A random call of a case: shapes, padding, memory layout, dtype."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -110,6 +149,10 @@ def inputs(
         x = x.to(dtype).transpose(1, 2)
         return x if hf_layout else x.contiguous()
 
+    bias = None
+    if case.biased and (causal or q_len == k_len):
+        kind = draw(st.sampled_from(biases))
+        bias = make_bias(kind, kv_heads * groups, causal, dtype, generator)
     return Inputs(
         q=tensor(kv_heads * groups, q_len, dim),
         k=tensor(kv_heads, k_len, dim) * draw(st.sampled_from([1.0, 3.0])),
@@ -117,7 +160,20 @@ def inputs(
         causal=causal,
         key_mask=make_mask(draw(st.sampled_from(masks)), batch, k_len, generator),
         scale=draw(st.sampled_from([None, 0.3])),
+        bias=bias,
     )
+
+
+def bias_matrix(x: Inputs) -> Tensor:
+    """The bias of every pair in fp64, ``[B or 1, Hq, Lq, Lk]``; distances count real tokens."""
+    (heads, q_len), k_len = x.q.shape[1:3], x.k.shape[2]
+    if x.bias is None:
+        return torch.zeros(1, heads, q_len, k_len, dtype=torch.float64)
+    real = torch.ones(1, k_len, dtype=torch.bool) if x.key_mask is None else x.key_mask
+    place = real.cumsum(1)
+    offset = place[:, None, :] - place[:, k_len - q_len :, None]
+    values = x.bias.values(offset.flatten(), heads).double()
+    return values.view(heads, *offset.shape).transpose(0, 1)
 
 
 def masked_softmax(x: Inputs, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +182,10 @@ def masked_softmax(x: Inputs, seen: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (t.double() for t in x.tensors)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scale = x.q.shape[-1] ** -0.5 if x.scale is None else x.scale
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+    scores = q @ k.transpose(-1, -2) * scale
+    if x.bias is not None:
+        scores = scores + bias_matrix(x)
+    scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.where(seen, (scores - lse.unsqueeze(-1)).exp(), 0.0)
     return weights @ v, lse

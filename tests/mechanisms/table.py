@@ -34,6 +34,7 @@ class Case:
         softmax: With ``covering`` it is softmax attention, and ``lse`` that of the scores. False
             for other kernels and for estimates, which only their reference judges.
         vanishing: A query may meet no weight at all; it is then 0 as if it saw no key.
+        biased: Takes a position bias. False for mechanisms without scores to add one to.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     cross: bool = False
     softmax: bool = True
     vanishing: bool = False
+    biased: bool = True
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(f"Case({self.label})")
@@ -142,6 +144,7 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
         cross=True,
         softmax=False,
         vanishing=vanishing,
+        biased=False,
     )
 
 
@@ -213,6 +216,22 @@ _SMALL: dict[str, list[Case]] = {
             config={"chunk": 12, "pooling": "attention"},
             covering={"chunk": 1024},
             subset=False,
+            # Its summaries weigh their tokens by content.
+            biased=False,
+        ),
+        Case(
+            name="hierarchical",
+            label="hierarchical-mean",
+            config={"chunk": 9, "pooling": "mean"},
+            covering={"chunk": 1024},
+            subset=False,
+        ),
+        Case(
+            name="hierarchical",
+            label="hierarchical-first",
+            config={"chunk": 7, "pooling": "first", "count_weighted": False},
+            covering={"chunk": 1024},
+            subset=False,
         ),
     ],
     "bigbird_tokens": [
@@ -242,6 +261,7 @@ _SMALL: dict[str, list[Case]] = {
             subset=False,
             causal=False,
             softmax=False,
+            biased=False,
         ),
     ],
 }

@@ -96,6 +96,7 @@ def in_chunks(x: Inputs, case: Case, cuts: list[int], training: bool) -> tuple[T
             scale=x.scale,
             key_mask=None if x.key_mask is None else x.key_mask[:, :end],
             training=training,
+            bias=x.bias,
         )
         outs.append(part.out)
         lses.append(part.lse)
@@ -156,6 +157,7 @@ def test_decode_equals_prefill(case: Case, data: st.DataObject) -> None:
             scale=x.scale,
             key_mask=None if x.key_mask is None else x.key_mask[:, :end],
             training=False,
+            bias=x.bias,
         )
         close = tolerance(x.q.dtype)
         torch.testing.assert_close(step.out[:, :, 0], whole.out[:, :, end - 1], **close)
@@ -183,7 +185,7 @@ ONE_SCALE = [c for c in CASES if c.alike and len(c.config.get("windows", ())) <=
 @given(st.data())
 def test_the_order_of_heads_does_not_matter(case: Case, data: st.DataObject) -> None:
     """Swapping whole KV heads with their groups swaps the outputs, when heads share a scale."""
-    x = data.draw(inputs(case, masks=("none",)))
+    x = data.draw(inputs(case, masks=("none",), biases=("none",)))
     kv_heads = x.k.shape[1]
     groups = x.q.shape[1] // kv_heads
     order = torch.randperm(kv_heads)

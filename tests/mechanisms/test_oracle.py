@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longswift.core.mechanism import Mechanism
+from longswift.extend.bias import ClippedBias
 from tests.mechanisms.drawing import Inputs, inputs, tolerance
 from tests.mechanisms.table import CASES, Case
 
@@ -24,7 +25,7 @@ def loss_and_grads(
     out, lse, _ = call(*x.tensors, **x.options, training=training)
     finite = torch.where(lse.isfinite(), lse, 0.0)
     loss = (out * weights[0]).sum() + (finite * weights[1]).sum()
-    grads = torch.autograd.grad(loss, x.tensors)
+    grads = torch.autograd.grad(loss, x.leaves)
     return out.detach(), lse.detach(), list(grads)
 
 
@@ -42,7 +43,8 @@ def test_forward_and_gradients(case: Case, data: st.DataObject) -> None:
     close = tolerance(x.q.dtype)
     torch.testing.assert_close(fast[0], slow[0], **close)
     torch.testing.assert_close(fast[1], slow[1], **close)
-    for name, a, b in zip("qkv", fast[2], slow[2], strict=True):
+    names = ("q", "k", "v", "bias")[: len(fast[2])]
+    for name, a, b in zip(names, fast[2], slow[2], strict=True):
         torch.testing.assert_close(a, b, **close, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 
@@ -66,21 +68,27 @@ def test_forward_without_gradients(case: Case, data: st.DataObject) -> None:
     assert fast.lse.shape == x.q.shape[:3]
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
     ("case", "causal"),
     [(case, causal) for case in CASES for causal in case.directions],
     ids=lambda value: getattr(value, "label", value),
 )
-def test_gradcheck(case: Case, causal: bool) -> None:
+def test_gradcheck(case: Case, causal: bool, biased: bool) -> None:
+    if biased and not case.biased:
+        pytest.skip("refuses biases, tested in test_bias")
     kv_heads = case.kv_heads[0]
     n = 2 * case.grid + 3 if case.grid > 1 else 11
     q = torch.randn(1, 2 * kv_heads, n, 3, dtype=torch.float64, requires_grad=True)
     k = torch.randn(1, kv_heads, n, 3, dtype=torch.float64, requires_grad=True)
     v = torch.randn(1, kv_heads, n, 2, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(9, 2 * kv_heads, dtype=torch.float64, requires_grad=True)
     mechanism = case.build()
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse, _ = mechanism(q, k, v, causal=causal, training=case.strict)
+    def call(q: Tensor, k: Tensor, v: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+        bias = ClippedBias(table=table[0]) if table else None
+        out, lse, _ = mechanism(q, k, v, causal=causal, training=case.strict, bias=bias)
         return out, torch.where(lse.isfinite(), lse, 0.0)
 
-    assert torch.autograd.gradcheck(call, (q, k, v), fast_mode=True)
+    leaves = (q, k, v, table) if biased else (q, k, v)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)

@@ -110,15 +110,15 @@ class ScoreBias:
         found = torch.nn.functional.max_pool1d(padded, count, 1)
         return replace(self, values=found, step=step)
 
-    def antidiagonals(self, stride: int) -> ScoreBias:
+    def antidiagonals(self, stride: int, beyond: int) -> ScoreBias:
         """Means over the antidiagonals of tiles, by the tile's last query and its first key.
 
-        Keys start at multiples of ``stride``. Tiles may reach over the edges of the table, whose
-        first and last values go on there.
+        Keys start at multiples of ``stride``, as far as ``beyond`` keys behind the last one. Over
+        the edges of the table its first and last values go on.
         """
-        reach = stride - 1
-        padded = torch.nn.functional.pad(self.values[None], (reach, 2 * reach), mode="replicate")[0]
-        length = self.values.shape[1] + reach
+        reach, more = stride - 1, 2 * (stride - 1) + beyond
+        padded = torch.nn.functional.pad(self.values[None], (reach, more), mode="replicate")[0]
+        length = self.values.shape[1] + reach + beyond
         shifted = [padded[:, 2 * s : 2 * s + length] for s in range(stride)]
         found = torch.stack(shifted).mean(0)
         return replace(self, values=found, zero=self.zero + reach, step=stride)

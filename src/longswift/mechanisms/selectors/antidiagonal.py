@@ -117,7 +117,8 @@ class Antidiagonal(Selector):
             # Of every folded row the last token meets the first of a folded key.
             position = row_positions(run, q.device)[:, :: self.stride] + (self.stride - 1)
             tile = torch.arange(width * per_block, device=q.device).expand(1, kv_heads, 1, -1)
-            scores = scores + request.bias.antidiagonals(self.stride).at(tile, position)
+            bias = request.bias.antidiagonals(self.stride, self.key_block)
+            scores = scores + bias.at(tile, position)
         scores = scores.unflatten(4, (width, per_block))
         scores.masked_fill_(~outside[:, :, None, :, None], _HIDDEN)
         probs = torch.softmax(scores.flatten(4), -1).nan_to_num_()
