@@ -63,8 +63,11 @@ class ScoreBias:
             rows: Queries.
             width: Keys.
         """
-        first = self.zero + offset - rows + 1
-        return self.values[:, first : first + rows + width - 1].unfold(1, width, 1).flip(1)
+        first, span = self.zero + offset - rows + 1, rows + width - 1
+        line = self.values[:, first : first + span]
+        # Row r starts rows - 1 - r columns into the span: a step of one less from row to row.
+        spread = line.unsqueeze(1).expand(-1, rows, -1).contiguous()
+        return spread.as_strided((len(line), rows, width), (rows * span, span - 1, 1), rows - 1)
 
     def rows(self, position: Tensor, keys: int) -> Tensor:
         """``[Hq, P, keys]`` of the queries at ``position [P]`` and the first ``keys`` keys."""
@@ -76,7 +79,6 @@ class ScoreBias:
         """Adds the gradient ``[Hq, rows, width]`` of a ``rectangle`` to these values."""
         heads, rows, width = grad.shape
         span = rows + width - 1
-        # Row r starts rows - 1 - r columns into the span: a step of one less from row to row.
         spread = grad.new_zeros(heads, rows, span)
         view = spread.as_strided(grad.shape, (rows * span, span - 1, 1), rows - 1)
         view.copy_(grad)

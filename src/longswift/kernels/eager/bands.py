@@ -28,6 +28,8 @@ from longswift.kernels.eager.jobs import (
 
 # Query rows per fused call: enough to fill two cores, few enough to keep temporaries in cache.
 _ROWS = 4096
+# Query rows for which a dense bias is held at once.
+_BIASED_ROWS = 256
 # Rows of a tile whose scores are held at once, all heads of a group together.
 _UNFUSED_ROWS = 256
 # Score elements per unfused step: 2 MiB in fp32.
@@ -49,9 +51,8 @@ def forward(
     if q.numel() == 0 or k.numel() == 0:
         # The fused kernel divides by these extents.
         return _nothing(q, v)
-    # The fused kernel takes a bias as a dense mask only, of quadratic size.
-    if bias is None and _fused_is_best(q, k, v):
-        return _fused(q, k, v, pattern, scale)
+    if _fused_is_best(q, k, v):
+        return _fused(q, k, v, pattern, scale, bias)
     return _unfused(q, k, v, pattern, scale, bias)
 
 
@@ -136,11 +137,18 @@ def _dense(name: str, x: Tensor, dtype: torch.dtype, space: Workspace) -> Tensor
     return x.unsqueeze(0)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None,
+) -> Partial:
     """Many tiles in one call of torch's kernel, through strided views."""
     batch, heads, q_len, _ = q.shape
     k_len, groups = k.shape[2], heads // k.shape[1]
-    if len(set(pattern.bands)) == 1:
+    if bias is None and len(set(pattern.bands)) == 1:
         whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
         if len(whole) == 1 and whole[0].rows == q_len:
             return _one_rectangle(q, k, v, whole[0], pattern, scale)
@@ -148,8 +156,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float)
     pieces = [
         (band, job, heads_of, b)
         for band, band_kv in band_heads(pattern.bands)
-        for job in _cut(jobs(band, q_len, k_len, pattern.causal))
-        for heads_of in _head_slices(band_kv, groups)
+        for job in _fused_jobs(band, q_len, k_len, pattern.causal, bias is not None)
+        for heads_of in _head_slices(band_kv, groups, bias is not None)
         for b in range(batch)
     ]
 
@@ -166,7 +174,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float)
             tiles(_widened(name, x, space), 0, job.step, job.count, length)
             for name, x, length in spans
         )
-        part = fused.attend(rows_of, keys, values, job, band, pattern.causal, scale)
+        own = None if bias is None else bias.heads(query_heads)
+        part = fused.attend(rows_of, keys, values, job, band, pattern.causal, scale, own)
         out[b, query_heads, rows] = part.out.transpose(0, 1).flatten(1, 2)
         lse[b, query_heads, rows] = part.lse.transpose(0, 1).flatten(1, 2)
 
@@ -200,8 +209,11 @@ def _one_rectangle(
     return Partial(out.view(batch, heads, q_len, -1), lse.reshape(batch, heads, q_len))
 
 
-def _cut(found: Iterator[Job]) -> Iterator[Job]:
+def _fused_jobs(band: Band, q_len: int, k_len: int, causal: bool, biased: bool) -> Iterator[Job]:
     """Jobs of at most about ``_ROWS`` query rows, so that temporaries stay small."""
+    found = jobs(band, q_len, k_len, causal)
+    if biased:
+        found = by_rows(found, _BIASED_ROWS, causal)
     for job in found:
         most = max(1, _ROWS // job.rows)
         for first in range(0, job.count, most):
@@ -211,14 +223,14 @@ def _cut(found: Iterator[Job]) -> Iterator[Job]:
             )
 
 
-def _head_slices(kv: list[int], groups: int) -> Iterator[tuple[slice, slice]]:
+def _head_slices(kv: list[int], groups: int, biased: bool = False) -> Iterator[tuple[slice, slice]]:
     """Query and key heads that one strided call can serve.
 
-    With one query head per KV head all evenly spaced heads go together; a group shares its KV
-    head through a stride of 0, one KV head a call.
+    With one query head per KV head all evenly spaced heads go together, unless each needs a dense
+    bias; a group shares its KV head through a stride of 0, one KV head a call.
     """
     steps = {b - a for a, b in zip(kv, kv[1:], strict=False)}
-    if groups == 1 and len(steps) <= 1:
+    if groups == 1 and len(steps) <= 1 and not biased:
         heads = slice(kv[0], kv[-1] + 1, steps.pop() if steps else 1)
         yield heads, heads
         return

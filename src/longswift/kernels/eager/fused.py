@@ -5,14 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import Partial
-from longswift.kernels.eager.jobs import Job, allowed_mask
+from longswift.kernels.eager.jobs import Job, allowed_mask, empty_rows, hidden_scores
+
+# Elements of a dense bias held at once: 8 MiB in fp32.
+_BIASES = 1 << 21
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, job: Job, band: Band, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    job: Job,
+    band: Band,
+    causal: bool,
+    scale: float,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Softmax attention of one job's tiles; not differentiable.
 
@@ -24,6 +35,7 @@ def attend(
         band: The band they belong to.
         causal: Whether keys after the query are hidden.
         scale: Factor on the scores.
+        bias: Additions to the scaled scores of the ``H`` heads.
 
     Returns:
         ``out [N, H, rows, D]``, ``lse [N, H, rows]``, both in the accumulator dtype.
@@ -33,6 +45,8 @@ def attend(
     if scale <= 0.0:
         # The fused kernel hides scores before it scales them.
         q, scale = (q * -1.0, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
+    if bias is not None:
+        return _biased(q, k, v, job, band, causal, scale, bias)
     if causal and band.reach is None and job.width - job.shift == job.rows:
         # The fused kernel skips the upper triangle of a square, not of a rectangle.
         if job.shift == 0:
@@ -42,7 +56,38 @@ def attend(
         )
         own = _call(q, k_own, v_own, scale, causal=True)
         return merge(own, _call(q, k_before, v_before, scale))
-    return _call(q, k, v, scale, allowed=allowed_mask(job, band, causal, q.device))
+    allowed = allowed_mask(job, band, causal, q.device)
+    if allowed is None:
+        return _call(q, k, v, scale)
+    mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(~allowed, float("-inf"))
+    return _call(q, k, v, scale, mask=mask, empty=~allowed.any(-1))
+
+
+def _biased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    job: Job,
+    band: Band,
+    causal: bool,
+    scale: float,
+    bias: ScoreBias,
+) -> Partial:
+    """As many keys at a time as the kernel is given a dense bias for."""
+    most = max(1, _BIASES // (bias.values.shape[0] * job.rows))
+    parts = []
+    for first in range(0, job.width, most):
+        size = min(most, job.width - first)
+        part = job._replace(width=size, shift=job.shift - first)
+        mask = bias.rectangle(-part.shift, job.rows, size)
+        hidden = hidden_scores(part, band, causal, mask.dtype, q.device)
+        for start, limit in hidden:
+            mask[..., start : start + limit.shape[1]] += limit
+        empty = empty_rows(part, band, causal, q.device) if hidden else None
+        keys, values = k[:, :, first : first + size], v[:, :, first : first + size]
+        parts.append(_call(q, keys, values, scale, mask=mask.unsqueeze(0), empty=empty))
+    return merge(*parts)
 
 
 def _call(
@@ -52,21 +97,16 @@ def _call(
     scale: float,
     *,
     causal: bool = False,
-    allowed: Tensor | None = None,
+    mask: Tensor | None = None,
+    empty: Tensor | None = None,
 ) -> Partial:
-    """``allowed`` is bool ``[rows, width]``."""
+    """``mask`` is added to the scores, ``empty [rows]`` says which rows it leaves no key."""
     acc = accumulator_dtype(q.dtype)
-    mask = None
-    if allowed is not None:
-        mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
-        mask.masked_fill_(~allowed, float("-inf"))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
     out, lse = out.to(acc), lse.to(acc)
-    if allowed is not None:
-        empty = ~allowed.any(-1)
-        if empty.any():
-            out = out.masked_fill(empty[:, None], 0.0)
-            lse = lse.masked_fill(empty, float("-inf"))
+    if empty is not None and empty.any():
+        out = out.masked_fill(empty[:, None], 0.0)
+        lse = lse.masked_fill(empty, float("-inf"))
     return Partial(out, lse)

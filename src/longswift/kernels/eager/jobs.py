@@ -82,6 +82,14 @@ def allowed_mask(job: Job, band: Band, causal: bool, device: torch.device) -> Te
     return allowed
 
 
+def empty_rows(job: Job, band: Band, causal: bool, device: torch.device) -> Tensor:
+    """Rows that see no key of the rectangle, bool ``[rows]``."""
+    behind, ahead = band.reach or (job.shift + job.rows, job.width - job.shift)
+    ahead = min(0, ahead) if causal else ahead
+    place = torch.arange(job.shift, job.shift + job.rows, device=device)
+    return (place + ahead < 0) | (place - behind >= job.width)
+
+
 def hidden_scores(
     job: Job, band: Band, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[int, Tensor]]:
