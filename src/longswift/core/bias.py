@@ -96,9 +96,24 @@ class ScoreBias:
             self.zero + self.step * keys[:, :, :, None, None] - position[:, None, :, None]
         )
 
-    def at(self, keys: Tensor, position: Tensor) -> Tensor:
-        """The bias of every pair, ``[B, Hkv, N, G * R, C]``; see ``places``."""
-        return torch.take(self.values, self.places(keys, position)).flatten(3, 4)
+    def at(self, keys: Tensor, position: Tensor, run: int = 1) -> Tensor:
+        """The bias of every pair, ``[B, Hkv, N, G * R, C * run]``; see ``places``.
+
+        Args:
+            keys: As for ``places``; the first of every ``run`` keys.
+            position: As for ``places``.
+            run: Neighbouring keys, one look-up for all of them; needs values ``beyond(run - 1)``.
+        """
+        places = self.places(keys, position)
+        if run == 1:
+            return torch.take(self.values, places).flatten(3, 4)
+        runs = self.values.as_strided((self.values.numel() - run + 1, run), (1, 1))
+        found = runs.index_select(0, places.flatten())
+        return found.view(*places.shape, run).flatten(5).flatten(3, 4)
+
+    def beyond(self, count: int) -> ScoreBias:
+        """With ``count`` more columns of zeros, for keys behind the last one."""
+        return replace(self, values=torch.nn.functional.pad(self.values, (0, count)))
 
     def head_starts(self, kv_heads: int) -> Tensor:
         """Where in ``values.flatten()`` each query head begins, ``[Hkv, 1, G, 1, 1]``."""

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import BlockRun, row_positions, stack_queries
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.softmax import accumulator_dtype
@@ -90,13 +91,23 @@ class Antidiagonal(Selector):
         last = request.k[:, :, -1:].expand(-1, -1, missing, -1)
         keys = torch.cat([request.k, last], 2).to(acc)
         keys = keys.unflatten(2, (-1, self.stride)).flatten(3)
+        bias = request.bias
+        if bias is not None:
+            bias = bias.antidiagonals(self.stride, self.key_block)
         return by_run(
             request,
             request.k.shape[2] // self.stride,
-            lambda run, _: Selection(self._choose(request, run, keys, acc), None),
+            lambda run, _: Selection(self._choose(request, run, keys, acc, bias), None),
         )
 
-    def _choose(self, request: Request, run: BlockRun, keys: Tensor, acc: torch.dtype) -> Tensor:
+    def _choose(
+        self,
+        request: Request,
+        run: BlockRun,
+        keys: Tensor,
+        acc: torch.dtype,
+        bias: ScoreBias | None,
+    ) -> Tensor:
         """Tokens ``[B, Hkv, N, <= budget]``."""
         batch, kv_heads, k_len, _ = request.k.shape
         outside, width = candidate_blocks(request, run, self.key_block)
@@ -113,11 +124,10 @@ class Antidiagonal(Selector):
         per_block = self.key_block // self.stride
         scores = folded.flatten(2, 3) @ keys[:, :, : width * per_block].transpose(2, 3)
         scores = scores.view(*folded.shape[:4], width * per_block)
-        if request.bias is not None:
+        if bias is not None:
             # Of every folded row the last token meets the first of a folded key.
             position = row_positions(run, q.device)[:, :: self.stride] + (self.stride - 1)
             tile = torch.arange(width * per_block, device=q.device).expand(1, kv_heads, 1, -1)
-            bias = request.bias.antidiagonals(self.stride, self.key_block)
             scores = scores + bias.at(tile, position)
         scores = scores.unflatten(4, (width, per_block))
         scores.masked_fill_(~outside[:, :, None, :, None], _HIDDEN)

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, problem
 from longswift.core.products import bmm, factor_dtype
@@ -114,6 +115,11 @@ class _Pass(TwoStage):
         self._group_boxes: list[Tensor] = []
         if request.strict or cut:
             self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
+        self._largest: dict[int, ScoreBias] = {}
+        if request.bias is not None:
+            size = self._key_block
+            for group in {1, selector.row_group}:
+                self._largest[group] = request.bias.largest(size + group - 1, size)
         if whole and not request.strict:
             low, high = low.to(self._acc), high.to(self._acc)
             centre, radius = (low + high) / 2, (high - low) / 2
@@ -169,14 +175,13 @@ class _Pass(TwoStage):
 
     def _largest_bias(self, run: BlockRun, width: int) -> Tensor:
         """Maximum of the bias between rows (or groups) and blocks, ``[1, Hkv, N, rows, W]``."""
-        request, size, group = self._request, self._key_block, 1
-        assert request.bias is not None
+        request, group = self._request, 1
         position = row_positions(run, request.k.device)
         if not self._by_row(run):
             group = self._selector.row_group
             # The last row of a group is the farthest from the first key of a block.
             position = position[:, ::group] + (group - 1)
-        largest = request.bias.largest(size + group - 1, size)
+        largest = self._largest[group]
         block = torch.arange(width, device=position.device)
         shape = 1, request.k.shape[1], 1, width
         return largest.at(block.expand(shape), position.clamp(max=request.k.shape[2] - 1))

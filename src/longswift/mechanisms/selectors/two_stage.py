@@ -44,6 +44,7 @@ class TwoStage(ABC):
         self._key_block = request.pattern.pool_grain
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
+        self._runs = None if request.bias is None else request.bias.beyond(self._key_block - 1)
         # Blocks that hold sinks are always proposed: each sink is normalised over exactly once.
         self._sink_blocks = min(-(-request.sinks // self._key_block), blocks)
 
@@ -148,11 +149,11 @@ class TwoStage(ABC):
 
     def _bias(self, proposed: Tensor, run: BlockRun) -> Tensor | None:
         """Position bias of the proposed tokens, ``[Z, G * rows, M]``, or None."""
-        bias, k = self._request.bias, self._request.k
-        if bias is None:
+        if self._runs is None:
             return None
-        tokens = self._tokens(proposed).clamp_(max=k.shape[2] - 1)
-        return bias.at(tokens, row_positions(run, k.device)).flatten(0, 2)
+        position = row_positions(run, proposed.device)
+        first = proposed * self._key_block
+        return self._runs.at(first, position, self._key_block).flatten(0, 2)
 
     def _hidden(self, proposed: Tensor, valid: Tensor) -> Tensor | None:
         """0 or ``-inf`` for proposed tokens and the band, ``[Z, 1, M + 1]``; None if all count."""
