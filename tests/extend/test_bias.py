@@ -111,6 +111,17 @@ def table_of(n: int, heads: int = 2) -> ScoreBias:
     return ScoreBias(values=values, zero=n - 1)
 
 
+def test_rectangles_are_copies() -> None:
+    """They are written to, even where the table itself would have the right layout."""
+    bias = table_of(9, heads=1)
+    before = bias.values.clone()
+    for rows, width in ((1, 1), (1, 5), (5, 1)):
+        part = bias.rectangle(-2, rows, width)
+        assert torch.equal(part, bias.rows(torch.arange(2, 2 + rows), width))
+        part.fill_(7.0)
+    assert torch.equal(bias.values, before)
+
+
 def test_rectangles_and_their_gradients() -> None:
     bias = table_of(20)
     whole = bias.rows(torch.arange(20), 20)

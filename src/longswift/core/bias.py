@@ -66,7 +66,7 @@ class ScoreBias:
         first, span = self.zero + offset - rows + 1, rows + width - 1
         line = self.values[:, first : first + span]
         # Row r starts rows - 1 - r columns into the span: a step of one less from row to row.
-        spread = line.unsqueeze(1).expand(-1, rows, -1).contiguous()
+        spread = line.unsqueeze(1).repeat(1, rows, 1)
         return spread.as_strided((len(line), rows, width), (rows * span, span - 1, 1), rows - 1)
 
     def rows(self, position: Tensor, keys: int) -> Tensor:
