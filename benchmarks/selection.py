@@ -78,7 +78,7 @@ def plot(result: Result, path: Path) -> Path:
         "better",
         fontsize=11,
     )
-    fig.tight_layout(rect=(0, 0.09, 1, 0.97))
+    fig.set_layout_engine("tight", rect=(0, 0.09, 1, 0.97))
     return save(fig, path)
 
 

@@ -151,18 +151,19 @@ def measure(
         step(text="full attention, and every rival on its layers")
         dense, right = _read(loaded, exam, Rival(FULL, Full()), see)
         step(len(exam.document))
-        ends = EndJudge(loaded.model, exam.document)
         keys, answers = {FULL: (len(exam.document) + 1) / 2}, {FULL: right}
+        states = {}
         for rival in rivals:
             step(text=f"{rival.name}: reading")
             scored = Scored()
-            states, answers[rival.name] = _read(loaded, exam, rival, scored.add)
+            states[rival.name], answers[rival.name] = _read(loaded, exam, rival, scored.add)
             keys[rival.name] = scored.keys / scored.queries
-            ends.add(0, dense, {rival.name: states})
             step(len(exam.document))
+        ends = EndJudge(loaded.model, exam.document)
+        ends.add(0, dense, states)
     heads = judge.rows(document)
     rows = []
-    for end in {row.name: row for row in ends.rows(document, keys)}.values():
+    for end in ends.rows(document, keys):
         own = [head for head in heads if head.name == end.name]
         masses = [head.captured_mean for head in own if head.captured_mean is not None]
         rows.append(
