@@ -33,6 +33,7 @@ class NaiveSwift:
     key_block: int = 8
     row_group: int = 4
     proposals: int = 2
+    most_proposals: int = 3
     key_radius: float = 0.5
     row_radius: float = 0.25
     remainder: int | None = None
@@ -155,7 +156,11 @@ class NaiveSwift:
         if not outside:
             return {}
         sink_blocks = [b for b in outside if b * self.key_block < self.sinks]
-        wanted = min(math.ceil(self.proposals * self.key_tokens / self.key_block), len(blocks))
+        # Few rows are offered as much as costs what a complete block costs.
+        offered = self.proposals
+        if not (self.strict and self.causal):
+            offered = max(offered, min(self.most_proposals, offered * self.block // len(rows)))
+        wanted = min(math.ceil(offered * self.key_tokens / self.key_block), len(blocks))
         positions = [offset + row for row in rows]
         # What the window already holds takes part in every probability.
         window = np.empty(q.shape[:2])

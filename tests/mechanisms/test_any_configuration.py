@@ -31,6 +31,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     else:
         selector["row_group"] = draw(st.sampled_from([1, 2, 8, 16]))
         selector["proposals"] = draw(st.integers(1, 8))
+        selector["most_proposals"] = draw(st.integers(1, 16))
     pools = draw(st.sampled_from([None, 1, 3, 4, 40]))
     return {
         "windows": tuple(sorted(draw(st.sets(st.integers(1, 120), min_size=1, max_size=4)))),

@@ -42,7 +42,7 @@ def twin(naive: NaiveSwift) -> MSSwift:
     options = asdict(naive)
     del options["causal"], options["bias"]
     causality = "strict" if options.pop("strict") else "shared"
-    names = "key_block", "row_group", "proposals", "key_radius", "row_radius"
+    names = "key_block", "row_group", "proposals", "most_proposals", "key_radius", "row_radius"
     inner = {name: options.pop(name) for name in names}
     selector: dict[str, Any] = {"name": "bounds", **inner}
     if isinstance(naive, NaiveAntidiagonal):

@@ -21,6 +21,7 @@ class Stage:
             to no text between them. "streams": a third states numbers and states some again, a
             third hides secrets, half of them packed. "dense": two of three hide secrets. "packed":
             five of six pack them. "texts": two of three are text, a third hides secrets.
+            "whole": three of four are text whose every token is scored, a fourth hides secrets.
     """
 
     length: int
@@ -80,6 +81,7 @@ class Config:
             Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.15, 0.02)),
             # Far text disturbs the prediction of text until long texts have been read for a while.
             Stage(length=16384, tokens=110 * 16384, batch=16384, rate=(0.35, 0.02), kind="texts"),
+            Stage(length=16384, tokens=150 * 16384, batch=16384, rate=(0.5, 0.02), kind="whole"),
         )
     )
     family: str = "smollm3"

@@ -144,10 +144,12 @@ def _scored(size: int, rng: np.random.Generator, share: int = 0) -> np.ndarray:
     return (rng.random(size) < max(share, _LONG_SCORED) / size).astype(np.float32)
 
 
-def _text_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _text_row(
+    pool: Pool, size: int, rng: np.random.Generator, *, whole: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     row = _Row(rng)
     words = _stretch(pool, size, rng)
-    row.add(words, _scored(size, rng, size // 4))
+    row.add(words, TEXT_WEIGHT if whole else _scored(size, rng, size // 4))
     return row.close(size)
 
 
@@ -272,12 +274,14 @@ def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
 
 def _makers(kind: str) -> tuple[_Maker, ...]:
     packed: _Maker = partial(_secret_row, packed=True)
+    whole: _Maker = partial(_text_row, whole=True)
     kinds: dict[str, tuple[_Maker, ...]] = {
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
         "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
         "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
         "texts": (_text_row, _secret_row, _text_row),
+        "whole": (whole, _secret_row, whole, whole),
         "packed": (packed, _text_row, packed, packed, packed, packed),
     }
     if kind not in kinds:

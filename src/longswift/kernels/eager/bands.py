@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def forward(
     scale: float,
     bias: ScoreBias | None = None,
 ) -> Partial:
-    """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the accumulator dtype."""
+    """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the dtype it was computed in."""
     if q.numel() == 0 or k.numel() == 0:
         # The fused kernel divides by these extents.
         return _nothing(q, v)
@@ -149,7 +149,7 @@ def _fused(
     batch, heads, q_len, _ = q.shape
     k_len, groups = k.shape[2], heads // k.shape[1]
     if bias is None and len(set(pattern.bands)) == 1:
-        whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
+        whole = jobs(pattern.bands[0], q_len, k_len, pattern.causal)
         if len(whole) == 1 and whole[0].rows == q_len:
             return _one_rectangle(q, k, v, whole[0], pattern, scale)
     out, lse = _results(q, v, pattern)
@@ -211,7 +211,7 @@ def _one_rectangle(
 
 def _fused_jobs(band: Band, q_len: int, k_len: int, causal: bool, biased: bool) -> Iterator[Job]:
     """Jobs of at most about ``_ROWS`` query rows, so that temporaries stay small."""
-    found = jobs(band, q_len, k_len, causal)
+    found: Iterable[Job] = jobs(band, q_len, k_len, causal)
     if biased:
         found = by_rows(found, _BIASED_ROWS, causal)
     for job in found:

@@ -38,7 +38,8 @@ def attend(
         bias: Additions to the scaled scores of the ``H`` heads.
 
     Returns:
-        ``out [N, H, rows, D]``, ``lse [N, H, rows]``, both in the accumulator dtype.
+        ``out [N, H, rows, D]`` as the fused kernel rounds it or wider, ``lse [N, H, rows]`` in the
+        accumulator dtype.
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
@@ -101,11 +102,10 @@ def _call(
     empty: Tensor | None = None,
 ) -> Partial:
     """``mask`` is added to the scores, ``empty [rows]`` says which rows it leaves no key."""
-    acc = accumulator_dtype(q.dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
-    out, lse = out.to(acc), lse.to(acc)
+    lse = lse.to(accumulator_dtype(q.dtype))
     if empty is not None and empty.any():
         out = out.masked_fill(empty[:, None], 0.0)
         lse = lse.masked_fill(empty, float("-inf"))

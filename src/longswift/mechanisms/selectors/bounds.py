@@ -9,8 +9,8 @@
    over the pairs of group and block.
 2. The exact stage of ``two_stage``.
 
-Rows of a block that is not complete, as when decoding or asking a short question, are few and
-bounded one by one. Decoding uses pages of 16 keys, as in
+Rows of a block that is not complete, as when decoding or asking a short question, are few: they are
+bounded one by one, and more blocks are proposed to them. Decoding uses pages of 16 keys, as in
 Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/43 of
@@ -45,6 +45,9 @@ class Bounds(Selector):
         key_block: Keys per bound; a power of two.
         row_group: Query rows per bound; a power of two.
         proposals: Proposed tokens per token of the budget.
+        most_proposals: The same for blocks of few rows, as when a question is asked or a token
+            decoded; they propose as much as costs what a complete block's proposals cost, up to
+            this. Not used in strict causality.
         key_radius: Share of a key block's radius that counts. No key is extreme in all channels at
             once, so that shares below 1, which make it an upper bound, rank blocks better.
         row_radius: Likewise for a group of rows.
@@ -56,21 +59,23 @@ class Bounds(Selector):
     key_block: int = 8
     row_group: int = 16
     proposals: int = 4
+    most_proposals: int = 16
     key_radius: float = 0.5
     row_radius: float = 0.25
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
-        if type(self.proposals) is not int or self.proposals < 1:
-            raise ConfigError(
-                problem(
-                    "Bounds.proposals",
-                    expected="an integer >= 1",
-                    got=repr(self.proposals),
-                    fix="4 is the measured default; more finds more and costs more.",
+        for name in ("proposals", "most_proposals"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(
+                    problem(
+                        f"Bounds.{name}",
+                        expected="an integer >= 1",
+                        got=repr(value),
+                        fix="Leave it at its measured default; more finds more and costs more.",
+                    )
                 )
-            )
-
         for name in ("key_radius", "row_radius"):
             share = getattr(self, name)
             if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
@@ -102,7 +107,7 @@ class _Pass(TwoStage):
 
     def __init__(self, selector: Bounds, request: Request) -> None:
         low, high = _key_extremes(request, request.pattern.pool_grain)
-        super().__init__(request, selector.proposals, low.shape[2])
+        super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
         offset = k_len - request.q.shape[2]
@@ -140,7 +145,7 @@ class _Pass(TwoStage):
             return super()._propose(q, run, outside, width, space)
         rows = torch.cat(self._row_factors(q, run), -1)
         keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
-        most = min(self._wanted_blocks(), width)
+        most = min(self._wanted_blocks(run.rows), width)
         return self._request.best_blocks(
             rows, keys.unflatten(0, q.shape[:2]), outside, self._sink_blocks, most
         )

@@ -37,10 +37,16 @@ class TwoStage(ABC):
         request: The request.
         proposals: Proposed tokens per token of the budget.
         blocks: Key blocks that may be candidates.
+        most_proposals: The same for blocks of few rows, as far as they cost no more than a
+            complete block; ``proposals`` by default. Strict choices must not depend on how many
+            rows there are, so that it does not hold for them.
     """
 
-    def __init__(self, request: Request, proposals: int, blocks: int) -> None:
+    def __init__(
+        self, request: Request, proposals: int, blocks: int, most_proposals: int | None = None
+    ) -> None:
         self._request, self._proposals, self._blocks = request, proposals, blocks
+        self._most_proposals = proposals if most_proposals is None else most_proposals
         self._key_block = request.pattern.pool_grain
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
@@ -68,12 +74,18 @@ class TwoStage(ABC):
 
     def run(self) -> Selection:
         """The selection."""
-        blocks = min(self._wanted_blocks() + self._sink_blocks, self._blocks)
+        rows = self._request.pattern.block
+        blocks = min(self._wanted_blocks(rows) + self._sink_blocks, self._blocks)
         width = max(blocks * self._key_block + 1, self._scored())
         return by_run(self._request, width, self._strict if self._request.strict else self._shared)
 
-    def _wanted_blocks(self) -> int:
-        return -(-self._proposals * self._request.budget // self._key_block)
+    def _wanted_blocks(self, rows: int) -> int:
+        """Blocks proposed to a block of ``rows`` query rows."""
+        proposals = self._proposals
+        if not self._request.strict:
+            as_costly = proposals * self._request.pattern.block // rows
+            proposals = max(proposals, min(self._most_proposals, as_costly))
+        return -(-proposals * self._request.budget // self._key_block)
 
     def _shared(self, run: BlockRun, space: Workspace) -> Selection:
         """At most ``budget`` tokens a block."""
@@ -106,7 +118,7 @@ class TwoStage(ABC):
         scores = self._block_scores(q, run, outside, width, space)
         rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
         rank[..., : self._sink_blocks] = float(EMPTY)
-        return _best(rank, self._wanted_blocks())
+        return _best(rank, self._wanted_blocks(run.rows))
 
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
@@ -247,7 +259,8 @@ class TwoStage(ABC):
         # Without a candidate a block's softmax is 0 / 0; elsewhere hidden blocks are 0 already.
         wanted = self._best_of_group(scores).nan_to_num_(0.0)
         wanted[..., : self._sink_blocks] = 0.0
-        index, owner, taken = take_in_turn(wanted.flatten(0, 2), self._wanted_blocks(), block)
+        most = self._wanted_blocks(block)
+        index, owner, taken = take_in_turn(wanted.flatten(0, 2), most, block)
         shape = (*q.shape[:3], index.shape[1])
         proposed, valid = self._with_sink_blocks(index.view(shape), taken.view(shape), outside)
         owner = torch.cat([owner, owner.new_zeros(len(owner), valid.shape[3] - owner.shape[1])], 1)
