@@ -118,6 +118,8 @@ def test_t5_tables_are_as_asked() -> None:
     assert table.shape == (10, 4) and bool(table.any())
     assert LongSwiftConfig(position="alibi").to_dict()["position"] == "alibi"
     assert LongSwiftConfig().position == "rope" and LongSwiftConfig(rope=False).position == "none"
+    assert LongSwiftConfig(no_rope_layers=[0] * 4).position == "none"
+    assert LongSwiftConfig(no_rope_layers=[0, 1, 0, 1]).position == "rope"
 
 
 @pytest.mark.parametrize(

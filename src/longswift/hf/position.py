@@ -102,7 +102,8 @@ def read_position(
         ConfigError: Unknown, or two answers that contradict one another.
     """
     if position is None:
-        position = "none" if rope is False else "rope"
+        still = rope is None and rotated is not None and not any(rotated)
+        position = "none" if rope is False or still else "rope"
     elif position not in POSITIONS:
         raise _refusal(f"one of {', '.join(POSITIONS)}", repr(position))
     elif rope is not None and rope != (position == "rope"):

@@ -19,7 +19,7 @@ from longswift.core.pools import Pools
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import safe_exp_difference
 from longswift.core.types import Partial
-from longswift.kernels.eager.steps import HIDDEN, Step, StepTable
+from longswift.kernels.eager.steps import HIDDEN, BiasGradient, Step, StepTable
 from longswift.kernels.eager.unfused import softmax_, weigh
 
 # Bytes of scores a thread holds per step.
@@ -162,6 +162,9 @@ class Gathered(StepTable):
         pool_grads = None
         if self.pools is not None:
             pool_grads = [torch.zeros_like(x) for x in self.pools[:4]]
+        to_bias = None
+        if d_bias is not None and self.bias is not None:
+            to_bias = BiasGradient.into(d_bias.values, self.bias)
         kv_heads = self.k.shape[1]
         space = Workspace(self.q.device)
         for run in self.runs():
@@ -170,11 +173,13 @@ class Gathered(StepTable):
                 stack_queries(x, run, kv_heads).flatten(0, 2).to(self.acc)
                 for x in (lse.unsqueeze(-1), delta.unsqueeze(-1), d_out)
             ]
-            d_rows = self._backward_step(step, rows_of, d_k, d_v, pool_grads, d_bias)
+            d_rows = self._backward_step(step, rows_of, d_k, d_v, pool_grads, to_bias)
             shape = (self.k.shape[0], kv_heads, run.count, d_rows.shape[1], d_rows.shape[2])
             d_q[:, :, run.row : run.row + run.count * run.rows] += unstack_queries(
                 d_rows.reshape(shape), run, self.q.shape[1]
             )
+        if to_bias is not None:
+            to_bias.finish()
         if pool_grads is not None:
             _spread(pool_grads[0], pool_grads[2], d_k, self.pools)
             _spread(pool_grads[1], pool_grads[3], d_v, self.pools)
@@ -186,7 +191,7 @@ class Gathered(StepTable):
         d_k: Tensor,
         d_v: Tensor,
         pool_grads: list[Tensor] | None,
-        d_bias: ScoreBias | None,
+        to_bias: BiasGradient | None,
     ) -> Tensor:
         """Gradient of the run's unscaled queries; the keys' and values' go to the accumulators."""
         lse, delta, d_out = rows_of
@@ -200,8 +205,8 @@ class Gathered(StepTable):
         d_scores = d_probs.sub_(delta).mul_(probs)
         tokens, columns = self.weights(step, probs, column_probs)
         d_tokens, d_sums = self.weights(step, d_scores, d_columns)
-        if d_bias is not None:
-            self.add_bias_gradient(step, d_bias, d_tokens, d_sums)
+        if to_bias is not None:
+            self.add_bias_gradient(step, to_bias, d_tokens, d_sums)
         self._add_rows(d_v, step.tokens, bmm(tokens.transpose(1, 2), d_out))
         self._add_rows(d_k, step.tokens, bmm(d_tokens.transpose(1, 2), step.q))
         if pool_grads is not None and columns is not None and d_sums is not None:

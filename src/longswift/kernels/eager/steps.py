@@ -47,6 +47,24 @@ class Step(NamedTuple):
     count: Tensor | None  # type: ignore[assignment]  # [Z, R or 1, P + 2]
 
 
+class BiasGradient(NamedTuple):
+    """Accumulators of a bias's gradient: of its values, and of the running sums of them."""
+
+    values: Tensor  # [B, Hq, S]
+    sums: Tensor  # [B, Hq, S + 1], in the dtype of the sums
+
+    @classmethod
+    def into(cls, values: Tensor, bias: ScoreBias) -> BiasGradient:
+        """Accumulators for ``values``, zero sums."""
+        empty = bias.sums().new_zeros(*values.shape[:2], values.shape[2] + 1)
+        return cls(values, empty)
+
+    def finish(self) -> None:
+        """Carries the gradients of the sums over to the values: one is in every sum behind it."""
+        behind = self.sums[..., 1:].flip(2).cumsum(2).flip(2)
+        self.values.add_(behind.to(self.values.dtype))
+
+
 class StepTable:
     """The tables of one batch from which steps are gathered; shared by both passes."""
 
@@ -202,34 +220,30 @@ class StepTable:
         return token_scores if step.complete else hide_(token_scores, step.shown), column_scores
 
     def add_bias_gradient(
-        self, step: Step, d_bias: ScoreBias, d_tokens: Tensor, d_sums: Tensor | None
+        self, step: Step, to: BiasGradient, d_tokens: Tensor, d_sums: Tensor | None
     ) -> None:
-        """Adds the gradients of a step's scores to ``d_bias.values [B, Hq, S]``.
+        """Adds the gradients of a step's scores to those of the bias.
 
         Args:
             step: The run.
-            d_bias: The accumulators.
+            to: The accumulators.
             d_tokens: ``[Z, R, C]``, of the scores of gathered tokens.
             d_sums: ``[Z, R, P + 2]``, of the columns' sums of scores, or None.
         """
         assert self.bias is not None
-        batch, heads, length = d_bias.values.shape
+        batch, heads, length = to.values.shape
         of_row = torch.arange(batch, device=d_tokens.device) * heads
         positions = row_positions(step.run, d_tokens.device)
         places = self.bias.places(step.tokens, positions).flatten(3, 4)
         places = places + (of_row * length).view(-1, 1, 1, 1, 1)
-        d_bias.values.view(-1).index_add_(0, places.flatten(), d_tokens.flatten())
+        to.values.view(-1).index_add_(0, places.flatten(), d_tokens.flatten())
         if d_sums is None:
             return
-        assert self._bias_sums is not None
-        change = self._bias_sums.new_zeros(batch, heads, length + 1)
         base = (of_row * (length + 1)).view(-1, 1, 1)
         shape = (batch, -1, d_sums.shape[2])
         for place, sign in zip(self._column_places(step), (-1.0, 1.0), strict=True):
             at = (place.view(shape) + base).flatten()
-            change.view(-1).index_add_(0, at, d_sums.flatten().to(change.dtype), alpha=sign)
-        # A value is in every sum behind it.
-        d_bias.values.add_(change[..., 1:].flip(2).cumsum(2).flip(2).to(d_bias.values.dtype))
+            to.sums.view(-1).index_add_(0, at, d_sums.flatten().to(to.sums.dtype), alpha=sign)
 
     def _column_places(self, step: Step) -> tuple[Tensor, Tensor]:
         """Where the running sums of the bias start and end for each column, ``[Z, R, P + 2]``."""

@@ -120,16 +120,18 @@ class _Pass(TwoStage):
         self._group_boxes: list[Tensor] = []
         if request.strict or cut:
             self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
-        self._largest: dict[int, ScoreBias] = {}
-        if request.bias is not None:
-            size = self._key_block
-            for group in {1, selector.row_group}:
-                self._largest[group] = request.bias.largest(size + group - 1, size)
         if whole and not request.strict:
             low, high = low.to(self._acc), high.to(self._acc)
             centre, radius = (low + high) / 2, (high - low) / 2
             features = torch.cat([centre, radius, centre.abs()], -1)
             self._group_boxes = [features.to(dtype).flatten(0, 1)]
+        self._largest: dict[int, ScoreBias] = {}
+        if request.bias is not None:
+            size = self._key_block
+            groups = {1} if self._row_boxes else set()
+            groups |= {selector.row_group} if self._group_boxes else set()
+            for group in groups:
+                self._largest[group] = request.bias.largest(size + group - 1, size)
 
     def _scored(self) -> int:
         return self._blocks if self._row_boxes else -(-self._blocks // self._selector.row_group)
