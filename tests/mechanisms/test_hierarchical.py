@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from longswift import ConfigError, Full
 from longswift.core.summary import KeySummary
 from longswift.mechanisms.hierarchical import Hierarchical
-from tests.mechanisms.drawing import inputs
+from tests.mechanisms.drawing import bias_matrix, inputs
 from tests.mechanisms.table import Case
 
 ANY = Case(name="hierarchical", label="any")
@@ -30,13 +31,19 @@ def summarise(k: Tensor, v: Tensor, pooling: str, scale: float) -> tuple[Tensor,
 
 
 def attend_naively(
-    mechanism: Hierarchical, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+    mechanism: Hierarchical,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    bias: Tensor,
 ) -> Tensor:
-    """Row by row, ``q [Lq, D]``, ``k [Lk, D]``, ``v [Lk, Dv]``."""
+    """Row by row, ``q [Lq, D]``, ``k [Lk, D]``, ``v [Lk, Dv]``, ``bias [Lq, Lk]``."""
     n, size, rows = len(k), mechanism.chunk, []
     for i, query in enumerate(q):
         position = n - len(q) + i
-        keys, values, counts = [], [], []
+        keys, values, counts, added = [], [], [], []
         for start in range(0, n, size):
             part = slice(start, min(n, start + size))
             if start <= position < start + size:
@@ -44,12 +51,16 @@ def attend_naively(
                 keys += list(k[start:last])
                 values += list(v[start:last])
                 counts += [1] * (last - start)
+                added += list(bias[i, start:last])
             elif start < position or not causal:
                 key, value = summarise(k[part], v[part], mechanism.pooling, scale)
                 keys.append(key)
                 values.append(value)
                 counts.append(part.stop - start if mechanism.count_weighted else 1)
+                of_first = mechanism.pooling == "first"
+                added.append(bias[i, start] if of_first else bias[i, part].mean())
         scores = torch.stack(keys) @ query * scale + torch.tensor(counts).log()
+        scores = scores + torch.stack(added)
         rows.append(scores.softmax(0) @ torch.stack(values))
     return torch.stack(rows)
 
@@ -65,14 +76,17 @@ CONFIGS = {
 @given(st.fixed_dictionaries(CONFIGS), st.data())
 def test_description(config: dict[str, Any], data: st.DataObject) -> None:
     mechanism = Hierarchical(**config)
-    x = data.draw(inputs(ANY, masks=("none",), dtypes=(torch.float64,), max_len=40)).with_grad()
+    case = replace(ANY, biased=mechanism.pooling != "attention")
+    x = data.draw(inputs(case, masks=("none",), dtypes=(torch.float64,), max_len=40)).with_grad()
     scale = x.q.shape[3] ** -0.5 if x.scale is None else x.scale
     # One head of one row tells; the table compares the others with the oracle.
     got = x.run(mechanism).out[-1, -1]
-    expected = attend_naively(mechanism, x.q[-1, -1], x.k[-1, -1], x.v[-1, -1], scale, x.causal)
+    bias = bias_matrix(x)[-1, -1]
+    of_head = x.q[-1, -1], x.k[-1, -1], x.v[-1, -1]
+    expected = attend_naively(mechanism, *of_head, scale, x.causal, bias)
     torch.testing.assert_close(got, expected)
     weights = torch.randn_like(got)
-    grads = [torch.autograd.grad((y * weights).sum(), x.tensors) for y in (got, expected)]
+    grads = [torch.autograd.grad((y * weights).sum(), x.leaves) for y in (got, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
