@@ -288,7 +288,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"remainder": 64.0},
     {"remainder": True},
     {"block": 0},
-    {"block": 20},
+    {"block": 18},
     {"block": "64"},
     {"scale_of_head": (3,)},
     {"scale_of_head": (-1,)},

@@ -26,7 +26,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 43 + 4 key_tokens D) | O(n) |
+| selection (``bounds``) | O(n D / 43 + 8 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 
@@ -95,7 +95,7 @@ class MSSwift(Mechanism):
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
     sinks: int = 16
-    key_tokens: int | tuple[int, ...] = 256
+    key_tokens: int | tuple[int, ...] = 128
     coverage: float | None = None
     selector: str | dict[str, Any] | Selector = "bounds"
     remainder: int | None = 256

@@ -13,7 +13,7 @@ bounded one by one, and more blocks are proposed to them. Decoding uses pages of
 Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/43 of
-full attention's scores at 16 x 8) and ``proposals * budget * D`` for the exact stage. In strict
+full attention's scores at 32 x 4) and ``proposals * budget * D`` for the exact stage. In strict
 mode bounds are per row: ``2 D n / key_block``.
 """
 
@@ -28,11 +28,14 @@ from torch import Tensor
 from longswift.core.blocks import BlockRun, Workspace
 from longswift.core.errors import ConfigError, problem
 from longswift.core.products import bmm, factor_dtype
+from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
 from longswift.mechanisms.selectors.two_stage import TwoStage
 
 _HIDDEN = float("-inf")
+# Boxes of key blocks described at once.
+_BOXES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,12 @@ class Bounds(Selector):
 
     name: ClassVar[str] = "bounds"
 
-    key_block: int = 8
-    row_group: int = 16
-    proposals: int = 4
-    most_proposals: int = 16
+    key_block: int = 4
+    row_group: int = 32
+    proposals: int = 8
+    most_proposals: int = 32
     key_radius: float = 0.5
-    row_radius: float = 0.25
+    row_radius: float = 0.5
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
@@ -118,10 +121,7 @@ class _Pass(TwoStage):
         if request.strict or cut:
             self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
         if whole and not request.strict:
-            low, high = low.to(self._acc), high.to(self._acc)
-            centre, radius = (low + high) / 2, (high - low) / 2
-            features = torch.cat([centre, radius, centre.abs()], -1)
-            self._group_boxes = [features.to(dtype).flatten(0, 1)]
+            self._group_boxes = [_key_features(low, high, dtype).flatten(0, 1)]
 
     def _scored(self) -> int:
         return self._blocks if self._row_boxes else -(-self._blocks // self._selector.row_group)
@@ -189,6 +189,18 @@ class _Pass(TwoStage):
         bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
         bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
         return torch.softmax(bound, -1, out=bound)
+
+
+def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Centre, radius and absolute centre of boxes ``[B, Hkv, W, D]``, ``[B, Hkv, W, 3D]``."""
+    acc = accumulator_dtype(low.dtype)
+    features = torch.empty(*low.shape[:3], 3 * low.shape[3], dtype=dtype, device=low.device)
+    # A piece at a time: temporaries as large as the boxes would be the peak of the whole call.
+    for out, bottom, top in zip(*(x.split(_BOXES, 2) for x in (features, low, high)), strict=True):
+        bottom, top = bottom.to(acc), top.to(acc)
+        centre = (bottom + top) / 2
+        out.copy_(torch.cat([centre, (top - bottom) / 2, centre.abs()], -1))
+    return features
 
 
 def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
