@@ -146,6 +146,9 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
 
 
 ANTIDIAGONAL = {"name": "antidiagonal", "key_block": 8, "stride": 4}
+LOWRANK = {"name": "lowrank", "key_block": 8, "rank": 2, "proposals": 2}
+POOLED = {"name": "pooled", "key_block": 8, "proposals": 2}
+ANCHOR = {"name": "anchor", "key_block": 8, "stride": 6}
 
 _SMALL: dict[str, list[Case]] = {
     "full": [Case(name="full", label="full", cross=True)],
@@ -167,6 +170,12 @@ _SMALL: dict[str, list[Case]] = {
         _swift("dense_start", dense_below=40, remainder=16),
         _swift("antidiagonal", selector=ANTIDIAGONAL, key_tokens=32),
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
+        _swift("lowrank", selector=LOWRANK, remainder=32),
+        _swift("lowrank_fit", selector={**LOWRANK, "fit": 20}, coverage=0.8),
+        _swift("pooled", selector=POOLED, windows=(16,), remainder=16),
+        _swift("pooled_variance", selector={**POOLED, "variance": True}, coverage=0.8),
+        _swift("anchor", selector=ANCHOR, remainder=32),
+        _swift("anchor_coverage", selector=ANCHOR, windows=(16,), coverage=0.8),
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
         _swift("budgets", key_tokens=(8, 24), remainder=16, kv_heads=(2,)),
         _swift("dense_head", windows=(16, 32), dense_heads=(1,), kv_heads=(2, 3), remainder=16),

@@ -1,13 +1,45 @@
-"""What selectors share: budgets filled in turn."""
+"""Selectors against their naive twins, and what they share: budgets filled in turn."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from longswift.mechanisms.selectors.base import take_in_turn
+from tests.mechanisms.naive import NaiveSwift
+from tests.mechanisms.naive_selectors import NaiveAnchor, NaiveLowRank, NaivePooled
+from tests.mechanisms.twins import compare
+
+TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
+    "lowrank": (NaiveLowRank, {"windows": (16, 32)}),
+    "lowrank_sinks": (NaiveLowRank, {"windows": (16,), "sinks": 11, "rank": 1, "remainder": 16}),
+    "lowrank_fit": (NaiveLowRank, {"windows": (16,), "fit": 24, "rank": 4, "key_tokens": 5}),
+    "lowrank_whole": (NaiveLowRank, {"windows": (16,), "rank": 6, "coverage": 0.8}),
+    "lowrank_tokens": (NaiveLowRank, {"windows": (24,), "block": 8, "key_block": 1}),
+    "pooled": (NaivePooled, {"windows": (16, 32), "remainder": 24}),
+    "pooled_variance": (NaivePooled, {"windows": (16,), "variance": True, "sinks": 9}),
+    "pooled_only": (NaivePooled, {"windows": (16,), "proposals": 1, "coverage": 0.7}),
+    "pooled_small": (NaivePooled, {"windows": (24,), "block": 8, "key_block": 4}),
+    "anchor": (NaiveAnchor, {"windows": (16, 32), "remainder": 24}),
+    "anchor_coverage": (NaiveAnchor, {"windows": (16,), "coverage": 0.7, "sinks": 11}),
+    "anchor_every": (NaiveAnchor, {"windows": (16,), "stride": 1, "key_tokens": 7}),
+    "anchor_last": (NaiveAnchor, {"windows": (24,), "stride": 64, "block": 8, "key_block": 4}),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@settings(max_examples=10)
+@given(st.data())
+def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
+    naive, options = TWINS[name]
+    causal = data.draw(st.booleans())
+    strict = causal and "coverage" not in options and data.draw(st.booleans())
+    compare(naive(**options, causal=causal, strict=strict), data, fewest=1)
 
 
 def taken_by(wanted: Tensor, budget: int, block: int) -> list[dict[int, int]]:

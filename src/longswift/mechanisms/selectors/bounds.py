@@ -30,9 +30,7 @@ from longswift.core.errors import ConfigError, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
-from longswift.mechanisms.selectors.two_stage import TwoStage
-
-_HIDDEN = float("-inf")
+from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class Bounds(Selector):
         """Decoding scores a cache's pages where they fit, everything else blocks of its own."""
         return PAGE if q_len == 1 and PAGE % self.key_block == 0 else self.key_block
 
-    def choosing_cost(self, budget: int, keys: float) -> float:
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
         """Bounds are three products for every box of rows and block of keys."""
         boxes = 3 * keys / (self.row_group * self.key_block)
         return (boxes + self.proposals * budget) / 2 if budget else 0.0
@@ -184,11 +182,7 @@ class _Pass(TwoStage):
             if index:
                 bound += product
         bound = bound.view(batch, kv_heads, count, rows, width)
-        # Causal candidates form a prefix: only the columns where some block ends need a mask.
-        common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
-        bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
-        bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
-        return torch.softmax(bound, -1, out=bound)
+        return share_among_blocks(bound, outside, self._request.pattern.causal)
 
 
 def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
