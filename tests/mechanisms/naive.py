@@ -59,6 +59,8 @@ class NaiveSwift:
     most_proposals: int = 3
     key_radius: float = 0.5
     row_radius: float = 0.25
+    tree: int | None = None
+    beam: int = 1
     remainder: int | None = None
     strict: bool = False
     causal: bool = True

@@ -119,3 +119,51 @@ class NaiveAnchor(NaiveSwift):
 
     def is_anchor(self, place: int) -> bool:
         return place % self.stride == 0 or place == self.block - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaiveTree(NaiveSwift):
+    """Boxes around boxes of keys; the best are opened until key blocks are reached."""
+
+    tree: int | None = 2
+
+    def propose(self, asked: Asked, sink_blocks: list[int], wanted: int) -> list[int]:
+        assert self.tree is not None
+        every = math.ceil(len(asked.k) / self.key_block)
+        leaves = asked.start // self.key_block if self.causal else every
+        opened = self.beam * wanted
+        level = 0
+        while math.ceil(leaves / self.tree**level) > opened * self.tree:
+            level += 1
+        if asked.q.shape[1] == 1:
+            level = 0
+        nodes = list(range(math.ceil(every / self.tree**level)))
+        while True:
+            rank = self.ranks(asked, nodes, self.tree**level, every)
+            best = sorted(rank, key=lambda j: -rank[j])
+            if level == 0:
+                return best[:wanted]
+            nodes = [j * self.tree + c for j in best[:opened] for c in range(self.tree)]
+            level -= 1
+
+    def ranks(self, asked: Asked, nodes: list[int], size: int, every: int) -> dict[int, float]:
+        """What nodes of ``size`` key blocks are worth; those with no candidate are left out."""
+        candidates = set(asked.outside)
+        whole: list[int] = []
+        rank = {}
+        for j in nodes:
+            inside = range(j * size, (j + 1) * size)
+            if not self.causal:
+                inside = range(j * size, min((j + 1) * size, every))
+            if inside and all(b in candidates for b in inside):
+                whole.append(j)
+            elif any(b in candidates for b in inside):
+                rank[j] = math.inf
+        if whole:
+            worth = np.zeros(len(whole))
+            for part in self.row_groups(asked.q):
+                bounds = [self.bound(part, asked.keys(j, size * self.key_block)) for j in whole]
+                worth = np.maximum(worth, softmax(np.array(bounds)))
+            rank.update(zip(whole, worth.tolist(), strict=True))
+        sink_blocks = math.ceil(self.sinks / self.key_block)
+        return {j: r for j, r in rank.items() if (j + 1) * size > sink_blocks}

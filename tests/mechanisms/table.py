@@ -146,6 +146,7 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
 
 
 ANTIDIAGONAL = {"name": "antidiagonal", "key_block": 8, "stride": 4}
+TREE = {"name": "bounds", "key_block": 4, "row_group": 4, "proposals": 1, "tree": 2}
 LOWRANK = {"name": "lowrank", "key_block": 8, "rank": 2, "proposals": 2}
 POOLED = {"name": "pooled", "key_block": 8, "proposals": 2}
 ANCHOR = {"name": "anchor", "key_block": 8, "stride": 6}
@@ -170,6 +171,7 @@ _SMALL: dict[str, list[Case]] = {
         _swift("dense_start", dense_below=40, remainder=16),
         _swift("antidiagonal", selector=ANTIDIAGONAL, key_tokens=32),
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
+        _swift("tree", selector=TREE, key_tokens=4, remainder=32),
         _swift("lowrank", selector=LOWRANK, remainder=32),
         _swift("lowrank_fit", selector={**LOWRANK, "fit": 20}, coverage=0.8),
         _swift("pooled", selector=POOLED, windows=(16,), remainder=16),

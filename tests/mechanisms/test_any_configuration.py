@@ -36,6 +36,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         selector["most_proposals"] = draw(st.integers(1, 16))
     if name == "bounds":
         selector["row_group"] = draw(st.sampled_from([1, 2, 8, 16]))
+        selector["tree"] = draw(st.sampled_from([None, None, 2, 8]))
+        selector["beam"] = draw(st.integers(1, 3))
     if name == "lowrank":
         selector["rank"] = draw(st.sampled_from([None, 1, 3, 64]))
         selector["fit"] = draw(st.sampled_from([1, 20, 64, 4096]))
