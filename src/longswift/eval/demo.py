@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import InputError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
 from longswift.eval.documents import source
+from longswift.eval.exams import Exam, exams
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.results import Progress, Result, writable
@@ -111,76 +111,10 @@ class DemoRow:
     density: float
 
 
-@dataclass(frozen=True)
-class _Exam:
-    """The document and the questions, as token ids."""
-
-    document: list[int]
-    questions: list[list[int]]
-    answers: tuple[str, ...]
-    lengths: list[int]
-    depths: tuple[float, ...]
-
-
-def _exams(demo: Demo, loaded: Loaded, text: str) -> list[_Exam]:
-    """The documents; together their secrets cover the depths evenly."""
-    asked = demo.documents * demo.secrets
-    places = [(i + 0.5) / asked for i in range(asked)]
-    return [
-        _exam(demo, loaded, text, demo.seed + i, places[i :: demo.documents])
-        for i in range(demo.documents)
-    ]
-
-
-def _exam(demo: Demo, loaded: Loaded, text: str, seed: int, depths: list[float]) -> _Exam:
-    """Hide the secrets so that the whole document has exactly ``demo.length`` tokens."""
-    from longswift.tiny import tasks
-
-    begin, whole = loaded.begin(), loaded.encode(text)
-    room = demo.length - len(begin)
-
-    def hide(document: list[int]) -> tasks.Hidden:
-        return tasks.hide_secrets(
-            document, demo.secrets, seed=seed, depths=depths, encode=loaded.encode
-        )
-
-    hidden = hide([])
-    room -= len(hidden.document)
-    if room < len(hidden.document):
-        raise InputError(
-            problem(
-                "--length",
-                expected=f"at least {demo.length - room + len(hidden.document)} tokens, so that "
-                f"{demo.secrets} secrets fit",
-                got=demo.length,
-                fix="Raise --length or lower --secrets.",
-            )
-        )
-    if len(whole) < room:
-        raise InputError(
-            problem(
-                "document",
-                expected=f"at least {room} tokens",
-                got=f"{len(whole)}",
-                fix=f"Use --length {len(whole)} or a longer --file.",
-            )
-        )
-    hidden = hide(whole[:room])
-    pairs = zip(hidden.questions, hidden.answers, strict=True)
-    asked = [loaded.split(f"{question} ", answer) for question, answer in pairs]
-    return _Exam(
-        document=[*begin, *hidden.document],
-        questions=[ids for ids, _ in asked],
-        answers=hidden.answers,
-        lengths=[length for _, length in asked],
-        depths=hidden.depths,
-    )
-
-
 def _read(
     demo: Demo,
     loaded: Loaded,
-    exams: list[_Exam],
+    documents: list[Exam],
     name: str,
     mechanism: Mechanism | None,
     step: Bar,
@@ -191,7 +125,7 @@ def _read(
     model = loaded.model
     loaded.use(mechanism)
     warm = SwiftCache(model.config)
-    reading.read(model, exams[0].document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
+    reading.read(model, documents[0].document[: min(_WARM_UP, demo.chunk)], warm, chunk=demo.chunk)
     del warm
     dense = (demo.length + 1) / 2
     told: list[reading.Reading] = []
@@ -199,8 +133,8 @@ def _read(
     answers: list[str] = []
     scored = Scored()
     with memory.watch(model.device) as peak:
-        for number, exam in enumerate(exams, 1):
-            step(text=f"{name}: reading {number} of {len(exams)}")
+        for number, exam in enumerate(documents, 1):
+            step(text=f"{name}: reading {number} of {len(documents)}")
             cache = SwiftCache(model.config)
             with count_keys(mechanism, scored):
                 told.append(
@@ -215,7 +149,7 @@ def _read(
                 answers.append(said.strip())
             del cache
     keys = dense if mechanism is None else scored.keys / max(1, scored.queries)
-    true = [answer for exam in exams for answer in exam.answers]
+    true = [answer for exam in documents for answer in exam.answers]
     right = [said == answer for said, answer in zip(answers, true, strict=True)]
     whole = reading.Reading(
         tokens=1 + sum(r.tokens - 1 for r in told), seconds=0.0, nll=sum(r.nll for r in told)
@@ -233,7 +167,7 @@ def _read(
         found=sum(right),
         asked=len(right),
         right=right,
-        depths=[depth for exam in exams for depth in exam.depths],
+        depths=[depth for exam in documents for depth in exam.depths],
         answers=answers,
         perplexity=whole.perplexity,
         keys_per_query=keys,
@@ -273,7 +207,14 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     text = source(demo.file)
     loaded = load(demo.model)
     check_length(loaded.model, demo.length + 64)
-    exams = _exams(demo, loaded, text)
+    documents = exams(
+        loaded,
+        text,
+        length=demo.length,
+        documents=demo.documents,
+        secrets=demo.secrets,
+        seed=demo.seed,
+    )
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
     kept = Progress(result, target, fresh=fresh, finished=True)
     swift = options.from_json(demo.mechanism)
@@ -283,7 +224,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
         def finish(name: str, mechanism: Mechanism | None) -> dict[str, Any]:
             row = kept.find(name=name)
             if row is None:
-                row = asdict(_read(demo, loaded, exams, name, mechanism, step))
+                row = asdict(_read(demo, loaded, documents, name, mechanism, step))
                 kept.add(row)
             else:
                 step(size, f"{name}: measured before")

@@ -257,7 +257,7 @@ class MSSwift(Mechanism):
             dense = None if short is None else short.dense
             mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense)
             stats = replace(stats, captured=mass)
-        return AttentionResult(out, lse, replace(stats, extra=extra))
+        return AttentionResult(out, lse, replace(stats, extra=extra) if extra else stats)
 
     def _short_blocks(self, q: Tensor, k: Tensor, pattern: BlockPattern, call: Call) -> Short:
         assert self.min_coverage is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -57,6 +58,7 @@ class Patterned(Mechanism):
         return seen if rows is None else seen.index_fill(2, rows.to(q.device), True)
 
 
+@lru_cache(maxsize=256)
 def full_pattern(k_len: int, kv_heads: int, causal: bool, q_len: int = 0) -> BlockPattern:
     """One tile that sees every key; cross attention may have more queries than keys."""
     if causal:
@@ -136,7 +138,7 @@ def pattern_stats(
     Args:
         mechanism: Name of the mechanism.
         backend: Backend that ran.
-        mode: How the keys were chosen.
+        mode: How the keys were chosen; ``"dense"`` where every query saw every key it may see.
         pattern: Keys of the queries from ``exact_rows`` on.
         q_len: Queries.
         k_len: Keys.
@@ -145,6 +147,16 @@ def pattern_stats(
         more_keys: Keys that each KV head scored beyond the pattern, per query it was made for.
     """
     rest = q_len - exact_rows
+    if mode == "dense":
+        return AttentionStats(
+            mechanism=mechanism,
+            backend=backend,
+            mode=mode,
+            keys_per_query=dense_keys(q_len, k_len, pattern.causal),
+            density=1.0,
+            dense_rows=1.0,
+            density_by_head=(1.0,) * len(pattern.bands),
+        )
     dense = exact_rows
     total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:
@@ -166,6 +178,6 @@ def pattern_stats(
         mode=mode,
         keys_per_query=float(keys_per_query.mean()),
         density=float(by_head.mean()),
-        dense_rows=1.0 if mode == "dense" else dense / q_len,
+        dense_rows=dense / q_len,
         density_by_head=tuple(by_head.tolist()),
     )

@@ -88,6 +88,7 @@ def _forward(
     if bands is None:
         bands = band_kernel.forward(q, k, v, pattern, scale)
     if pattern.tokens is not None or pattern.pool is not None:
+        bands = Partial(bands.out.to(accumulator_dtype(q.dtype)), bands.lse)
         bands = Gathered(q, k, v, pattern, scale, summary).merge_into(bands)
     return Partial(bands.out.to(q.dtype), bands.lse)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ _SCORES = 1 << 21
 _ROWS = 256
 
 
-def gradient_jobs(found: Iterator[Job], causal: bool) -> Iterator[Job]:
+def gradient_jobs(found: Iterable[Job], causal: bool) -> Iterator[Job]:
     """Jobs cut along rows, then keys, then tiles until a rectangle's scores fit in cache."""
     return by_tiles(by_keys(by_rows(found, _ROWS, causal), _SCORES), _SCORES)
 

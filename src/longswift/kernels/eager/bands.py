@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ _FEW_SCORES = 1 << 18
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float) -> Partial:
-    """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the accumulator dtype."""
+    """Attention over the bands alone, ``out [B, Hq, Lq, Dv]`` in the dtype it was computed in."""
     if q.numel() == 0 or k.numel() == 0:
         # The fused kernel divides by these extents.
         return _nothing(q, v)
@@ -124,7 +124,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float)
     batch, heads, q_len, _ = q.shape
     k_len, groups = k.shape[2], heads // k.shape[1]
     if len(set(pattern.bands)) == 1:
-        whole = list(jobs(pattern.bands[0], q_len, k_len, pattern.causal))
+        whole = jobs(pattern.bands[0], q_len, k_len, pattern.causal)
         if len(whole) == 1 and whole[0].rows == q_len:
             return _one_rectangle(q, k, v, whole[0], pattern, scale)
     out, lse = _results(q, v, pattern)
@@ -183,7 +183,7 @@ def _one_rectangle(
     return Partial(out.view(batch, heads, q_len, -1), lse.reshape(batch, heads, q_len))
 
 
-def _cut(found: Iterator[Job]) -> Iterator[Job]:
+def _cut(found: Iterable[Job]) -> Iterator[Job]:
     """Jobs of at most about ``_ROWS`` query rows, so that temporaries stay small."""
     for job in found:
         most = max(1, _ROWS // job.rows)

@@ -26,7 +26,8 @@ def attend(
         scale: Factor on the scores.
 
     Returns:
-        ``out [N, H, rows, D]``, ``lse [N, H, rows]``, both in the accumulator dtype.
+        ``out [N, H, rows, D]`` as the fused kernel rounds it or wider, ``lse [N, H, rows]`` in the
+        accumulator dtype.
     """
     if k.shape[1] != q.shape[1]:
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
@@ -55,7 +56,6 @@ def _call(
     allowed: Tensor | None = None,
 ) -> Partial:
     """``allowed`` is bool ``[rows, width]``."""
-    acc = accumulator_dtype(q.dtype)
     mask = None
     if allowed is not None:
         mask = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
@@ -63,7 +63,7 @@ def _call(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
-    out, lse = out.to(acc), lse.to(acc)
+    lse = lse.to(accumulator_dtype(q.dtype))
     if allowed is not None:
         empty = ~allowed.any(-1)
         if empty.any():

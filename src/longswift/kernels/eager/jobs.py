@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,8 +28,13 @@ class Job(NamedTuple):
     shift: int
 
 
-def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
+@functools.lru_cache(maxsize=256)
+def jobs(band: Band, q_len: int, k_len: int, causal: bool) -> tuple[Job, ...]:
     """Rectangles that cover the band, congruent neighbours merged, tiles without keys left out."""
+    return tuple(_jobs(band, q_len, k_len, causal))
+
+
+def _jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
     offset = k_len - q_len
     pending: Job | None = None
     for start in range(offset // band.tile * band.tile, k_len, band.tile):
@@ -128,7 +133,7 @@ def tiles(x: Tensor, start: int, step: int, count: int, length: int) -> Tensor:
     return span.unfold(1, length, step).permute(1, 0, 3, 2)
 
 
-def by_rows(found: Iterator[Job], most: int, causal: bool) -> Iterator[Job]:
+def by_rows(found: Iterable[Job], most: int, causal: bool) -> Iterator[Job]:
     """Jobs of at most ``most`` rows; causal ones lose the keys that no row of theirs sees."""
     for job in found:
         for row in range(0, job.rows, most):
@@ -137,7 +142,7 @@ def by_rows(found: Iterator[Job], most: int, causal: bool) -> Iterator[Job]:
             yield job._replace(row=job.row + row, rows=rows, width=width, shift=job.shift + row)
 
 
-def by_tiles(found: Iterator[Job], most: int) -> Iterator[Job]:
+def by_tiles(found: Iterable[Job], most: int) -> Iterator[Job]:
     """Jobs of at most about ``most`` scores, by leaving tiles to another job."""
     for job in found:
         count = max(1, most // (job.rows * job.width))
@@ -148,7 +153,7 @@ def by_tiles(found: Iterator[Job], most: int) -> Iterator[Job]:
             )
 
 
-def by_keys(found: Iterator[Job], most: int) -> Iterator[Job]:
+def by_keys(found: Iterable[Job], most: int) -> Iterator[Job]:
     """Jobs of at most ``most`` scores a tile, by leaving keys to another job."""
     for job in found:
         step = max(1, min(job.width, most // job.rows))
