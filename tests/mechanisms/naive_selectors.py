@@ -61,9 +61,8 @@ class NaiveLowRank(NaiveByRow):
         else:
             along = self.directions(k, asked.start)
         row = along @ (along.T @ q[g, i])
-        scores = [asked.keys(b, self.key_block) @ row for b in asked.outside]
-        total = np.logaddexp(np.logaddexp.reduce(np.concatenate(scores)), asked.window[g, i])
-        return np.array([math.exp(s.max() - total) for s in scores])
+        best = np.array([(asked.keys(b, self.key_block) @ row).max() for b in asked.outside])
+        return np.exp(best - np.logaddexp(np.logaddexp.reduce(best), asked.window[g, i]))
 
     def directions(self, k: Array, start: int) -> Array:
         """Orthonormal columns ``[D, rank]``."""

@@ -44,6 +44,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     if name == "pooled":
         selector["variance"] = draw(st.booleans())
     pools = draw(st.sampled_from([None, 1, 3, 4, 40]))
+    block = key_block * draw(st.sampled_from([1, 2, 3, 4, 8]))
     return {
         "windows": tuple(sorted(draw(st.sets(st.integers(1, 120), min_size=1, max_size=4)))),
         "overlap": draw(st.sampled_from([0.01, 0.2, 0.5, 0.77, 0.99])),
@@ -52,7 +53,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         "coverage": draw(st.sampled_from([None, 0.01, 0.5, 0.9, 1.0])),
         "selector": selector,
         "remainder": None if pools is None else pools * key_block,
-        "block": key_block * draw(st.sampled_from([1, 2, 3, 4, 8])),
+        "block": block,
+        "delta": draw(st.sampled_from([None, None, None, key_block, block])),
         "causality": causality,
         "dense_below": draw(st.sampled_from([0, 0, 1, 50])),
     }
@@ -72,7 +74,7 @@ def test_any_configuration(config: dict[str, Any], training: bool, data: st.Data
         results.append((out, lse, *torch.autograd.grad(loss, y.tensors)))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, **CLOSE)
-    if mechanism.remainder is None:
+    if mechanism.remainder is None and mechanism.delta is None:
         seen = mechanism.visible(x.q, x.k, **x.options, training=training)
         out, lse = masked_softmax(x, seen)
         torch.testing.assert_close(results[0][0], out, **CLOSE)

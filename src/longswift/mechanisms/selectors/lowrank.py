@@ -1,9 +1,9 @@
 """Keys and queries of few dimensions propose, exact probabilities choose.
 
 1. Keys and queries are projected to ``rank`` dimensions: the leading eigenvectors of the second
-   moment of the KV head's first keys. Every row scores every key there; a block is worth the
-   largest probability of its keys, normalised together with the window. Max over rows and GQA
-   group; the best ``proposals * budget / key_block`` blocks are proposed.
+   moment of the KV head's first keys. Every row scores every key there. Softmax over the largest
+   scores of all blocks and the window, max over rows and GQA group; the best
+   ``proposals * budget / key_block`` blocks are proposed.
 2. The exact stage of ``two_stage``.
 
 The directions a query block uses are fitted to keys before it: the largest power of two that fits,
@@ -33,9 +33,11 @@ from longswift.core.blocks import BlockRun, Workspace, block_runs, stack_queries
 from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
 from longswift.mechanisms.selectors.base import STEP_SCORES, Request, Selection, Selector
-from longswift.mechanisms.selectors.two_stage import TwoStage
+from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
 
 _HIDDEN = float("-inf")
+# Scores held at once on a CPU, 1 MiB in fp32: several passes over them stay in its cache.
+_CACHED_SCORES = 1 << 18
 # Directions that no key tells apart are told apart by their channels, so that rounding does not.
 _TILT = 1e-4
 
@@ -104,7 +106,10 @@ class _Pass(TwoStage):
                     # Blocks that use an early basis see no key after twice its prefix.
                     end = 2 * prefix if pattern.causal and prefix < self._fit else k_len
                     keys = k[:, :, :end].to(dtype) @ basis.to(dtype)
-                self._projected[prefix] = keys.to(dtype).flatten(0, 1)
+                if not pattern.causal:
+                    keys = torch.nn.functional.pad(keys, (0, 0, 0, -k_len % size))
+                keys = keys[:, :, : keys.shape[2] // size * size].to(dtype)
+                self._projected[prefix] = keys.flatten(0, 1).unflatten(1, (-1, size))
 
     def _segments(self, run: BlockRun) -> Iterator[tuple[slice, int]]:
         """Blocks of a run that share their directions, and the keys these are fitted to.
@@ -133,46 +138,37 @@ class _Pass(TwoStage):
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
         """Largest estimated probability in every block, ``[B, Hkv, N, G * rows, W]``."""
-        weights = space.get("weights", (*q.shape[:4], width), self._acc)
-        band = stack_queries(self._request.band_lse, run, q.shape[1])
+        scores = space.get("largest_scores", (*q.shape[:4], width), self._acc)
         for part, prefix in self._segments(run):
-            rows, keys = q[:, :, part], self._projected[prefix]
+            rows = q[:, :, part]
             if prefix:
                 rows = rows @ self._bases[prefix].unsqueeze(2)
-            total = band[:, :, part]
-            self._largest(rows, keys, outside[:, part], total, weights[:, :, part], space)
-        return weights
+            self._largest_scores(rows, self._projected[prefix], scores[:, :, part], space)
+        band = stack_queries(self._request.band_lse, run, q.shape[1])
+        return share_among_blocks(scores, outside, self._request.pattern.causal, band)
 
-    def _largest(
-        self,
-        rows: Tensor,
-        keys: Tensor,
-        outside: Tensor,
-        total: Tensor,
-        weights: Tensor,
-        space: Workspace,
-    ) -> None:
-        """Fills ``weights [B, Hkv, N, R, W]``, a stretch of keys at a time."""
-        size = self._key_block
-        width = min(weights.shape[4], -(-keys.shape[1] // size))
-        weights[..., width:] = _HIDDEN
+    def _largest_scores(self, rows: Tensor, keys: Tensor, out: Tensor, space: Workspace) -> None:
+        """Largest score in every key block, a stretch of ``keys [B * Hkv, W, size, *]`` at a time.
+
+        Fills ``out [B, Hkv, N, R, W]``.
+        """
+        width, size, rank = keys.shape[1:]
+        width = min(out.shape[4], width)
+        out[..., width:] = _HIDDEN
         factors = rows.flatten(2, 3).flatten(0, 1).to(keys.dtype)
-        step = max(1, STEP_SCORES // (factors.shape[:2].numel() * size))
+        held = _CACHED_SCORES if rows.device.type == "cpu" else STEP_SCORES
+        step = max(1, held // (factors.shape[:2].numel() * size))
+        beyond = -self._request.k.shape[2] % size
         for first in range(0, width, step):
             last = min(first + step, width)
-            part = keys[:, first * size : last * size].transpose(1, 2)
-            scores = space.get("estimates", (*factors.shape[:2], part.shape[2]), self._acc)
-            bmm(factors, part, out=scores)
-            missing = (last - first) * size - scores.shape[2]
-            if missing:
-                scores = torch.nn.functional.pad(scores, (0, missing), value=_HIDDEN)
-            scores = scores.view(*rows.shape[:4], last - first, size)
-            shown = outside[..., first:last]
-            if not bool(shown.all()):
-                scores.masked_fill_(~shown[None, :, :, None, :, None], _HIDDEN)
-            torch.amax(scores, -1, out=weights[..., first:last])
-            total = torch.logaddexp(total, scores.flatten(4).logsumexp(-1))
-        weights.sub_(total.unsqueeze(-1)).exp_()
+            # The tokens of a block lie apart, so that their maximum is one of long rows.
+            part = keys[:, first:last].transpose(1, 2).reshape(len(keys), -1, rank)
+            scores = space.get("estimates", (*factors.shape[:2], part.shape[1]), self._acc)
+            bmm(factors, part.transpose(1, 2), out=scores)
+            scores = scores.view(*rows.shape[:4], size, last - first)
+            if last * size > self._request.k.shape[2]:
+                scores[..., size - beyond :, -1] = _HIDDEN
+            torch.amax(scores, 4, out=out[..., first:last])
 
 
 def principal_directions(k: Tensor, rank: int) -> Tensor:

@@ -256,19 +256,27 @@ class TwoStage(ABC):
         return weights.unflatten(3, (self._request.groups, -1)).amax(3)
 
 
-def share_among_blocks(scores: Tensor, outside: Tensor, causal: bool) -> Tensor:
+def share_among_blocks(
+    scores: Tensor, outside: Tensor, causal: bool, band_lse: Tensor | None = None
+) -> Tensor:
     """Softmax over candidate blocks of ``scores [B, Hkv, N, rows, W]``, in place.
 
     Args:
         scores: Scores of key blocks; what blocks that are no candidates hold does not matter.
         outside: Which blocks are candidates, bool ``[Hkv, N, W]``.
         causal: Candidates form a prefix: only columns where some query block's end need a mask.
+        band_lse: ``[B, Hkv, N, rows]``, what else takes part, or None.
     """
     common = int(outside.sum(-1).min()) if causal else 0
     rest = outside[..., common:]
     bias = torch.zeros(rest.shape, dtype=scores.dtype, device=scores.device)
     scores[..., common:] += bias.masked_fill_(~rest, _HIDDEN).unsqueeze(2)
-    return torch.softmax(scores, -1, out=scores)
+    if band_lse is None:
+        return torch.softmax(scores, -1, out=scores)
+    highest = torch.maximum(scores.amax(-1), band_lse)
+    scores.sub_(highest.unsqueeze(-1)).exp_()
+    total = scores.sum(-1) + torch.exp(band_lse - highest)
+    return scores.div_(total.unsqueeze(-1))
 
 
 def best_of(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
