@@ -48,6 +48,36 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
     compare(naive(**options, causal=causal, strict=strict), data, fewest=1)
 
 
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"name": "bounds", "key_block": 4, "proposals": 1, "tree": 2},
+        {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2},
+        {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2, "fit": 50},
+        {"name": "pooled", "key_block": 4, "proposals": 1, "variance": True},
+        {"name": "anchor", "key_block": 4, "stride": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_future_changes_no_choice(selector: dict[str, Any], training: bool) -> None:
+    """Budgets so tight, and a future so different, that anything it told would show."""
+    mechanism = MSSwift(
+        windows=(16,), sinks=0, key_tokens=4, block=8, dense_below=0, selector=selector
+    )
+    q, k = torch.randn(1, 6, 260, 8), torch.randn(1, 2, 260, 8)
+    seen = mechanism.visible(q, k, training=training)
+    for token in (100, 131, 200, 255):
+        changed = [x.clone() for x in (q, k)]
+        for x in changed:
+            x[:, :, token:, :] = 0.0
+            x[:, :, token:, 3] = 30.0
+        rows = token if training else token // 8 * 8
+        found = mechanism.visible(*changed, training=training)
+        assert torch.equal(found[:, :, :rows], seen[:, :, :rows])
+        assert not torch.equal(found[:, :, rows:], seen[:, :, rows:])
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_tree_whose_every_box_is_opened_is_the_flat_choice(causal: bool) -> None:
     q, k = torch.randn(2, 6, 500, 8), torch.randn(2, 2, 500, 8)
