@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,28 @@ Array = NDArray[np.float64]
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max())
     return e / e.sum()
+
+
+class Asked(NamedTuple):
+    """What a block of rows of one KV head asks about.
+
+    Attributes:
+        q: ``[G, rows, D]``, scaled.
+        k: ``[Lk, D]``.
+        start: Position of the block's first row on the grid of blocks.
+        outside: Key blocks outside the window.
+        window: ``[G, rows]`` log-sum-exp over the window.
+    """
+
+    q: Array
+    k: Array
+    start: int
+    outside: list[int]
+    window: Array
+
+    def keys(self, block: int, size: int) -> Array:
+        """Keys of a block of ``size``."""
+        return self.k[block * size : (block + 1) * size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +59,22 @@ class NaiveSwift:
     most_proposals: int = 3
     key_radius: float = 0.5
     row_radius: float = 0.25
+    tree: int | None = None
+    beam: int = 1
     remainder: int | None = None
     strict: bool = False
     causal: bool = True
+
+    selector: ClassVar[str] = "bounds"
+    # Whether decoding is by pages.
+    pages: ClassVar[bool] = True
 
     def with_pages(self, q_len: int) -> NaiveSwift:
         """Itself, with blocks of 16 keys if a single query is decoded and they fit."""
         fits = (
             16 % self.key_block == 0 and self.block % 16 == 0 and (self.remainder or 16) % 16 == 0
         )
-        decodes = q_len == 1 and fits and type(self) is NaiveSwift
+        decodes = q_len == 1 and fits and self.pages
         return replace(self, key_block=16) if decodes else self
 
     def scale_order(self) -> list[int]:
@@ -131,43 +160,20 @@ class NaiveSwift:
             start: First key of the window.
             end: One past its last key.
         """
-        if self.key_tokens == 0:
-            return {}
         n = len(k)
-        blocks = [k[b : b + self.key_block] for b in range(0, n, self.key_block)]
-        outside = [b for b in range(len(blocks)) if (b + 1) * self.key_block <= start]
-        if not self.causal:
-            outside += [b for b in range(len(blocks)) if b * self.key_block >= end]
-        if not outside:
+        outside = self.outside(n, start, end)
+        if self.key_tokens == 0 or not outside:
             return {}
+        window = self.window_lse(q, k, rows, offset, start, end)
+        asked = Asked(q, k, (offset + rows[0]) // self.block * self.block, outside, window)
         sink_blocks = [b for b in outside if b * self.key_block < self.sinks]
-        # Few rows are offered as much as costs what a complete block costs.
-        offered = self.proposals
-        if not (self.strict and self.causal):
-            offered = max(offered, min(self.most_proposals, offered * self.block // len(rows)))
-        wanted = min(math.ceil(offered * self.key_tokens / self.key_block), len(blocks))
-        # What the window already holds takes part in every probability.
-        window = np.empty(q.shape[:2])
-        for g in range(q.shape[0]):
-            for i, row in enumerate(rows):
-                last = min(end, offset + row + 1) if self.causal else end
-                scores = k[start:last] @ q[g, i]
-                window[g, i] = np.logaddexp.reduce(scores)
         if self.strict and self.causal:
-            return self.choose_strictly(q, k, rows, offset, outside, sink_blocks, wanted, window)
-
-        rank = {b: -math.inf for b in outside}
-        for g in range(q.shape[0]):
-            # Rows of a cut block are bounded one by one.
-            alone = len(rows) < self.block or len(rows) == 1
-            group = 1 if alone else self.row_group
-            shares = (self.key_radius, self.row_radius, self.key_radius)
-            for i in range(0, len(rows), group):
-                part = q[g, i : i + group]
-                bounds = np.array([self.bound(part, blocks[b], shares) for b in outside])
-                for b, p in zip(outside, softmax(bounds), strict=True):
-                    rank[b] = max(rank[b], p)
-        proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
+            return self.choose_strictly(asked, rows, offset, sink_blocks)
+        # Few rows are offered as much as costs what a complete block costs.
+        offered = min(self.most_proposals, self.proposals * self.block // len(rows))
+        offered = max(self.proposals, offered)
+        wanted = math.ceil(offered * self.key_tokens / self.key_block)
+        proposed = self.propose(asked, sink_blocks, wanted)
         tokens = self.tokens_of([*proposed, *sink_blocks], n)
         probs = self.probabilities(q, k, tokens, window)
         best = probs.max((0, 1))
@@ -177,17 +183,59 @@ class NaiveSwift:
             chosen = self.cover(chosen, tokens, probs, q, k, window)
         return {tokens[i]: 0 for i in chosen}
 
-    def bound(
-        self, q: Array, keys: Array, shares: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    ) -> float:
-        """Upper bound of every score between two boxes, their radii shrunk.
+    def outside(self, n: int, start: int, end: int) -> list[int]:
+        """Key blocks before the window and, in bidirectional attention, after it."""
+        found = []
+        for b in range(math.ceil(n / self.key_block)):
+            first, last = b * self.key_block, (b + 1) * self.key_block
+            if last <= start or not self.causal and first >= end:
+                found.append(b)
+        return found
 
-        ``shares`` are those of the keys' radius, the rows' radius and their product.
-        """
+    def window_lse(
+        self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
+    ) -> Array:
+        """What the window already holds takes part in every probability."""
+        window = np.empty(q.shape[:2])
+        for g in range(q.shape[0]):
+            for i, row in enumerate(rows):
+                last = min(end, offset + row + 1) if self.causal else end
+                window[g, i] = np.logaddexp.reduce(k[start:last] @ q[g, i])
+        return window
+
+    def propose(self, asked: Asked, sink_blocks: list[int], wanted: int) -> list[int]:
+        """The key blocks that are worth most."""
+        rank = self.worth(asked)
+        free = set(asked.outside) - set(sink_blocks)
+        return sorted(free, key=lambda b: -rank[b])[:wanted]
+
+    def worth(self, asked: Asked) -> dict[int, float]:
+        """What every candidate is worth to the block: the best of its groups of rows and heads."""
+        rank = dict.fromkeys(asked.outside, -math.inf)
+        for part in self.row_groups(asked.q):
+            bounds = [self.bound(part, asked.keys(b, self.key_block)) for b in asked.outside]
+            for b, p in zip(asked.outside, softmax(np.array(bounds)), strict=True):
+                rank[b] = max(rank[b], p)
+        return rank
+
+    def row_groups(self, q: Array) -> list[Array]:
+        """Rows that are bounded together; those of a cut block are bounded one by one."""
+        rows = q.shape[1]
+        group = 1 if rows < self.block or rows == 1 else self.row_group
+        return [q[g, i : i + group] for g in range(q.shape[0]) for i in range(0, rows, group)]
+
+    def worth_to_row(self, asked: Asked, g: int, i: int) -> Array:
+        """What every candidate is worth to one row of one head, for strict causality."""
+        row = asked.q[g, i : i + 1]
+        bounds = [self.bound(row, asked.keys(b, self.key_block)) for b in asked.outside]
+        return softmax(np.array(bounds))
+
+    def bound(self, q: Array, keys: Array) -> float:
+        """Upper bound of every score between two boxes, their radii shrunk."""
         qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
         kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
-        a, b, c = shares
-        return float(qc @ kc + a * abs(qc) @ kr + b * qr @ abs(kc) + c * qr @ kr)
+        a, b = self.key_radius, self.row_radius
+        return float(qc @ kc + a * (abs(qc) + qr) @ kr + b * qr @ abs(kc))
 
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
         size = self.key_block
@@ -222,31 +270,19 @@ class NaiveSwift:
         return kept
 
     def choose_strictly(
-        self,
-        q: Array,
-        k: Array,
-        rows: list[int],
-        offset: int,
-        outside: list[int],
-        sink_blocks: list[int],
-        wanted: int,
-        window: Array,
+        self, asked: Asked, rows: list[int], offset: int, sink_blocks: list[int]
     ) -> dict[int, int]:
         """First come, first served: every row adds what it wants to what earlier rows took."""
-        groups = q.shape[0]
+        q, k, _, outside, window = asked
         size = self.key_block
         candidates = [b for b in outside if b not in sink_blocks]
-        asked = np.zeros((len(rows), len(candidates)))
-        for g in range(groups):
+        worth = np.zeros((len(rows), len(candidates)))
+        for g in range(q.shape[0]):
             for i in range(len(rows)):
-                row = q[g, i : i + 1]
-                bounds = [
-                    self.bound(row, k[b * size : (b + 1) * size], (self.key_radius, 0.0, 0.0))
-                    for b in outside
-                ]
-                shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
-                asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
-        turns = self.in_turn(asked, math.ceil(self.proposals * self.key_tokens / size))
+                shares = dict(zip(outside, self.worth_to_row(asked, g, i), strict=True))
+                worth[i] = np.maximum(worth[i], [shares[b] for b in candidates])
+        wanted = math.ceil(self.proposals * self.key_tokens / size)
+        turns = self.in_turn(worth, wanted, self.block)
         proposed = {candidates[c]: row for c, row in turns.items()}
         order = [*proposed, *sink_blocks]
         tokens = self.tokens_of(order, len(k))
@@ -258,15 +294,15 @@ class NaiveSwift:
             probs = self.probabilities(q[:, now], k, [tokens[c] for c in shown], window[:, now])
             for c, p in zip(shown, probs[:, 0].max(0), strict=True):
                 want[i, c] = 0.0 if tokens[c] < self.sinks else p
-        chosen = self.in_turn(want, self.key_tokens)
+        chosen = self.in_turn(want, self.key_tokens, self.block)
         return {tokens[c]: offset + rows[row] for c, row in chosen.items()}
 
-    def in_turn(self, want: Array, budget: int) -> dict[int, int]:
+    def in_turn(self, want: Array, budget: int, rows: int) -> dict[int, int]:
         """Column to the row that took it: a quarter of the budget at once, the rest evenly."""
         taken: dict[int, int] = {}
         given, at_once = 0, max(1, budget // 4)
         for row in range(len(want)):
-            due = at_once + (budget - at_once) * (row + 1) // self.block
+            due = at_once + (budget - at_once) * (row + 1) // rows
             quota, given = due - given, due
             free = [c for c in range(want.shape[1]) if c not in taken and want[row, c] > 0]
             for c in sorted(free, key=lambda c: -want[row, c])[:quota]:
@@ -309,16 +345,15 @@ class NaiveSwift:
 class NaiveAntidiagonal(NaiveSwift):
     """Whole key blocks by the sums of antidiagonals of ``stride x stride`` tiles of scores."""
 
+    selector: ClassVar[str] = "antidiagonal"
+    pages: ClassVar[bool] = False
     stride: int = 4
 
     def choose(
         self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
     ) -> dict[int, int]:
         n, size = len(k), self.key_block
-        last = math.ceil(n / size)
-        outside = [b for b in range(last) if (b + 1) * size <= start]
-        if not self.causal:
-            outside += [b for b in range(last) if b * size >= end]
+        outside = self.outside(n, start, end)
         if not outside:
             return {}
         share = dict.fromkeys(outside, 0.0)

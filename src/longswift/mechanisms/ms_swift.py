@@ -48,6 +48,7 @@ from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import HeadGroup, attend_by_head, visible_by_head
 from longswift.mechanisms.coverage import captured_mass
+from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
@@ -71,7 +72,8 @@ class MSSwift(Mechanism):
             each KV head its own budget.
         coverage: Stop choosing once every row of the block holds this share of the attention mass
             found (``key_tokens`` stays the cap), or None for a fixed budget.
-        selector: How key tokens are chosen: ``"bounds"``, ``"antidiagonal"``, or a configured one.
+        selector: How key tokens are chosen: ``"bounds"``, another name of the table in
+            ``mechanisms.selectors``, or a configured one.
         remainder: Pool size of the coarse remainder, or None to drop what was not selected.
         block: Queries that share a choice.
         scale_of_head: Index into ``windows`` for each KV head; None spreads the scales over the
@@ -86,6 +88,10 @@ class MSSwift(Mechanism):
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
             available in strict causality, where probes would look ahead.
+        delta: Every ``delta``-th row (a divisor of ``block``) is computed exactly, and what the
+            sparse result missed there is added to the rows that follow (see ``mechanisms.delta``);
+            ``visible`` and ``lse`` stay those of the sparse result. None for no correction.
+            Decoding, whose query has no exact row before it, is not corrected.
         collect: Also measure, for 64 rows of every call, which share of full attention's mass lies
             on the keys each head saw: ``stats.captured``.
     """
@@ -105,6 +111,7 @@ class MSSwift(Mechanism):
     dense_below: int = 4096
     dense_heads: tuple[int, ...] = ()
     min_coverage: float | None = None
+    delta: int | None = None
     collect: bool = False
 
     def __post_init__(self) -> None:
@@ -202,7 +209,7 @@ class MSSwift(Mechanism):
         return self.causality == "strict" or (self.causality == "auto" and call.training)
 
     def exact_part(self) -> Mechanism | None:
-        return replace(self, remainder=None, collect=False)
+        return replace(self, remainder=None, delta=None, collect=False)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
@@ -241,6 +248,11 @@ class MSSwift(Mechanism):
                     "dense": int(short.dense.sum()),
                     "lowest": short.lowest,
                 }
+            if self.delta is not None and q_len > 1:
+                part, scored = add_delta(
+                    part, rest, k, v, stride=self.delta, causal=call.causal, scale=call.scale
+                )
+                more_keys = tuple(x + scored for x in more_keys or (0.0,) * k.shape[1])
             parts.append(part)
         mode = "dense" if pattern is None else "strict" if self._strict(call) else "shared"
         counted = pattern or full_pattern(k_len, k.shape[1], call.causal)

@@ -105,8 +105,8 @@ class Selector(ABC):
     def select(self, request: Request) -> Selection:
         """Tokens for every block; O(n) memory, cost stated by each selector."""
 
-    def choosing_cost(self, budget: int, keys: float) -> float:
-        """What choosing costs a query that has ``keys`` keys to choose from.
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
+        """What choosing costs a query of ``dim`` channels that has ``keys`` keys to choose from.
 
         In keys attended to: a product with a key without its value counts half.
         """
