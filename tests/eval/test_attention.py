@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from longswift.core.errors import ConfigError, InputError
-from longswift.eval import attention
+from longswift.eval import attention, attention_table
 from longswift.eval.attention import AttentionBench
+from longswift.eval.bench_plots import plot_attention
 from longswift.eval.compare import compare
-from longswift.eval.plots import plot_attention
 from longswift.eval.results import Result, load
 
 WINDOW = {"name": "sliding_window", "window": 64, "global_tokens": 0}
@@ -37,7 +37,7 @@ def test_rows_hold_every_rival_at_every_length(tmp_path: Path) -> None:
     result = run(bench(heads=4, kv_heads=2), tmp_path / "r.json")
     assert load(tmp_path / "r.json", "attention") == result
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
-    found = attention.series(result)
+    found = attention_table.series(result)
     assert {name: [r.length for r in rows] for name, rows in found.items()} == {
         "sdpa": [128, 256],
         "sliding_window": [128, 256],
@@ -67,11 +67,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     measured = []
 
     def interrupt_at(length: int | None):
-        def step(asked: AttentionBench, n: int, bar: Any) -> Any:
+        def step(asked: AttentionBench, n: int, bar: Any, rivals: Any) -> Any:
             if n == length:
                 raise KeyboardInterrupt
             measured.append(n)
-            return measure(asked, n, bar)
+            return measure(asked, n, bar, rivals)
 
         return step
 
@@ -106,7 +106,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
     one_length = run(bench(lengths=(128,)))
     plot_attention(one_length, tmp_path / "q.png")
-    assert attention.table(one_length).rows[0][-1] == "-"
+    assert attention_table.table(one_length).rows[0][-2] == "-"
 
 
 def test_comparison_finds_what_got_worse() -> None:
