@@ -16,7 +16,7 @@ from longswift.core.mechanism import Mechanism, check_positive
 from longswift.core.types import AttentionStats
 from longswift.eval import baselines, memory, options, roofline
 from longswift.eval.attention_table import AttentionRow, series, summarise
-from longswift.eval.progress import Bar, bar
+from longswift.eval.progress import Bar, Share, bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.timing import alternate, fit_exponent
 
@@ -343,7 +343,7 @@ def run(
                 for name, told in slow.items()
             ]
             if kept.find(length=length) is None:
-                measured = _Share(step, share)
+                measured = Share(step, share)
                 able = [rival for rival in rivals if rival.name not in slow]
                 kept.add(*(asdict(row) for row in _measure(bench, length, measured, able)))
                 measured.finish()
@@ -354,20 +354,3 @@ def run(
         result.save(output)
         kept.done()
     return result
-
-
-class _Share:
-    """A bar for one length, whose share of the whole is used up whatever stopped early."""
-
-    def __init__(self, step: Bar, share: float) -> None:
-        self._step, self._left = step, share
-
-    def __call__(self, advance: float = 0, text: str | None = None) -> None:
-        """See ``progress.Bar``."""
-        advance = min(advance, self._left)
-        self._left -= advance
-        self._step(advance, text)
-
-    def finish(self) -> None:
-        """Use up what is left."""
-        self._step(self._left)

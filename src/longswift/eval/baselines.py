@@ -51,7 +51,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    mask = _causal_blocks(q.shape[2], k.shape[2], str(q.device)) if causal else None
+    rows, keys = q.shape[2], k.shape[2]
+    # One query sees everything.
+    mask = _causal_blocks(rows, keys, str(q.device)) if causal and rows > 1 else None
     out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return out
 
@@ -127,17 +129,21 @@ def check(
             if backward:
                 out.sum().backward()
     except Exception as error:  # A compiler fails in its own ways: any of them means "not here".
-        others = [other for other in _TABLE if other != name]
-        reason: BaseException = error
-        while reason.__context__ is not None:
-            reason = reason.__context__
-        why = next(iter(str(reason).strip().splitlines()), type(reason).__name__)
-        raise ConfigError(
-            problem(
-                "--against",
-                expected=f"one that runs here: {', '.join(others)}",
-                got=f"{name!r} ({why.rstrip('.')})",
-                fix="Pick another.",
-            )
-        ) from None
+        raise refusal(name, error) from None
     return found
+
+
+def refusal(name: str, error: BaseException) -> ConfigError:
+    """The error that says why a baseline does not run here, and which others there are."""
+    while error.__context__ is not None:
+        error = error.__context__
+    why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    others = ", ".join(other for other in _TABLE if other != name)
+    return ConfigError(
+        problem(
+            "--against",
+            expected=f"one that runs here: {others}",
+            got=f"{name!r} ({why.rstrip('.')})",
+            fix="Pick another.",
+        )
+    )

@@ -6,8 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longswift.eval import text
-from longswift.eval.attention_table import AttentionRow, baseline_title, is_baseline, label, series
+from longswift.eval import phase_table, text
+from longswift.eval.attention_table import (
+    AttentionRow,
+    baseline,
+    baseline_title,
+    is_baseline,
+    label,
+    series,
+)
 from longswift.eval.plots import COLOURS, figure, save
 from longswift.eval.results import Result
 
@@ -67,8 +74,20 @@ def length_axis(axis: Any, lengths: Sequence[int], what: str = "tokens") -> None
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def seconds_axis(axis: Any, title: str) -> None:
+    """A logarithmic axis of times, with enough ticks where they span little."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,)))
+    axis.yaxis.set_major_formatter(lambda value, _: text.seconds(value))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(title, fontsize=10, loc="left")
+
+
 def ratio_axis(axis: Any, title: str) -> None:
-    """A logarithmic axis of ratios, with a line at 1."""
+    """A logarithmic axis of ratios, with a line at 1; it shows at least half and double."""
     axis.axhline(1, color=COLOURS[0], linewidth=1.5)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(
@@ -76,6 +95,15 @@ def ratio_axis(axis: Any, title: str) -> None:
     )
     axis.set_title(title, fontsize=10, loc="left")
     axis.margins(y=0.12)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, 0.45), max(high, 2.2))
+
+
+def _legend(fig: Any, axis: Any) -> None:
+    """The lines of one panel, named beside all of them."""
+    handles, words = axis.get_legend_handles_labels()
+    place = {"loc": "outside right center", "frameon": False}
+    fig.legend(handles, words, fontsize=9, handlelength=3, **place)
 
 
 def plot_attention(result: Result, path: str | Path) -> Path:
@@ -102,7 +130,9 @@ def plot_attention(result: Result, path: str | Path) -> Path:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     handles, words = axes[0].get_legend_handles_labels()
-    fig.legend(handles, words, loc="outside right center", frameon=False, fontsize=9)
+    fig.legend(
+        handles, words, loc="outside right center", frameon=False, fontsize=9, handlelength=3
+    )
     config = result.config
     direction = "causal" if config["causal"] else "bidirectional"
     work = "forward + backward" if config["backward"] else "forward"
@@ -130,9 +160,7 @@ def _draw_seconds(axis: Any, found: _Series, looks: dict[str, Line], result: Res
             alpha=0.15,
             linewidth=0,
         )
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(lambda value, _: text.seconds(value))
-    axis.set_title("time of a call (median, range shaded)", fontsize=10, loc="left")
+    seconds_axis(axis, "time of a call (median, range shaded)")
 
 
 def _draw_speedups(axis: Any, found: _Series, looks: dict[str, Line], result: Result) -> None:
@@ -159,7 +187,9 @@ def _draw_memory(axis: Any, found: _Series, looks: dict[str, Line], result: Resu
         axis.plot([r.length for r in some], sizes, **looks[name].style())
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_title("working memory beyond inputs and output, MiB", fontsize=10, loc="left")
+    axis.set_title(
+        "working memory beyond inputs and output, MiB (1 or more)", fontsize=10, loc="left"
+    )
 
 
 def _draw_roofline(axis: Any, found: _Series, looks: dict[str, Line], result: Result) -> None:
@@ -169,3 +199,45 @@ def _draw_roofline(axis: Any, found: _Series, looks: dict[str, Line], result: Re
             axis.plot(*zip(*some, strict=True), **looks[name].style())
     axis.set_ylim(bottom=0)
     axis.set_title("share of the roofline reached by what is scored, %", fontsize=10, loc="left")
+
+
+def plot_phase(result: Result, path: str | Path) -> Path:
+    """Time, speed-up and, if measured, memory of decoding, prefill or training."""
+    found = phase_table.rows(result)
+    parts = list(dict.fromkeys(row.part for row in found))
+    names = list(dict.fromkeys(row.name for row in found))
+    batches = list(dict.fromkeys(row.batch for row in found))
+    looks = lines({name: name for name in names}, [baseline(result)], "ms_swift")
+    measured = any(row.peak_bytes is not None for row in found)
+    across = 2 + measured
+    fig = figure(4.6 * across + 1.6, 0.8 + 3.8 * len(parts))
+    axes: Any = fig.subplots(len(parts), across, squeeze=False)
+    for part, panels in zip(parts, axes, strict=True):
+        for name in names:
+            for turn, batch in enumerate(batches):
+                some = [r for r in found if (r.part, r.name, r.batch) == (part, name, batch)]
+                some.sort(key=lambda row: row.length)
+                style = {**looks[name].style(), "linestyle": _DASHES[turn % len(_DASHES)]}
+                label = name if len(batches) == 1 else f"{name}, batch {batch}"
+                x = [row.length for row in some]
+                panels[0].plot(x, [row.seconds for row in some], label=label, **style)
+                low, high = [r.fastest for r in some], [r.slowest for r in some]
+                panels[0].fill_between(x, low, high, color=looks[name].colour, alpha=0.15)
+                if name != baseline(result):
+                    panels[1].plot(x, [row.speedup for row in some], **style)
+                if measured:
+                    panels[2].plot(x, [(r.peak_bytes or 0) / 2**20 for r in some], **style)
+        words = phase_table.part_title(part)
+        seconds_axis(panels[0], f"{words}: time {phase_table.STEP[result.kind]}")
+        ratio_axis(panels[1], f"{words}: times faster than {baseline_title(result)}")
+        if measured:
+            panels[2].set_title(f"{words}: peak memory, MiB", fontsize=10, loc="left")
+            panels[2].set_ylim(bottom=0)
+        for axis in panels:
+            length_axis(axis, sorted({row.length for row in found}))
+    handles, words = axes[0][0].get_legend_handles_labels()
+    fig.legend(
+        handles, words, loc="outside right center", frameon=False, fontsize=9, handlelength=3
+    )
+    fig.suptitle(phase_table.heading(result), fontsize=11)
+    return save(fig, path)

@@ -36,7 +36,12 @@ def times_faster(ratio: float) -> str:
 
 def rate(value: float, unit: str) -> str:
     """A rate with a decimal prefix: 2.5e11 is ``250 GFLOP/s`` for the unit ``FLOP/s``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for factor, prefix in ((1e12, "T"), (1e9, "G")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+    return f"{plain(value)} {unit}"
+
+
+def plain(value: float) -> str:
+    """A number without an exponent: three digits, or whole from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

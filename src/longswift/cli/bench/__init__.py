@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from longswift.cli.bench import attention, recall
+from longswift.cli.bench import attention, decode, diff, prefill, recall, train
 
 app = typer.Typer(help="Measure time and memory.")
 
@@ -15,4 +15,8 @@ def _group() -> None:
 
 
 app.command()(attention.attention)
+app.command()(decode.decode)
+app.command()(prefill.prefill)
+app.command()(train.train)
 app.command()(recall.recall)
+app.command()(diff.diff)
