@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
-OLDEST ?= torch==2.9.0 transformers==5.5.0
+# The Triton of that torch has an interpreter that NumPy 2.4 breaks.
+OLDEST ?= torch==2.9.0 transformers==5.5.0 'numpy<2.4'
 NEWEST ?= torch transformers
 
 .PHONY: help setup demo test lint format bench compat compat-oldest compat-newest clean

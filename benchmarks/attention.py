@@ -5,10 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 
+RIVALS = ["--mechanism", "ms_swift,sliding_window"]
 CASES = {
-    "attention-bf16": ["--dtype", "bfloat16", "--lengths", "4096,32768,131072"],
-    "attention-fp32": ["--dtype", "float32", "--lengths", "4096,32768,131072"],
-    "attention-bf16-training": ["--dtype", "bfloat16", "--lengths", "4096,16384", "--backward"],
+    "attention-bf16": [*RIVALS, "--dtype", "bfloat16", "--lengths", "4096,32768,131072"],
+    "attention-fp32": [*RIVALS, "--dtype", "float32", "--lengths", "4096,32768,131072"],
+    "attention-bf16-training": [
+        *RIVALS,
+        "--dtype",
+        "bfloat16",
+        "--lengths",
+        "4096,16384",
+        "--backward",
+    ],
+    "all-fp32": [
+        "--mechanism",
+        "all",
+        "--dtype",
+        "float32",
+        "--lengths",
+        "2k,4k,8k,16k,32k,64k,128k",
+    ],
 }
 
 
@@ -20,8 +36,7 @@ def main() -> int:
         return 2
     for name in sys.argv[1:] or CASES:
         files = ["--json", f"results/{name}.json", "--plot", f"results/{name}.png"]
-        rivals = ["--mechanism", "ms_swift,sliding_window"]
-        command = [sys.executable, "-m", "longswift", "bench", "attention", *rivals]
+        command = [sys.executable, "-m", "longswift", "bench", "attention"]
         code = subprocess.run([*command, *CASES[name], *files], check=False).returncode
         if code:
             return code

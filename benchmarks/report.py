@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 
 from longswift.core.errors import InputError, LongSwiftError, problem
-from longswift.eval import approximation, attention, demo
+from longswift.eval import approximation, attention_table, demo, phase_table
 from longswift.eval.results import Result, load, write_text
 from longswift.eval.text import Table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 KINDS = {
     "approximation": approximation.table,
-    "attention": attention.table,
+    "attention": attention_table.table,
+    "decode": phase_table.table,
     "demo": demo.table,
+    "prefill": phase_table.table,
+    "train": phase_table.table,
 }
 
 

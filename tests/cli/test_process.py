@@ -40,10 +40,15 @@ def test_an_error_is_one_line_without_a_traceback() -> None:
 def test_ctrl_c_leaves_the_finished_lengths_and_the_next_run_goes_on(tmp_path: Path) -> None:
     file, partial = tmp_path / "r.json", tmp_path / "r.partial.json"
     options = ["bench", "attention", "--mechanism", "full", "--repeats", "2", "--no-memory"]
-    # The second length takes long enough to be interrupted in its middle.
+    # The second length takes long enough to be interrupted in its middle. What a shell starts in
+    # the background ignores Ctrl-C, and so would this child of a suite that was started there.
     options += ["--dtype", "float32", "--lengths", "128,16384", "--json", str(file)]
     with subprocess.Popen(
-        [*PYTHON, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*PYTHON, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         deadline = time.monotonic() + 100
         while not partial.exists() and time.monotonic() < deadline:

@@ -106,6 +106,9 @@ MECHANISMS: list[Mechanism] = [
     SlidingWindow(window=24, global_tokens=3),
     MSSwift(windows=(128, 256), key_tokens=32, dense_below=0, block=32, remainder=64),
     MSSwift(windows=(128,), key_tokens=64, dense_below=0, block=32, selector="antidiagonal"),
+    MSSwift(windows=(128,), key_tokens=64, dense_below=0, block=32, selector="lowrank"),
+    MSSwift(windows=(128,), key_tokens=64, dense_below=0, block=32, selector="pooled"),
+    MSSwift(windows=(128,), key_tokens=64, dense_below=0, block=32, selector="anchor"),
 ]
 
 

@@ -12,6 +12,7 @@ import pytest
 from longswift import ConfigError, Full, MSSwift, from_dict, get_mechanism, list_mechanisms
 from longswift.core import registry
 from longswift.core.mechanism import Mechanism
+from longswift.mechanisms.selectors import SELECTORS
 
 
 def test_the_table() -> None:
@@ -68,6 +69,16 @@ def test_changed_configuration_survives_json() -> None:
     )
     assert from_dict(json.loads(json.dumps(mechanism.to_dict()))) == mechanism
     assert mechanism != MSSwift()
+
+
+@pytest.mark.parametrize("name", SELECTORS.names())
+def test_selectors_survive_json(name: str) -> None:
+    mechanism = MSSwift(selector={"name": name, "key_block": 32})
+    saved = json.loads(json.dumps(mechanism.to_dict()))
+    assert saved["selector"]["name"] == name
+    assert from_dict(saved) == mechanism
+    assert pickle.loads(pickle.dumps(mechanism)) == mechanism
+    assert MSSwift(selector=name) == MSSwift(selector={"name": name})
 
 
 @pytest.mark.parametrize("saved", [None, {}, {"window": 3}, "full", [("name", "full")]])

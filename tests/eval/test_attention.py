@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from longswift.core.errors import ConfigError, InputError
-from longswift.eval import attention
+from longswift.eval import attention, attention_table
 from longswift.eval.attention import AttentionBench
+from longswift.eval.attention_table import AttentionRow
+from longswift.eval.bench_plots import lines, plot_attention
 from longswift.eval.compare import compare
-from longswift.eval.plots import plot_attention
 from longswift.eval.results import Result, load
 
 WINDOW = {"name": "sliding_window", "window": 64, "global_tokens": 0}
@@ -37,7 +38,7 @@ def test_rows_hold_every_rival_at_every_length(tmp_path: Path) -> None:
     result = run(bench(heads=4, kv_heads=2), tmp_path / "r.json")
     assert load(tmp_path / "r.json", "attention") == result
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
-    found = attention.series(result)
+    found = attention_table.series(result)
     assert {name: [r.length for r in rows] for name, rows in found.items()} == {
         "sdpa": [128, 256],
         "sliding_window": [128, 256],
@@ -48,6 +49,90 @@ def test_rows_hold_every_rival_at_every_length(tmp_path: Path) -> None:
     assert window.keys_per_query < base.keys_per_query
     assert set(result.summary["exponents"]) == {"sdpa", "sliding_window"}
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_every_direction_has_its_baseline() -> None:
+    landmarks = {"name": "nystrom", "landmarks": 8}
+    result = run(bench(lengths=(128,), mechanisms=(WINDOW, landmarks)))
+    rows = {row.name: row for row in map(lambda r: AttentionRow(**r), result.rows)}
+    assert list(rows) == ["sdpa", "sdpa (bidirectional)", "sliding_window", "nystrom"]
+    assert [row.causal for row in rows.values()] == [True, False, True, False]
+    assert rows["sdpa (bidirectional)"].keys_per_query == 128
+    base = rows["sdpa (bidirectional)"].seconds
+    assert rows["nystrom"].speedup == pytest.approx(base / rows["nystrom"].seconds)
+    assert "nystrom (bidirectional)" in [cells[0] for cells in attention_table.table(result).rows]
+    assert len(run(bench(lengths=(128,), mechanisms=(landmarks,), causal=False)).rows) == 2
+
+
+def test_the_roofline_is_counted_from_what_was_scored() -> None:
+    result = run(bench(lengths=(256,)))
+    base, window = (AttentionRow(**row) for row in result.rows)
+    assert window.flops == pytest.approx(4 * 64 * window.keys_per_query * 256 * 2)
+    assert base.flops and window.flops and window.flops < base.flops
+    assert window.least_bytes == base.least_bytes == 4 * 256 * 2 * 64 * 4
+    for row in (base, window):
+        assert row.flops and row.matmul_flops and row.copy_bytes and row.least_bytes
+        least = max(row.flops / row.matmul_flops, row.least_bytes / row.copy_bytes)
+        assert row.least_seconds == pytest.approx(least)
+        assert row.roofline == pytest.approx(least / row.seconds)
+    assert "Ceilings of this run" in result.summary["sentences"][-1]
+
+
+def test_results_from_before_the_roofline_can_be_read() -> None:
+    result = run(bench())
+    new = ("causal", "flops", "least_bytes", "matmul_flops", "copy_bytes", "least_seconds")
+    rows = [{k: v for k, v in row.items() if k not in new} for row in result.rows]
+    config = {k: v for k, v in result.config.items() if k not in ("against", "left_out")}
+    older = Result(kind="attention", config=config, seed=0, rows=rows, summary=result.summary)
+    assert attention_table.table(older).rows[0][-1] == "-"
+    assert "Ceilings" not in " ".join(attention_table.summarise(older)["sentences"])
+
+
+def row_of(length: int, seconds: float, density: float = 0.1) -> AttentionRow:
+    return AttentionRow(
+        name="x",
+        length=length,
+        seconds=seconds,
+        fastest=seconds,
+        slowest=seconds,
+        samples=1,
+        speedup=1.0,
+        extra_bytes=None,
+        keys_per_query=1.0,
+        density=density,
+        backend="eager",
+    )
+
+
+def test_times_are_predicted_from_sparse_rows() -> None:
+    predicted = attention.predicted_seconds
+    assert predicted([], 64) is None and predicted([row_of(32, 1.0, density=1.0)], 64) is None
+    assert predicted([row_of(32, 1.0)], 64) == pytest.approx(2.0)
+    assert predicted([row_of(16, 1.0), row_of(32, 4.0)], 64) == pytest.approx(16.0)
+    # Overhead does not hide growth.
+    assert predicted([row_of(16, 1.0), row_of(32, 1.0)], 64) == pytest.approx(2.0)
+    assert predicted([row_of(128, 1.0)], 64) is None
+
+
+def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path) -> None:
+    slow = {"name": "bigbird_tokens", "window": 9}
+    result = run(bench(lengths=(64, 128), mechanisms=(WINDOW, slow), budget_seconds=1e-9))
+    assert [(row["name"], row["length"]) for row in result.rows] == [
+        ("sdpa", 64),
+        ("sliding_window", 64),
+        ("bigbird_tokens", 64),
+        ("sdpa", 128),
+        # The window is as wide as 64 tokens: dense rows predict nothing.
+        ("sliding_window", 128),
+    ]
+    said = attention_table.left_out(result)
+    assert len(said) == 1 and said[0].startswith("bigbird_tokens at 128 tokens was left out")
+
+
+def test_many_rivals_are_told_apart(tmp_path: Path) -> None:
+    names = [f"m{i}" for i in range(14)]
+    looks = lines({name: name for name in ["sdpa", "ms_swift", *names]}, ["sdpa"], "ms_swift")
+    assert len({(look.colour, look.dashes) for look in looks.values()}) == 16
 
 
 def test_memory_is_measured_in_a_fresh_process() -> None:
@@ -67,11 +152,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     measured = []
 
     def interrupt_at(length: int | None):
-        def step(asked: AttentionBench, n: int, bar: Any) -> Any:
+        def step(asked: AttentionBench, n: int, bar: Any, rivals: Any) -> Any:
             if n == length:
                 raise KeyboardInterrupt
             measured.append(n)
-            return measure(asked, n, bar)
+            return measure(asked, n, bar, rivals)
 
         return step
 
@@ -94,7 +179,13 @@ def test_the_same_seed_gives_the_same_data() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"heads": 3, "kv_heads": 2}, {"dtype": "int8"}, {"repeats": 0}, {"device": "nonsense"}],
+    [
+        {"heads": 3, "kv_heads": 2},
+        {"dtype": "int8"},
+        {"repeats": 0},
+        {"device": "nonsense"},
+        {"against": "flash"},
+    ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -106,7 +197,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000
     one_length = run(bench(lengths=(128,)))
     plot_attention(one_length, tmp_path / "q.png")
-    assert attention.table(one_length).rows[0][-1] == "-"
+    assert attention_table.table(one_length).rows[0][-2] == "-"
 
 
 def test_comparison_finds_what_got_worse() -> None:

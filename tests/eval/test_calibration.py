@@ -33,7 +33,7 @@ BASE = MSSwift(
     sinks=4,
     key_tokens=16,
     block=16,
-    selector={"name": "bounds", "key_block": 8, "row_group": 4},
+    selector={"name": "bounds", "key_block": 8, "row_group": 4, "proposals": 4},
     remainder=32,
     dense_below=0,
 )

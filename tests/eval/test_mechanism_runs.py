@@ -11,7 +11,7 @@ import torch
 
 from longswift import MSSwift
 from longswift.core.errors import ConfigError
-from longswift.eval import attention, mechanism_runs, mechanism_table, runner, suite
+from longswift.eval import attention, mechanism_runs, mechanism_table, options, runner, suite
 from longswift.eval.attention import AttentionBench
 from longswift.eval.models import load
 from longswift.eval.plots import plot_comparison
@@ -38,7 +38,7 @@ def more_mechanisms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def comparison(model: Path, text: str = "all", **quality: Any) -> mechanism_runs.Comparison:
-    chosen, left_out = mechanism_runs.choose(text, SETTINGS)
+    chosen, left_out = options.choose(text, SETTINGS)
     return mechanism_runs.Comparison(
         speed=AttentionBench(
             lengths=(128, 256),
@@ -102,10 +102,10 @@ def test_every_mechanism_has_a_row(
 def test_a_window_alone_keeps_its_size_and_full_attention_still_judges(
     model_directory: Path,
 ) -> None:
-    chosen, left_out = mechanism_runs.choose("sliding_window", ["sliding_window.window=64"])
+    chosen, left_out = options.choose("sliding_window", ["sliding_window.window=64"])
     asked = comparison(model_directory)
     asked = mechanism_runs.Comparison(
-        speed=mechanism_runs._bench(asked.speed, chosen, True),
+        speed=mechanism_runs._bench(asked.speed, chosen),
         quality=asked.quality,
         left_out=left_out,
     )
@@ -119,9 +119,9 @@ def test_impossible_comparisons_are_refused(model_directory: Path) -> None:
     with pytest.raises(ConfigError, match="one length"):
         comparison(model_directory, lengths=(300, 400))
     with pytest.raises(ConfigError, match="--set"):
-        mechanism_runs.choose("all", ["nothing.window=1"])
+        options.choose("all", ["nothing.window=1"])
     with pytest.raises(ConfigError, match="window"):
-        mechanism_runs.choose("all", ["sliding_window.window=-1"])
+        options.choose("all", ["sliding_window.window=-1"])
 
 
 def test_divergence_is_the_dense_one(model_directory: Path) -> None:

@@ -25,7 +25,9 @@ def test_unknown_backend() -> None:
 
 def test_explicit_backend_runs() -> None:
     q, k, v = torch.randn(3, 1, 1, 40, 8)
-    for name in dispatch.available("cpu"):
+    usable = [name for name, (runs, _) in dispatch.available("cpu").items() if runs]
+    assert {"reference", "eager", "flex"} <= set(usable)
+    for name in usable:
         r = Full()(q, k, v, backend=name)
         assert r.stats.backend == name
         torch.testing.assert_close(r.out, Full()(q, k, v).out)

@@ -20,6 +20,10 @@ from tests.kernels.test_patterns import CLOSE, Problem, gathered, problems
 pytest.importorskip("triton", reason="triton is not installed")
 from longswift.kernels.triton import launch  # noqa: E402
 
+RUNS, WHY = triton.verify(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+if not RUNS:
+    pytest.skip(WHY, allow_module_level=True)
+
 
 @settings(max_examples=12)
 @given(problems(longest=60))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,28 @@ Array = NDArray[np.float64]
 def softmax(x: Array) -> Array:
     e = np.exp(x - x.max())
     return e / e.sum()
+
+
+class Asked(NamedTuple):
+    """What a block of rows of one KV head asks about.
+
+    Attributes:
+        q: ``[G, rows, D]``, scaled.
+        k: ``[Lk, D]``.
+        start: Position of the block's first row on the grid of blocks.
+        outside: Key blocks outside the window.
+        window: ``[G, rows]`` log-sum-exp over the window.
+    """
+
+    q: Array
+    k: Array
+    start: int
+    outside: list[int]
+    window: Array
+
+    def keys(self, block: int, size: int) -> Array:
+        """Keys of a block of ``size``."""
+        return self.k[block * size : (block + 1) * size]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +59,20 @@ class NaiveSwift:
     most_proposals: int = 3
     key_radius: float = 0.5
     row_radius: float = 0.25
+    tree: int | None = None
+    beam: int = 1
     remainder: int | None = None
     strict: bool = False
     causal: bool = True
-    # By query head and key position minus query position, [Hq, 2 * most + 1].
+    # By query head and key position minus query position, [Hq, 2 * most + 1]; while one block
+    # chooses, of its heads.
     bias: Array | None = None
+    # Of the rows of the block that chooses.
+    positions: tuple[int, ...] = ()
+
+    selector: ClassVar[str] = "bounds"
+    # Whether decoding is by pages.
+    pages: ClassVar[bool] = True
 
     def added(self, head: int, offset: int) -> float:
         """What a head's score grows by; beyond the table as at its end."""
@@ -49,17 +81,26 @@ class NaiveSwift:
         most = self.bias.shape[1] // 2
         return float(self.bias[head, min(max(offset, -most), most) + most])
 
-    def scores(self, q: Array, k: Array, keys: list[int], positions: list[int]) -> Array:
+    def scores(self, q: Array, k: Array, keys: list[int], positions: tuple[int, ...]) -> Array:
         """``[G, rows, keys]`` of scaled queries ``[G, rows, D]``."""
+        if self.bias is None:
+            return np.asarray(q @ k[keys].T)
         added = [[[self.added(g, j - p) for j in keys] for p in positions] for g in range(len(q))]
         return q @ k[keys].T + np.array(added).reshape(*q.shape[:2], len(keys))
+
+    def most_added(self, head: int, block: int, positions: tuple[int, ...], n: int) -> float:
+        """Largest bias between a block of keys, complete or not, and some queries."""
+        if self.bias is None:
+            return 0.0
+        keys = range(block * self.key_block, (block + 1) * self.key_block)
+        return max(self.added(head, j - p) for j in keys for p in positions if j - p < n)
 
     def with_pages(self, q_len: int) -> NaiveSwift:
         """Itself, with blocks of 16 keys if a single query is decoded and they fit."""
         fits = (
             16 % self.key_block == 0 and self.block % 16 == 0 and (self.remainder or 16) % 16 == 0
         )
-        decodes = q_len == 1 and fits and type(self) is NaiveSwift
+        decodes = q_len == 1 and fits and self.pages
         return replace(self, key_block=16) if decodes else self
 
     def scale_order(self) -> list[int]:
@@ -116,7 +157,11 @@ class NaiveSwift:
             own = slice(kv * groups, (kv + 1) * groups)
             for rows in self.row_blocks(first_row, q_len, offset):
                 start, end = rest.band(window, offset + rows[0], n)
-                alone = rest if self.bias is None else replace(rest, bias=self.bias[own])
+                alone = replace(
+                    rest,
+                    bias=None if self.bias is None else self.bias[own],
+                    positions=tuple(offset + row for row in rows),
+                )
                 since = alone.choose(q[own][:, rows] * scale, k[kv], rows, offset, start, end)
                 for row in rows:
                     position = offset + row
@@ -146,85 +191,110 @@ class NaiveSwift:
             start: First key of the window.
             end: One past its last key.
         """
-        if self.key_tokens == 0:
-            return {}
         n = len(k)
-        blocks = [k[b : b + self.key_block] for b in range(0, n, self.key_block)]
-        outside = [b for b in range(len(blocks)) if (b + 1) * self.key_block <= start]
-        if not self.causal:
-            outside += [b for b in range(len(blocks)) if b * self.key_block >= end]
-        if not outside:
+        outside = self.outside(n, start, end)
+        if self.key_tokens == 0 or not outside:
             return {}
+        window = self.window_lse(q, k, rows, offset, start, end)
+        asked = Asked(q, k, (offset + rows[0]) // self.block * self.block, outside, window)
         sink_blocks = [b for b in outside if b * self.key_block < self.sinks]
-        # Few rows are offered as much as costs what a complete block costs.
-        offered = self.proposals
-        if not (self.strict and self.causal):
-            offered = max(offered, min(self.most_proposals, offered * self.block // len(rows)))
-        wanted = min(math.ceil(offered * self.key_tokens / self.key_block), len(blocks))
-        positions = [offset + row for row in rows]
-        # What the window already holds takes part in every probability.
-        window = np.empty(q.shape[:2])
-        for g in range(q.shape[0]):
-            for i, row in enumerate(rows):
-                last = min(end, offset + row + 1) if self.causal else end
-                scores = self.scores(q, k, list(range(start, last)), positions)[g, i]
-                window[g, i] = np.logaddexp.reduce(scores)
         if self.strict and self.causal:
-            return self.choose_strictly(q, k, rows, offset, outside, sink_blocks, wanted, window)
-
-        rank = {b: -math.inf for b in outside}
-        for g in range(q.shape[0]):
-            # Rows of a cut block are bounded one by one.
-            alone = len(rows) < self.block or len(rows) == 1
-            group = 1 if alone else self.row_group
-            shares = (self.key_radius, self.row_radius, self.key_radius)
-            for i in range(0, len(rows), group):
-                part = q[g, i : i + group]
-                places = positions[i : i + group]
-                bounds = np.array(
-                    [
-                        self.bound(part, blocks[b], shares) + self.most_added(g, b, places, n)
-                        for b in outside
-                    ]
-                )
-                for b, p in zip(outside, softmax(bounds), strict=True):
-                    rank[b] = max(rank[b], p)
-        proposed = sorted(set(outside) - set(sink_blocks), key=lambda b: -rank[b])[:wanted]
+            return self.choose_strictly(asked, rows, offset, sink_blocks)
+        # Few rows are offered as much as costs what a complete block costs.
+        offered = min(self.most_proposals, self.proposals * self.block // len(rows))
+        offered = max(self.proposals, offered)
+        wanted = math.ceil(offered * self.key_tokens / self.key_block)
+        proposed = self.propose(asked, sink_blocks, wanted)
         tokens = self.tokens_of([*proposed, *sink_blocks], n)
-        probs = self.probabilities(q, k, tokens, window, positions)
+        probs = self.probabilities(q, k, tokens, window)
         best = probs.max((0, 1))
         free = [i for i, t in enumerate(tokens) if t >= self.sinks]
         chosen = sorted(free, key=lambda i: -best[i])[: self.key_tokens]
         if self.coverage is not None:
-            chosen = self.cover(chosen, tokens, probs, q, k, window, positions)
+            chosen = self.cover(chosen, tokens, probs, q, k, window)
         return {tokens[i]: 0 for i in chosen}
 
-    def bound(
-        self, q: Array, keys: Array, shares: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    ) -> float:
-        """Upper bound of every score between two boxes, their radii shrunk.
+    def outside(self, n: int, start: int, end: int) -> list[int]:
+        """Key blocks before the window and, in bidirectional attention, after it."""
+        found = []
+        for b in range(math.ceil(n / self.key_block)):
+            first, last = b * self.key_block, (b + 1) * self.key_block
+            if last <= start or not self.causal and first >= end:
+                found.append(b)
+        return found
 
-        ``shares`` are those of the keys' radius, the rows' radius and their product.
-        """
+    def window_lse(
+        self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
+    ) -> Array:
+        """What the window already holds takes part in every probability."""
+        window = np.empty(q.shape[:2])
+        for g in range(q.shape[0]):
+            for i, row in enumerate(rows):
+                last = min(end, offset + row + 1) if self.causal else end
+                scores = self.scores(q, k, list(range(start, last)), self.positions)
+                window[g, i] = np.logaddexp.reduce(scores[g, i])
+        return window
+
+    def propose(self, asked: Asked, sink_blocks: list[int], wanted: int) -> list[int]:
+        """The key blocks that are worth most."""
+        rank = self.worth(asked)
+        free = set(asked.outside) - set(sink_blocks)
+        return sorted(free, key=lambda b: -rank[b])[:wanted]
+
+    def worth(self, asked: Asked) -> dict[int, float]:
+        """What every candidate is worth to the block: the best of its groups of rows and heads."""
+        rank = dict.fromkeys(asked.outside, -math.inf)
+        parts = self.row_groups(asked.q)
+        each = len(parts) // len(asked.q)
+        for index, part in enumerate(parts):
+            first = index % each * parts[0].shape[0]
+            places = self.positions[first : first + len(part)]
+            bounds = [
+                self.bound(part, asked.keys(b, self.key_block))
+                + self.most_added(index // each, b, places, len(asked.k))
+                for b in asked.outside
+            ]
+            for b, p in zip(asked.outside, softmax(np.array(bounds)), strict=True):
+                rank[b] = max(rank[b], p)
+        return rank
+
+    def row_groups(self, q: Array) -> list[Array]:
+        """Rows that are bounded together; those of a cut block are bounded one by one."""
+        rows = q.shape[1]
+        group = 1 if rows < self.block or rows == 1 else self.row_group
+        return [q[g, i : i + group] for g in range(q.shape[0]) for i in range(0, rows, group)]
+
+    def worth_to_row(self, asked: Asked, g: int, i: int) -> Array:
+        """What every candidate is worth to one row of one head, for strict causality."""
+        row = asked.q[g, i : i + 1]
+        bounds = [
+            self.bound(row, asked.keys(b, self.key_block))
+            + self.most_added(g, b, self.positions[i : i + 1], len(asked.k))
+            for b in asked.outside
+        ]
+        return softmax(np.array(bounds))
+
+    def bound(self, q: Array, keys: Array) -> float:
+        """Upper bound of every score between two boxes, their radii shrunk."""
         qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
         kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
-        a, b, c = shares
-        return float(qc @ kc + a * abs(qc) @ kr + b * qr @ abs(kc) + c * qr @ kr)
-
-    def most_added(self, head: int, block: int, positions: list[int], n: int) -> float:
-        """Largest bias between a block of keys, complete or not, and some queries."""
-        keys = range(block * self.key_block, (block + 1) * self.key_block)
-        return max(self.added(head, j - p) for j in keys for p in positions if j - p < n)
+        a, b = self.key_radius, self.row_radius
+        return float(qc @ kc + a * (abs(qc) + qr) @ kr + b * qr @ abs(kc))
 
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
         size = self.key_block
         return [j for b in blocks for j in range(b * size, min((b + 1) * size, n))]
 
     def probabilities(
-        self, q: Array, k: Array, tokens: list[int], window: Array, positions: list[int]
+        self,
+        q: Array,
+        k: Array,
+        tokens: list[int],
+        window: Array,
+        rows: slice = slice(None),
     ) -> Array:
         """Exact probabilities of ``tokens``, normalised with the window, ``[G, rows, tokens]``."""
-        scores = self.scores(q, k, tokens, positions)
+        scores = self.scores(q, k, tokens, self.positions[rows])
         total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
         return np.exp(scores - total[..., None])
 
@@ -236,11 +306,10 @@ class NaiveSwift:
         q: Array,
         k: Array,
         window: Array,
-        positions: list[int],
     ) -> list[int]:
         """The best tokens until every row has the coverage; the one that crosses it stays."""
         assert self.coverage is not None
-        scores = self.scores(q, k, tokens, positions)
+        scores = self.scores(q, k, tokens, self.positions)
         total = np.logaddexp(np.logaddexp.reduce(scores, -1), window)
         have = np.exp(window - total)
         have = have + probs[..., [i for i, t in enumerate(tokens) if t < self.sinks]].sum(-1)
@@ -252,33 +321,19 @@ class NaiveSwift:
         return kept
 
     def choose_strictly(
-        self,
-        q: Array,
-        k: Array,
-        rows: list[int],
-        offset: int,
-        outside: list[int],
-        sink_blocks: list[int],
-        wanted: int,
-        window: Array,
+        self, asked: Asked, rows: list[int], offset: int, sink_blocks: list[int]
     ) -> dict[int, int]:
         """First come, first served: every row adds what it wants to what earlier rows took."""
-        groups = q.shape[0]
+        q, k, _, outside, window = asked
         size = self.key_block
         candidates = [b for b in outside if b not in sink_blocks]
-        asked = np.zeros((len(rows), len(candidates)))
-        for g in range(groups):
+        worth = np.zeros((len(rows), len(candidates)))
+        for g in range(q.shape[0]):
             for i in range(len(rows)):
-                row = q[g, i : i + 1]
-                place = [offset + rows[i]]
-                bounds = [
-                    self.bound(row, k[b * size : (b + 1) * size], (self.key_radius, 0.0, 0.0))
-                    + self.most_added(g, b, place, len(k))
-                    for b in outside
-                ]
-                shares = dict(zip(outside, softmax(np.array(bounds)), strict=True))
-                asked[i] = np.maximum(asked[i], [shares[b] for b in candidates])
-        turns = self.in_turn(asked, math.ceil(self.proposals * self.key_tokens / size))
+                shares = dict(zip(outside, self.worth_to_row(asked, g, i), strict=True))
+                worth[i] = np.maximum(worth[i], [shares[b] for b in candidates])
+        wanted = math.ceil(self.proposals * self.key_tokens / size)
+        turns = self.in_turn(worth, wanted, self.block)
         proposed = {candidates[c]: row for c, row in turns.items()}
         order = [*proposed, *sink_blocks]
         tokens = self.tokens_of(order, len(k))
@@ -287,20 +342,19 @@ class NaiveSwift:
         for i in range(len(rows)):
             shown = [c for c, t in enumerate(tokens) if since[t] <= i]
             now = slice(i, i + 1)
-            place = [offset + rows[i]]
             some = [tokens[c] for c in shown]
-            probs = self.probabilities(q[:, now], k, some, window[:, now], place)
+            probs = self.probabilities(q[:, now], k, some, window[:, now], now)
             for c, p in zip(shown, probs[:, 0].max(0), strict=True):
                 want[i, c] = 0.0 if tokens[c] < self.sinks else p
-        chosen = self.in_turn(want, self.key_tokens)
+        chosen = self.in_turn(want, self.key_tokens, self.block)
         return {tokens[c]: offset + rows[row] for c, row in chosen.items()}
 
-    def in_turn(self, want: Array, budget: int) -> dict[int, int]:
+    def in_turn(self, want: Array, budget: int, rows: int) -> dict[int, int]:
         """Column to the row that took it: a quarter of the budget at once, the rest evenly."""
         taken: dict[int, int] = {}
         given, at_once = 0, max(1, budget // 4)
         for row in range(len(want)):
-            due = at_once + (budget - at_once) * (row + 1) // self.block
+            due = at_once + (budget - at_once) * (row + 1) // rows
             quota, given = due - given, due
             free = [c for c in range(want.shape[1]) if c not in taken and want[row, c] > 0]
             for c in sorted(free, key=lambda c: -want[row, c])[:quota]:
@@ -345,16 +399,15 @@ class NaiveSwift:
 class NaiveAntidiagonal(NaiveSwift):
     """Whole key blocks by the sums of antidiagonals of ``stride x stride`` tiles of scores."""
 
+    selector: ClassVar[str] = "antidiagonal"
+    pages: ClassVar[bool] = False
     stride: int = 4
 
     def choose(
         self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
     ) -> dict[int, int]:
         n, size = len(k), self.key_block
-        last = math.ceil(n / size)
-        outside = [b for b in range(last) if (b + 1) * size <= start]
-        if not self.causal:
-            outside += [b for b in range(last) if b * size >= end]
+        outside = self.outside(n, start, end)
         if not outside:
             return {}
         share = dict.fromkeys(outside, 0.0)

@@ -33,6 +33,7 @@ class Case:
         cross: The bidirectional form accepts any number of queries.
         softmax: With ``covering`` it is softmax attention, and ``lse`` that of the scores. False
             for other kernels and for estimates, which only their reference judges.
+        own_query: A row depends on no query but its own, even where it sees the same keys.
         vanishing: A query may meet no weight at all; it is then 0 as if it saw no key.
         biased: Takes a position bias. False for mechanisms without scores to add one to.
     """
@@ -51,6 +52,7 @@ class Case:
     causal: bool = True
     cross: bool = False
     softmax: bool = True
+    own_query: bool = True
     vanishing: bool = False
     biased: bool = True
 
@@ -126,11 +128,16 @@ def _swift(label: str, *, kv_heads: tuple[int, ...] = (1, 2, 3), **config: Any) 
         label=f"ms_swift-{label}",
         config=options,
         covering={"key_tokens": 1024, "coverage": None},
-        subset=options["remainder"] is None,
+        subset=options["remainder"] is None and "delta" not in options,
         content=options["key_tokens"] != 0,
         strict=options["selector"] is not ANTIDIAGONAL and "min_coverage" not in options,
         grid=options["block"],
         kv_heads=kv_heads,
+        # Other choices would be made as if there were no bias.
+        biased=options["selector"]["name"] in ("bounds", "antidiagonal")
+        and "tree" not in options["selector"],
+        # An exact row corrects its followers.
+        own_query="delta" not in options,
     )
 
 
@@ -149,6 +156,10 @@ def _state(name: str, label: str = "", *, vanishing: bool = False, **config: Any
 
 
 ANTIDIAGONAL = {"name": "antidiagonal", "key_block": 8, "stride": 4}
+TREE = {"name": "bounds", "key_block": 4, "row_group": 4, "proposals": 1, "tree": 2}
+LOWRANK = {"name": "lowrank", "key_block": 8, "rank": 2, "proposals": 2}
+POOLED = {"name": "pooled", "key_block": 8, "proposals": 2}
+ANCHOR = {"name": "anchor", "key_block": 8, "stride": 6}
 
 _SMALL: dict[str, list[Case]] = {
     "full": [Case(name="full", label="full", cross=True)],
@@ -170,10 +181,18 @@ _SMALL: dict[str, list[Case]] = {
         _swift("dense_start", dense_below=40, remainder=16),
         _swift("antidiagonal", selector=ANTIDIAGONAL, key_tokens=32),
         _swift("antidiagonal_coverage", selector=ANTIDIAGONAL, coverage=0.8, remainder=32),
+        _swift("tree", selector=TREE, key_tokens=4, remainder=32),
+        _swift("lowrank", selector=LOWRANK, remainder=32),
+        _swift("lowrank_fit", selector={**LOWRANK, "fit": 20}, coverage=0.8),
+        _swift("pooled", selector=POOLED, windows=(16,), remainder=16),
+        _swift("pooled_variance", selector={**POOLED, "variance": True}, coverage=0.8),
+        _swift("anchor", selector=ANCHOR, remainder=32),
+        _swift("anchor_coverage", selector=ANCHOR, windows=(16,), coverage=0.8),
         _swift("block8", windows=(24,), block=8, key_tokens=8, sinks=0, remainder=16),
         _swift("budgets", key_tokens=(8, 24), remainder=16, kv_heads=(2,)),
         _swift("dense_head", windows=(16, 32), dense_heads=(1,), kv_heads=(2, 3), remainder=16),
         _swift("guard", min_coverage=0.9, key_tokens=8, windows=(16,), remainder=16),
+        _swift("delta", delta=8, windows=(16,), key_tokens=8, remainder=16),
         _swift("key_block1", selector={"name": "bounds", "key_block": 1}, key_tokens=3),
     ],
     "longformer": [

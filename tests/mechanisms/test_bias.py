@@ -112,6 +112,26 @@ class _Deaf(Selector):
         raise AssertionError("asked to choose")
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_corrections_know_it(causal: bool) -> None:
+    """Exact rows are exact with the bias, too, and the gradient of what they add reaches it."""
+    mechanism = MSSwift(
+        windows=(16,), block=16, key_tokens=0, dense_below=0, remainder=None, sinks=0, delta=4
+    )
+    table = torch.randn(41, 4, dtype=torch.float64)
+    x = replace(draw(), causal=causal, bias=ClippedBias(table=table)).with_grad()
+    out = x.run(mechanism).out[:, :, ::4]
+    full, _ = masked_softmax(x, allowed_pairs(x))
+    torch.testing.assert_close(out, full[:, :, ::4])
+    weights = torch.randn_like(out)
+    for got, expected in zip(
+        torch.autograd.grad((out * weights).sum(), x.leaves),
+        torch.autograd.grad((full[:, :, ::4] * weights).sum(), x.leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
 def test_a_selector_that_ignores_it_is_refused() -> None:
     mechanism = MSSwift(windows=(16,), block=16, dense_below=0, selector=_Deaf(), key_tokens=8)
     q = torch.randn(1, 2, 90, 8)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from longswift import ConfigError, Full, MSSwift, UnsupportedError
 from longswift.core.summary import KeySummary
-from longswift.extend.bias import ClippedBias
+from longswift.mechanisms.selectors import SELECTORS
 from tests.mechanisms.naive import NaiveAntidiagonal, NaiveSwift
+from tests.mechanisms.twins import compare
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"windows": (32,)},
@@ -37,20 +37,6 @@ ANTIDIAGONAL: dict[str, dict[str, Any]] = {
 }
 
 
-def twin(naive: NaiveSwift) -> MSSwift:
-    """The mechanism with the options of its twin."""
-    options = asdict(naive)
-    del options["causal"], options["bias"]
-    causality = "strict" if options.pop("strict") else "shared"
-    names = "key_block", "row_group", "proposals", "most_proposals", "key_radius", "row_radius"
-    inner = {name: options.pop(name) for name in names}
-    selector: dict[str, Any] = {"name": "bounds", **inner}
-    if isinstance(naive, NaiveAntidiagonal):
-        stride = options.pop("stride")
-        selector = {"name": "antidiagonal", "key_block": naive.key_block, "stride": stride}
-    return MSSwift(**options, causality=causality, selector=selector)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=12)
 @given(st.data())
@@ -67,34 +53,6 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
 def test_naive_antidiagonal_agrees(name: str, data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
     compare(NaiveAntidiagonal(**ANTIDIAGONAL[name], causal=causal), data)
-
-
-def compare(naive: NaiveSwift, data: st.DataObject) -> None:
-    """Draw a call and hold the mechanism to its twin."""
-    n = data.draw(st.integers(40, 130))
-    # A single query is decoding: per-page bounds, tested below.
-    q_len = data.draw(st.integers(2, n)) if naive.causal else n
-    kv_heads, groups = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (3, 2)]))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
-    q = rng.normal(size=(kv_heads * groups, q_len, 6))
-    k, v = rng.normal(size=(2, kv_heads, n, 6)) * data.draw(st.sampled_from([1.0, 3.0]))
-    scale = 0.4
-    mechanism = twin(naive)
-    bias = None
-    if data.draw(st.booleans()):
-        table = 2 * rng.normal(size=(kv_heads * groups, 2 * n - 1))
-        # Falling with distance, as biases do, and rough.
-        table -= 0.1 * np.abs(np.arange(2 * n - 1) - (n - 1))
-        naive = replace(naive, bias=table)
-        bias = ClippedBias(table=torch.from_numpy(table.T))
-    tensors = [torch.from_numpy(x)[None] for x in (q, k, v)]
-    options: dict[str, Any] = {"causal": naive.causal, "scale": scale, "bias": bias}
-    seen = mechanism.visible(tensors[0], tensors[1], **options)
-    np.testing.assert_array_equal(seen[0].numpy(), naive.visible(q, k, scale))
-    r = mechanism(*tensors, **options)
-    out, lse = naive.attend(q, k, v, scale)
-    np.testing.assert_allclose(r.out[0].numpy(), out, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(r.lse[0].numpy(), lse, rtol=1e-8, atol=1e-10)
 
 
 SMALL: dict[str, Any] = {
@@ -122,7 +80,7 @@ def planted(n: int, at: int, *, heads: int = 1, dim: int = 8) -> tuple[Tensor, T
     return q, k, v
 
 
-@pytest.mark.parametrize("selector", ["bounds", "antidiagonal"])
+@pytest.mark.parametrize("selector", SELECTORS.names())
 @pytest.mark.parametrize("at", [9, 100, 200])
 def test_a_needle_is_found(selector: str, at: int) -> None:
     mechanism = small(selector={"name": selector, "key_block": 8}, remainder=None)
@@ -132,9 +90,10 @@ def test_a_needle_is_found(selector: str, at: int) -> None:
     torch.testing.assert_close(r.out[0, 0, -8:], torch.ones(8, 8), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"name": "lowrank"}, {"name": "anchor", "stride": 1}])
 @pytest.mark.parametrize("at", [9, 100, 200])
-def test_a_needle_is_found_while_training_and_decoding(at: int) -> None:
-    mechanism = small(key_tokens=64)
+def test_a_needle_is_found_while_training_and_decoding(options: dict[str, Any], at: int) -> None:
+    mechanism = small(key_tokens=64, selector={"name": "bounds", "key_block": 8, **options})
     q, k, v = planted(320, at)
     assert mechanism.visible(q, k, training=True)[0, 0, -8:, at].all()
     assert mechanism.visible(q[:, :, -1:], k)[0, 0, 0, at]
@@ -173,7 +132,7 @@ def test_summaries_change_nothing(n: int, seed: int, one: bool) -> None:
     q_len = 1 if one else max(1, n // 3)
     q = torch.randn(2, 4, q_len, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, n, 8, generator=generator, dtype=torch.float64)
-    for selector in ("bounds", "antidiagonal"):
+    for selector in SELECTORS.names():
         mechanism = small(selector={"name": selector, "key_block": 16}, remainder=64, block=32)
         summary = KeySummary.build(k, v, 16)
         plain, helped = mechanism(q, k, v), mechanism(q, k, v, summary=summary)
@@ -288,16 +247,29 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"selector": {"name": "bounds", "key_block": 256}},
     {"selector": {"name": "bounds", "row_group": 0}},
     {"selector": {"name": "bounds", "proposals": 0}},
+    {"selector": {"name": "bounds", "tree": 3}},
+    {"selector": {"name": "bounds", "tree": 1}},
+    {"selector": {"name": "bounds", "tree": 8, "beam": 0}},
     {"selector": {"name": "bounds", "colour": 1}},
     {"selector": {"name": "antidiagonal", "key_block": 4, "stride": 8}},
+    {"selector": {"name": "lowrank", "key_block": 12}},
+    {"selector": {"name": "lowrank", "rank": 0}},
+    {"selector": {"name": "lowrank", "fit": 1.5}},
+    {"selector": {"name": "pooled", "variance": 1}},
+    {"selector": {"name": "pooled", "proposals": 0}},
+    {"selector": {"name": "anchor", "stride": 0}},
     {"selector": 3},
+    {"delta": 0},
+    {"delta": 48},
+    {"delta": True},
+    {"delta": 64.0},
     {"remainder": 0},
     {"remainder": -32},
     {"remainder": 33},
     {"remainder": 64.0},
     {"remainder": True},
     {"block": 0},
-    {"block": 20},
+    {"block": 18},
     {"block": "64"},
     {"scale_of_head": (3,)},
     {"scale_of_head": (-1,)},

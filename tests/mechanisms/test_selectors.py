@@ -1,13 +1,140 @@
-"""What selectors share: budgets filled in turn."""
+"""Selectors against their naive twins, and what they share: budgets filled in turn."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longswift import MSSwift
 from longswift.mechanisms.selectors.base import take_in_turn
+from longswift.mechanisms.selectors.box_tree import descend, enclose
+from tests.mechanisms.naive import NaiveSwift
+from tests.mechanisms.naive_selectors import NaiveAnchor, NaiveLowRank, NaivePooled, NaiveTree
+from tests.mechanisms.twins import compare
+
+TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
+    "lowrank": (NaiveLowRank, {"windows": (16, 32)}),
+    "lowrank_sinks": (NaiveLowRank, {"windows": (16,), "sinks": 11, "rank": 1, "remainder": 16}),
+    "lowrank_fit": (NaiveLowRank, {"windows": (16,), "fit": 24, "rank": 4, "key_tokens": 5}),
+    "lowrank_whole": (NaiveLowRank, {"windows": (16,), "rank": 6, "coverage": 0.8}),
+    "lowrank_tokens": (NaiveLowRank, {"windows": (24,), "block": 8, "key_block": 1}),
+    "pooled": (NaivePooled, {"windows": (16, 32), "remainder": 24}),
+    "pooled_variance": (NaivePooled, {"windows": (16,), "variance": True, "sinks": 9}),
+    "pooled_only": (NaivePooled, {"windows": (16,), "proposals": 1, "coverage": 0.7}),
+    "pooled_small": (NaivePooled, {"windows": (24,), "block": 8, "key_block": 4}),
+    "tree": (NaiveTree, {"windows": (16, 32), "key_tokens": 5, "proposals": 1}),
+    "tree_beam": (NaiveTree, {"windows": (16,), "key_tokens": 4, "beam": 2, "sinks": 11}),
+    "tree_wide": (NaiveTree, {"windows": (16,), "tree": 4, "key_block": 4, "key_tokens": 2}),
+    "tree_deep": (NaiveTree, {"windows": (16,), "block": 8, "key_block": 1, "key_tokens": 2}),
+    "anchor": (NaiveAnchor, {"windows": (16, 32), "remainder": 24}),
+    "anchor_coverage": (NaiveAnchor, {"windows": (16,), "coverage": 0.7, "sinks": 11}),
+    "anchor_every": (NaiveAnchor, {"windows": (16,), "stride": 1, "key_tokens": 7}),
+    "anchor_last": (NaiveAnchor, {"windows": (24,), "stride": 64, "block": 8, "key_block": 4}),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@settings(max_examples=10)
+@given(st.data())
+def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
+    naive, options = TWINS[name]
+    causal = data.draw(st.booleans())
+    strict = causal and "coverage" not in options and data.draw(st.booleans())
+    compare(naive(**options, causal=causal, strict=strict), data, fewest=1)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"name": "bounds", "key_block": 4, "proposals": 1, "tree": 2},
+        {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2},
+        {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2, "fit": 50},
+        {"name": "pooled", "key_block": 4, "proposals": 1, "variance": True},
+        {"name": "anchor", "key_block": 4, "stride": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_future_changes_no_choice(selector: dict[str, Any], training: bool) -> None:
+    """Budgets so tight, and a future so different, that anything it told would show."""
+    mechanism = MSSwift(
+        windows=(16,), sinks=0, key_tokens=4, block=8, dense_below=0, selector=selector
+    )
+    q, k = torch.randn(1, 6, 260, 8), torch.randn(1, 2, 260, 8)
+    seen = mechanism.visible(q, k, training=training)
+    for token in (100, 131, 200, 255):
+        changed = [x.clone() for x in (q, k)]
+        for x in changed:
+            x[:, :, token:, :] = 0.0
+            x[:, :, token:, 3] = 30.0
+        rows = token if training else token // 8 * 8
+        found = mechanism.visible(*changed, training=training)
+        assert torch.equal(found[:, :, :rows], seen[:, :, :rows])
+        assert not torch.equal(found[:, :, rows:], seen[:, :, rows:])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_tree_whose_every_box_is_opened_is_the_flat_choice(causal: bool) -> None:
+    q, k = torch.randn(2, 6, 500, 8), torch.randn(2, 2, 500, 8)
+    options: dict[str, Any] = {"key_block": 4, "row_group": 4, "proposals": 2, "most_proposals": 2}
+    block = {"windows": (16,), "key_tokens": 16, "block": 16, "dense_below": 0, "remainder": None}
+    seen = [
+        MSSwift(**block, selector={"name": "bounds", **options, **tree}).visible(
+            q, k, causal=causal
+        )
+        for tree in ({}, {"tree": 4, "beam": 32}, {"tree": 2, "beam": 1})
+    ]
+    assert torch.equal(seen[0], seen[1])
+    # Eight boxes opened a level are too few for that, and still find most of it.
+    assert 0.5 < (seen[0] & seen[2]).sum() / seen[0].sum() < 1.0
+
+
+@settings(max_examples=25)
+@given(
+    leaves=st.integers(1, 40),
+    branch=st.sampled_from([2, 4]),
+    levels=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_opening_every_box_finds_the_best_of_all(
+    leaves: int, branch: int, levels: int, seed: int
+) -> None:
+    """The descent itself, from any level: candidates anywhere, the last node cut."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(1, 2, leaves, 3, generator=generator, dtype=torch.float64)
+    high = low + torch.rand(1, 2, leaves, 3, generator=generator, dtype=torch.float64)
+    rows = torch.randn(1, 2, 5, 4, 3, generator=generator, dtype=torch.float64).abs()
+    outside = torch.rand(2, 5, leaves, generator=generator) < 0.7
+    boxes = [(low, high)]
+    for _ in range(levels):
+        boxes.append(enclose(*boxes[-1], branch))
+    # Rows without a negative channel: the bound is the product with the maximum.
+    factors = [[high.flatten(0, 1)] for _, high in boxes]
+    index, real = descend(
+        [rows],
+        factors,
+        outside,
+        branch=branch,
+        kept=leaves,
+        most=6,
+        sinks=1,
+        leaves=leaves,
+    )
+    share = (rows @ high.unsqueeze(2).transpose(3, 4)).masked_fill(
+        ~outside[:, :, None], float("-inf")
+    )
+    rank = share.softmax(-1).amax(3).nan_to_num(0.0)
+    rank[..., :1] = 0.0
+    for head in range(2):
+        for block in range(5):
+            best = rank[0, head, block].topk(min(6, leaves))
+            expected = set(best.indices[best.values > 0].tolist())
+            assert set(index[0, head, block][real[0, head, block]].tolist()) == expected
 
 
 def taken_by(wanted: Tensor, budget: int, block: int) -> list[dict[int, int]]:

@@ -50,7 +50,7 @@ def compare(
     from longswift.eval.plots import plot_comparison
     from longswift.eval.results import writable
 
-    chosen, left_out = mechanism_runs.choose(attention, settings or ())
+    chosen, left_out = options.choose(attention, settings or ())
     asked = mechanism_runs.Comparison(
         speed=AttentionBench(
             lengths=options.lengths(lengths),

@@ -1,35 +1,24 @@
-"""Attention alone: mechanisms against PyTorch's own scaled-dot-product attention."""
+"""Attention alone: mechanisms against full attention as PyTorch computes it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.core.types import AttentionStats
-from longswift.eval import memory, options, text
-from longswift.eval.progress import Bar, bar
+from longswift.eval import baselines, memory, options, roofline
+from longswift.eval.attention_table import AttentionRow, series, summarise
+from longswift.eval.progress import Bar, Share, bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.timing import alternate, fit_exponent
-
-BASELINE = "sdpa"
-_NOTES = {
-    "data": "q, k and v are independent standard normal numbers, the same for every rival",
-    "time": "rivals alternate in one process, order reversed every round; the first run is "
-    "dropped unless it is slow; medians",
-    "exponent": "least squares of log seconds over log tokens, over the lengths at which the rival "
-    "is sparse if there are two, over all of them otherwise",
-    "memory": "rise of the resident high-water mark during one call in a fresh process, after a "
-    "call of 64 tokens, less the output (and, with backward, the gradients)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +27,28 @@ class AttentionBench:
 
     Attributes:
         lengths: Numbers of tokens.
-        mechanisms: The rivals of SDPA, as ``Mechanism.to_dict`` gives them.
+        mechanisms: The rivals, as ``Mechanism.to_dict`` gives them.
+        against: The baseline, full attention of PyTorch: a name of ``eval.baselines``.
         dtype: Name of the dtype.
         heads: Query heads.
         kv_heads: Key/value heads.
         head_dim: Width of a head.
         batch: Sequences per call.
-        causal: Causal or bidirectional attention.
+        causal: Causal or bidirectional attention. A mechanism that has only the other form is
+            timed in that, against the baseline in that.
         backward: Time a training step of attention: forward and gradients of q, k and v.
         device: Where it runs.
         repeats: Samples of a fast case; slow ones get fewer.
-        budget_seconds: Time spent on one rival at one length before it is run no more.
+        budget_seconds: Time spent on one rival at one length before it is run no more. A sparse
+            mechanism of which a single call is predicted to take longer is left out there.
         memory: Also measure working memory, once per rival and length.
         seed: Seed of the data.
+        left_out: Mechanisms that were asked for and cannot be timed, and why.
     """
 
     lengths: tuple[int, ...]
     mechanisms: tuple[dict[str, Any], ...]
+    against: str = baselines.SDPA
     dtype: str = "bfloat16"
     heads: int = 2
     kv_heads: int = 2
@@ -67,6 +61,7 @@ class AttentionBench:
     budget_seconds: float = 60.0
     memory: bool = True
     seed: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_positive(
@@ -79,6 +74,7 @@ class AttentionBench:
         )
         options.dtype(self.dtype)
         options.device(self.device)
+        baselines.get(self.against)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 problem(
@@ -95,35 +91,55 @@ class AttentionBench:
         return content
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionRow:
-    """One rival at one length.
-
-    Attributes:
-        name: Mechanism, or ``"sdpa"``.
-        length: Tokens.
-        seconds: Median wall-clock time of a call.
-        fastest: Fastest sample.
-        slowest: Slowest sample.
-        samples: Timed runs.
-        speedup: SDPA's median over this median.
-        extra_bytes: Working memory beyond inputs and output, or None if not measured.
-        keys_per_query: Mean number of keys scored per query.
-        density: Share of what full attention scores.
-        backend: Backend that ran.
-    """
+@dataclass(frozen=True)
+class _Rival:
+    """Something to time: a mechanism in a direction, or the baseline."""
 
     name: str
-    length: int
-    seconds: float
-    fastest: float
-    slowest: float
-    samples: int
-    speedup: float
-    extra_bytes: int | None
-    keys_per_query: float
-    density: float
-    backend: str
+    mechanism: Mechanism | None
+    causal: bool
+
+
+def direction(mechanism: Mechanism, causal: bool) -> bool:
+    """Whether ``mechanism`` runs causally where ``causal`` is wanted, if it can."""
+    return mechanism.supports_causal if causal else not mechanism.supports_bidirectional
+
+
+def _rivals(bench: AttentionBench) -> list[_Rival]:
+    """The baseline in every direction that is needed, that of the bench first, and the others."""
+    mechanisms = [options.from_json(config) for config in bench.mechanisms]
+    found = [_Rival(m.name, m, direction(m, bench.causal)) for m in mechanisms]
+    directions = [bench.causal]
+    directions += [not bench.causal] * any(r.causal != bench.causal for r in found)
+    base = [_Rival(baseline_row(bench, causal), None, causal) for causal in directions]
+    return base + found
+
+
+def baseline_row(bench: AttentionBench, causal: bool) -> str:
+    """How rows call the baseline in a direction."""
+    if causal == bench.causal:
+        return bench.against
+    return f"{bench.against} ({'causal' if causal else 'bidirectional'})"
+
+
+def runnable(
+    mechanisms: Iterable[Mechanism], causal: bool
+) -> tuple[list[Mechanism], dict[str, str]]:
+    """Mechanisms that attend to a few tokens, and what the others say instead.
+
+    Args:
+        mechanisms: To try.
+        causal: The direction, for those that have both.
+    """
+    able, refused = [], {}
+    x = torch.zeros(1, 1, 8, 16)
+    for mechanism in mechanisms:
+        try:
+            mechanism(x, x, x, causal=direction(mechanism, causal))
+            able.append(mechanism)
+        except LongSwiftError as error:
+            refused[mechanism.name] = str(error)
+    return able, refused
 
 
 def inputs(bench: AttentionBench, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,19 +154,17 @@ def inputs(bench: AttentionBench, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return draw(bench.heads), draw(bench.kv_heads), draw(bench.kv_heads)
 
 
-def _attend(bench: AttentionBench, mechanism: Mechanism | None) -> Callable[..., Any]:
+def _attend(bench: AttentionBench, rival: _Rival) -> Callable[..., Any]:
     """``(q, k, v) -> (out, stats or None)``; gradients included when asked for."""
+    baseline = baselines.get(bench.against)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionStats | None]:
+        stats = None
         with torch.set_grad_enabled(bench.backward):
-            if mechanism is None:
-                gqa = bench.heads != bench.kv_heads
-                out = F.scaled_dot_product_attention(
-                    q, k, v, is_causal=bench.causal, enable_gqa=gqa
-                )
-                stats = None
+            if rival.mechanism is None:
+                out = baseline.attend(q, k, v, rival.causal)
             else:
-                out, _, stats = mechanism(q, k, v, causal=bench.causal)
+                out, _, stats = rival.mechanism(q, k, v, causal=rival.causal)
             if bench.backward:
                 q.grad = k.grad = v.grad = None
                 out.sum().backward()
@@ -161,17 +175,19 @@ def _attend(bench: AttentionBench, mechanism: Mechanism | None) -> Callable[...,
     return run
 
 
-def working_memory(bench: dict[str, Any], mechanism: dict[str, Any] | None, length: int) -> Any:
+def working_memory(bench: dict[str, Any], rival: str, length: int) -> int | None:
     """Bytes one call needs beyond inputs and output; run it in a fresh process.
 
     Args:
         bench: ``AttentionBench.to_dict``.
-        mechanism: ``Mechanism.to_dict``, or None for SDPA.
+        rival: Name of its row.
         length: Tokens.
     """
     asked = _from_dict(bench)
-    run = _attend(asked, _mechanism(mechanism))
-    run(*inputs(asked, min(64, length)))
+    chosen = next(r for r in _rivals(asked) if r.name == rival)
+    run = _attend(asked, chosen)
+    compiled = chosen.mechanism is None and baselines.get(asked.against).compiled
+    run(*inputs(asked, length if compiled else min(64, length)))
     q, k, v = inputs(asked, length)
     with memory.watch(asked.device) as peak:
         out, _ = run(q, k, v)
@@ -181,63 +197,108 @@ def working_memory(bench: dict[str, Any], mechanism: dict[str, Any] | None, leng
     return max(0, peak.bytes - sum(x.nbytes for x in wanted if x is not None))
 
 
-def _mechanism(config: dict[str, Any] | None) -> Mechanism | None:
-    return None if config is None else options.from_json(config)
-
-
 def _from_dict(content: dict[str, Any]) -> AttentionBench:
     plain = {**content, "lengths": tuple(content["lengths"])}
     return AttentionBench(**{**plain, "mechanisms": tuple(content["mechanisms"])})
 
 
-def _measure(bench: AttentionBench, length: int, step: Bar) -> list[AttentionRow]:
+def predicted_seconds(rows: list[AttentionRow], length: int) -> float | None:
+    """Time of a call at ``length`` from those at shorter lengths; None where nothing tells.
+
+    Dense rows tell nothing about a mechanism that will be sparse.
+    """
+    sparse = [row for row in rows if row.density < 1 and row.length < length][-2:]
+    if not sparse:
+        return None
+    exponent = fit_exponent([r.length for r in sparse], [r.seconds for r in sparse])
+    # Time as short as a call's overhead grows slower than it will.
+    growth = 1.0 if exponent is None else max(1.0, exponent)
+    return sparse[-1].seconds * (length / sparse[-1].length) ** growth
+
+
+def _too_slow(
+    bench: AttentionBench, rivals: list[_Rival], length: int, earlier: dict[str, list[AttentionRow]]
+) -> dict[str, float]:
+    """Mechanisms whose call would take longer than the budget, and how long."""
+    found = {}
+    for rival in rivals:
+        told = predicted_seconds(earlier.get(rival.name, []), length)
+        if rival.mechanism is not None and told is not None and told > bench.budget_seconds:
+            found[rival.name] = told
+    return found
+
+
+def _measure(
+    bench: AttentionBench, length: int, step: Bar, rivals: list[_Rival]
+) -> list[AttentionRow]:
     """Every rival at one length."""
-    rivals = {BASELINE: None, **{m["name"]: _mechanism(m) for m in bench.mechanisms}}
     q, k, v = inputs(bench, length)
     stats: dict[str, AttentionStats | None] = {}
 
-    def job(name: str) -> Callable[[], None]:
-        run = _attend(bench, rivals[name])
+    def job(rival: _Rival) -> Callable[[], None]:
+        run = _attend(bench, rival)
 
         def call() -> None:
-            stats[name] = run(q, k, v)[1]
+            stats[rival.name] = run(q, k, v)[1]
 
         return call
 
+    step(text=f"{length} tokens: ceilings of the machine")
+    ceilings = roofline.measure_ceilings(options.dtype(bench.dtype), bench.device)
+    jobs = {rival.name: job(rival) for rival in rivals}
+    if baselines.get(bench.against).compiled:
+        step(text=f"{length} tokens: compiling {bench.against}")
+        for rival in rivals:
+            if rival.mechanism is None:
+                jobs[rival.name]()
     times = alternate(
-        {name: job(name) for name in rivals},
+        jobs,
         repeats=bench.repeats,
         budget_seconds=bench.budget_seconds,
         tick=lambda name: step(1, f"{length} tokens: {name}"),
     )
-    dense_keys = (length + 1) / 2 if bench.causal else float(length)
     rows = []
-    for name, mechanism in rivals.items():
+    for rival in rivals:
         extra = None
         if bench.memory:
-            step(1, f"{length} tokens: memory of {name}")
+            step(1, f"{length} tokens: memory of {rival.name}")
             extra = memory.in_fresh_process(
                 "longswift.eval.attention:working_memory",
-                {
-                    "bench": bench.to_dict(),
-                    "mechanism": None if mechanism is None else mechanism.to_dict(),
-                    "length": length,
-                },
+                {"bench": bench.to_dict(), "rival": rival.name, "length": length},
             )
-        seen, time = stats[name], times[name]
+        seen, time = stats[rival.name], times[rival.name]
+        dense_keys = (length + 1) / 2 if rival.causal else float(length)
+        keys = dense_keys if seen is None else seen.keys_per_query
+        work = roofline.attention_work(
+            batch=bench.batch,
+            heads=bench.heads,
+            kv_heads=bench.kv_heads,
+            head_dim=bench.head_dim,
+            queries=length,
+            keys=length,
+            keys_per_query=keys,
+            itemsize=q.element_size(),
+            backward=bench.backward,
+        )
         rows.append(
             AttentionRow(
-                name=name,
+                name=rival.name,
                 length=length,
+                causal=rival.causal,
                 seconds=time.median,
                 fastest=time.fastest,
                 slowest=time.slowest,
                 samples=time.samples,
-                speedup=times[BASELINE].median / time.median,
+                speedup=times[baseline_row(bench, rival.causal)].median / time.median,
                 extra_bytes=extra,
-                keys_per_query=dense_keys if seen is None else seen.keys_per_query,
+                keys_per_query=keys,
                 density=1.0 if seen is None else seen.density,
                 backend="torch" if seen is None else seen.backend,
+                flops=work.flops,
+                least_bytes=work.bytes,
+                matmul_flops=ceilings.flops,
+                copy_bytes=ceilings.bytes,
+                least_seconds=work.seconds(ceilings),
             )
         )
     return rows
@@ -263,80 +324,33 @@ def run(
     """
     if output is not None:
         writable(output)
+    baselines.check(
+        bench.against,
+        dtype=options.dtype(bench.dtype),
+        device=bench.device,
+        backward=bench.backward,
+    )
     result = Result(kind="attention", config=bench.to_dict(), seed=bench.seed, rows=[])
     kept = Progress(result, output, fresh=fresh)
-    rivals = len(bench.mechanisms) + 1
-    total = len(bench.lengths) * rivals * (bench.repeats + 1 + bench.memory)
-    with bar(total, "starting", shown=progress) as step:
+    rivals = _rivals(bench)
+    share = len(rivals) * (bench.repeats + 1 + bench.memory)
+    skipped = []
+    with bar(len(bench.lengths) * share, "starting", shown=progress) as step:
         for length in bench.lengths:
+            slow = _too_slow(bench, rivals, length, series(result))
+            skipped += [
+                {"name": name, "length": length, "predicted_seconds": told}
+                for name, told in slow.items()
+            ]
             if kept.find(length=length) is None:
-                kept.add(*(asdict(row) for row in _measure(bench, length, step)))
+                measured = Share(step, share)
+                able = [rival for rival in rivals if rival.name not in slow]
+                kept.add(*(asdict(row) for row in _measure(bench, length, measured, able)))
+                measured.finish()
             else:
-                step(total / len(bench.lengths), f"{length} tokens: measured before")
-    result.summary.update(summarise(result))
+                step(share, f"{length} tokens: measured before")
+    result.summary.update(summarise(result), skipped=skipped)
     if output is not None:
         result.save(output)
         kept.done()
     return result
-
-
-def series(result: Result) -> dict[str, list[AttentionRow]]:
-    """Rows by rival, ascending in length, SDPA first."""
-    found: dict[str, list[AttentionRow]] = {}
-    for row in sorted((AttentionRow(**row) for row in result.rows), key=lambda r: r.length):
-        found.setdefault(row.name, []).append(row)
-    return found
-
-
-def summarise(result: Result) -> dict[str, Any]:
-    """Fitted exponents, a sentence per mechanism, and how the figures were made."""
-    exponents, sentences = {}, []
-    for name, rows in series(result).items():
-        # Below its crossover a mechanism is dense, which says nothing about how it grows.
-        sparse = [r for r in rows if r.density < 1] if name != BASELINE else rows
-        fitted = sparse if len(sparse) > 1 else rows
-        exponents[name] = fit_exponent([r.length for r in fitted], [r.seconds for r in fitted])
-        if name != BASELINE:
-            last = rows[-1]
-            sentences.append(
-                f"{name} at {last.length} tokens: {text.seconds(last.seconds)}, "
-                f"{text.times_faster(last.speedup)} than SDPA, scoring "
-                f"{100 * last.density:.1f} % of the keys."
-            )
-    return {"exponents": exponents, "sentences": sentences, "how": _NOTES}
-
-
-def table(result: Result) -> text.Table:
-    """The result for people."""
-    exponents, config = result.summary["exponents"], result.config
-    title = (
-        f"attention only, {config['dtype']}, {result.environment.threads} thread(s), "
-        f"{config['device']}"
-    )
-    cells = [
-        (
-            row.name,
-            f"{row.length}",
-            text.seconds(row.seconds),
-            f"{text.seconds(row.fastest)} - {text.seconds(row.slowest)}",
-            f"{row.samples}",
-            f"{row.speedup:.2f}x",
-            text.megabytes(row.extra_bytes),
-            f"{row.keys_per_query:,.0f} ({100 * row.density:.1f} %)",
-            "-" if exponents[row.name] is None else f"{exponents[row.name]:.2f}",
-        )
-        for found in series(result).values()
-        for row in found
-    ]
-    columns = (
-        "",
-        "tokens",
-        "median",
-        "range",
-        "runs",
-        "vs SDPA",
-        "extra memory",
-        "keys/query",
-        "n^",
-    )
-    return text.Table(title, columns, cells)

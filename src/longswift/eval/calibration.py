@@ -149,14 +149,15 @@ class Tryout:
             one.sums += sums
             one.queries += q.shape[2]
             whole = tried == mechanism
-            one.keys += q.shape[2] * _keys(mechanism, result.stats, kv_heads, end, whole)
+            one.keys += q.shape[2] * _keys(mechanism, result.stats, k, whole)
         visible = self.dense.setdefault(layer, [0.0, 0.0])
         visible[0] += q.shape[2] * (end - (q.shape[2] - 1) / 2)
         visible[1] += q.shape[2]
 
 
-def _keys(mechanism: Mechanism, stats: Any, kv_heads: int, end: int, pools_counted: bool) -> Tensor:
+def _keys(mechanism: Mechanism, stats: Any, k: Tensor, pools_counted: bool) -> Tensor:
     """Keys attended to per query of each KV head, and what choosing them cost."""
+    _, kv_heads, end, dim = k.shape
     density = stats.density_by_head or (stats.density,) * kv_heads
     keys = torch.tensor(density, dtype=torch.double) * (stats.keys_per_query / stats.density)
     if isinstance(mechanism, MSSwift):
@@ -167,7 +168,7 @@ def _keys(mechanism: Mechanism, stats: Any, kv_heads: int, end: int, pools_count
         means = 0.0 if pools_counted or not mechanism.remainder else end / mechanism.remainder
         for head, budget in enumerate(budgets):
             if head not in mechanism.dense_heads:
-                keys[head] += means + selector.choosing_cost(budget, end)
+                keys[head] += means + selector.choosing_cost(budget, end, dim)
     return keys
 
 

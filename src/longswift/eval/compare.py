@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from longswift.core.errors import InputError, problem
+from longswift.eval import text
 from longswift.eval.results import Result
 
 # Column, and whether more of it is better.
@@ -43,7 +45,9 @@ class Change:
 
 
 def _case(row: dict[str, object]) -> str:
-    return " ".join(str(row[key]) for key in ("name", "length") if key in row)
+    words = [str(row[key]) for key in ("part", "name", "length") if key in row]
+    words += [f"batch {row['batch']}"] if "batch" in row else []
+    return " ".join(words)
 
 
 def compare(before: Result, after: Result, threshold: float = 0.1) -> list[Change]:
@@ -97,3 +101,32 @@ def compare(before: Result, after: Result, threshold: float = 0.1) -> list[Chang
             )
         )
     return changes
+
+
+def differences(before: Result, after: Result) -> list[str]:
+    """What makes a comparison of two results less than fair, a line each."""
+    pairs = [(before.config, after.config, "options")]
+    pairs.append((asdict(before.environment), asdict(after.environment), "environments"))
+    found = []
+    for old, new, what in pairs:
+        names = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        if names:
+            found.append(f"{what} differ in {', '.join(names)}")
+    return found
+
+
+def table(changes: Sequence[Change], tolerance: float) -> text.Table:
+    """Ratios for people, the worse ones marked."""
+    cells = [
+        (
+            change.case,
+            change.measure,
+            f"{change.before:.4g}",
+            f"{change.after:.4g}",
+            f"{change.ratio:.2f}x",
+            "worse" if change.worse else "",
+        )
+        for change in changes
+    ]
+    title = f"after / before, tolerance {tolerance:.0%}"
+    return text.Table(title, ("", "figure", "before", "after", "ratio", ""), cells)

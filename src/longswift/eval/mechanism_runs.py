@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, InputError, LongSwiftError, problem
+from longswift.core.errors import ConfigError, InputError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval import attention, options, standings, suite
+from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
+from longswift.eval.attention_table import series
 from longswift.eval.cost import equal_cost_window
 from longswift.eval.judging import EndJudge
 from longswift.eval.mechanism_table import MechanismRow
@@ -27,7 +29,6 @@ from longswift.eval.runner import FULL, SWIFT, WINDOW
 from longswift.eval.samples import samples
 from longswift.eval.suite import Suite
 
-ALL = "all"
 _RIVAL = "rival"
 _NOTES = {
     "growth": "exponent of the time fitted over the lengths, time and memory at the longest one; "
@@ -71,32 +72,6 @@ class Comparison:
             )
 
 
-def choose(text: str, settings: Sequence[str] = ()) -> tuple[list[Mechanism], dict[str, str]]:
-    """Mechanisms by name, ``"all"`` for the whole table; those that need options are named.
-
-    Returns:
-        The mechanisms, and why others of ``"all"`` were left out.
-    """
-    from longswift.mechanisms import list_mechanisms
-
-    if text != ALL:
-        return list(options.mechanisms(text, settings).values()), {}
-    names = list_mechanisms()
-    # A setting for an unknown name must be refused, whatever else is left out.
-    if strange := [s for s in settings if s not in options.settings_of(settings, names)]:
-        options.mechanisms(FULL, strange)
-    found, left_out = [], {}
-    for name in names:
-        try:
-            mine = options.settings_of(settings, [name])
-            found.append(options.mechanisms(name, mine)[name])
-        except LongSwiftError as error:
-            if mine:
-                raise
-            left_out[name] = str(error)
-    return found, left_out
-
-
 def run(
     comparison: Comparison,
     output: str | Path | None = None,
@@ -108,8 +83,8 @@ def run(
 
     Args:
         comparison: What to compare.
-        output: JSON file of the table. Its parts lie beside it: ``<name>.causal.json``,
-            ``<name>.bidirectional.json`` and ``<name>.eval.json`` with its samples.
+        output: JSON file of the table. Its parts lie beside it: ``<name>.attention.json`` and
+            ``<name>.eval.json`` with its samples.
         fresh: Start over.
         progress: Show bars on stderr.
     """
@@ -120,12 +95,12 @@ def run(
     mechanisms, window = _equal_cost(mechanisms, comparison.speed, length)
     causal = [m for m in mechanisms if m.supports_causal]
     found: dict[str, dict[str, Any]] = {m.name: {"name": m.name, "note": ""} for m in mechanisms}
-    for direction, some in ((True, causal), (False, [m for m in mechanisms if m not in causal])):
-        kind = "causal" if direction else "bidirectional"
-        runs = _runnable(some, direction, found)
-        if runs:
-            bench = _bench(comparison.speed, runs, direction)
-            _times(_measured(bench, _beside(output, kind), fresh, progress), found, direction)
+    runs, refused = attention.runnable(mechanisms, causal=True)
+    for name, why in refused.items():
+        found[name]["note"] = why
+    if runs:
+        bench = _bench(comparison.speed, runs)
+        _times(_measured(bench, _beside(output, "attention"), fresh, progress), found)
     able = [m for m in causal if "seconds" in found[m.name]]
     for mechanism in mechanisms:
         if not mechanism.supports_causal:
@@ -149,7 +124,7 @@ def run(
         asdict(MechanismRow(name=name, scores={}, kept={}, note=f"not configured: {why}"))
         for name, why in comparison.left_out.items()
     ]
-    speed = _bench(comparison.speed, mechanisms, True).to_dict()
+    speed = _bench(comparison.speed, mechanisms).to_dict()
     result = Result(
         kind="compare",
         config={"speed": speed, "quality": scored.config, "text_tokens": length},
@@ -188,24 +163,8 @@ def _equal_cost(
     return [equal if m.name == WINDOW else m for m in mechanisms], window
 
 
-def _runnable(
-    mechanisms: list[Mechanism], causal: bool, found: dict[str, dict[str, Any]]
-) -> list[Mechanism]:
-    """Those that attend to a few tokens; what the others say becomes their note."""
-    able = []
-    for mechanism in mechanisms:
-        x = torch.zeros(1, 1, 8, 16)
-        try:
-            mechanism(x, x, x, causal=causal)
-            able.append(mechanism)
-        except LongSwiftError as error:
-            found[mechanism.name]["note"] = str(error)
-    return able
-
-
-def _bench(bench: AttentionBench, mechanisms: list[Mechanism], causal: bool) -> AttentionBench:
-    content = {**asdict(bench), "causal": causal}
-    return AttentionBench(**{**content, "mechanisms": tuple(m.to_dict() for m in mechanisms)})
+def _bench(bench: AttentionBench, mechanisms: list[Mechanism]) -> AttentionBench:
+    return replace(bench, causal=True, mechanisms=tuple(m.to_dict() for m in mechanisms))
 
 
 def _measured(bench: AttentionBench, path: Path | None, fresh: bool, progress: bool) -> Result:
@@ -221,12 +180,17 @@ def _measured(bench: AttentionBench, path: Path | None, fresh: bool, progress: b
     return attention.run(bench, path, fresh=fresh, progress=progress)
 
 
-def _times(result: Result, found: dict[str, dict[str, Any]], causal: bool) -> None:
-    for name, rows in attention.series(result).items():
-        if name in found:
+def _times(result: Result, found: dict[str, dict[str, Any]]) -> None:
+    skipped = {case["name"]: case for case in result.summary["skipped"]}
+    for name, rows in series(result).items():
+        if name in skipped:
+            case = skipped[name]
+            took = text_of.seconds(case["predicted_seconds"])
+            found[name]["note"] = f"a call at {case['length']} tokens would take about {took}"
+        elif name in found:
             last = rows[-1]
             found[name].update(
-                causal=causal,
+                causal=last.causal,
                 exponent=result.summary["exponents"][name],
                 seconds=last.seconds,
                 speedup=last.speedup,

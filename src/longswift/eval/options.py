@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from longswift.eval.tasks.base import Task
 
+ALL = "all"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -120,6 +121,32 @@ def mechanisms(text: str, settings: Sequence[str] = ()) -> dict[str, Mechanism]:
         ConfigError: Unknown mechanism or option, or a setting for a mechanism not in ``text``.
     """
     return {name: from_json(config) for name, config in configs("mechanism", text, settings)}
+
+
+def choose(text: str, settings: Sequence[str] = ()) -> tuple[list[Mechanism], dict[str, str]]:
+    """Mechanisms by name, ``"all"`` for the whole table; those that need options are named.
+
+    Returns:
+        The mechanisms, and why others of ``"all"`` were left out.
+    """
+    from longswift.mechanisms import list_mechanisms
+
+    if text.strip() != ALL:
+        return list(mechanisms(text, settings).values()), {}
+    known = list_mechanisms()
+    # A setting for an unknown name must be refused, whatever else is left out.
+    if strange := [s for s in settings if s not in settings_of(settings, known)]:
+        mechanisms("full", strange)
+    found, left_out = [], {}
+    for name in known:
+        try:
+            mine = settings_of(settings, [name])
+            found.append(mechanisms(name, mine)[name])
+        except LongSwiftError as error:
+            if mine:
+                raise
+            left_out[name] = str(error)
+    return found, left_out
 
 
 def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, Task]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from longswift.eval import attention, demo, text
+from longswift.eval import demo, text
 from longswift.eval.mechanism_table import MechanismRow
 from longswift.eval.results import Result, replace
 
@@ -61,71 +61,6 @@ def rendered(fig: Figure, kind: str = "png", *, colours: int | None = None) -> b
         small, format="png", optimize=True
     )
     return small.getvalue()
-
-
-def _length_axis(axis: Any, lengths: list[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths, [text.tokens(n) for n in lengths], minor=False)
-    axis.minorticks_off()
-    axis.set_xlabel("tokens")
-    axis.grid(True, which="major", alpha=0.3)
-
-
-def plot_attention(result: Result, path: str | Path) -> Path:
-    """Seconds and speed-up against length, with the fitted exponents in the legend."""
-    found = attention.series(result)
-    config = result.config
-    fig = figure(11, 4.8)
-    left, right = fig.subplots(1, 2)
-    lengths = sorted({row["length"] for row in result.rows})
-    for colour, (name, rows) in zip(COLOURS, found.items(), strict=False):
-        exponent = result.summary["exponents"].get(name)
-        label = name if exponent is None else f"{name}  (time ~ n^{exponent:.2f})"
-        x = [row.length for row in rows]
-        middle = [row.seconds for row in rows]
-        left.plot(x, middle, "o-", color=colour, label=label)
-        left.fill_between(
-            x,
-            [row.fastest for row in rows],
-            [row.slowest for row in rows],
-            color=colour,
-            alpha=0.2,
-            linewidth=0,
-        )
-        if name == attention.BASELINE:
-            right.axhline(1, color=colour, linewidth=1.5)
-            continue
-        speedups = [row.speedup for row in rows]
-        right.plot(x, speedups, "o-", color=colour, label=name)
-        for n, speedup in zip(x, speedups, strict=True):
-            right.annotate(
-                f"{speedup:.1f}x",
-                (n, speedup),
-                textcoords="offset points",
-                xytext=(0, 7),
-                ha="center",
-                color=colour,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
-            )
-    left.set_yscale("log")
-    left.set_ylabel("seconds a call (median, range shaded)")
-    left.legend(frameon=False)
-    right.set_yscale("log", base=2)
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    right.set_ylabel("times faster than SDPA (line at 1)")
-    right.margins(y=0.15)
-    right.legend(frameon=False, loc="upper left")
-    for axis in (left, right):
-        _length_axis(axis, lengths)
-    direction = "causal" if config["causal"] else "bidirectional"
-    work = "forward + backward" if config["backward"] else "forward"
-    fig.suptitle(
-        f"Attention only, {direction}, {work}, {config['dtype']}, batch {config['batch']}, "
-        f"{config['heads']} heads ({config['kv_heads']} KV) of {config['head_dim']}, "
-        f"{result.environment.threads} thread(s), {config['device']}",
-        fontsize=11,
-    )
-    return save(fig, path)
 
 
 def plot_demo(result: Result, path: str | Path) -> Path:

@@ -46,3 +46,25 @@ def bar(total: float, text: str, *, shown: bool = True) -> Iterator[Bar]:
                 progress.update(task, advance=advance, description=text)
 
         yield step
+
+
+class Share:
+    """A bar for one part of the work, whose share of the whole is used up whatever stops early.
+
+    Args:
+        step: The bar of the whole.
+        share: Units of this part.
+    """
+
+    def __init__(self, step: Bar, share: float) -> None:
+        self._step, self._left = step, share
+
+    def __call__(self, advance: float = 0, text: str | None = None) -> None:
+        """See ``Bar``."""
+        advance = min(advance, self._left)
+        self._left -= advance
+        self._step(advance, text)
+
+    def finish(self) -> None:
+        """Use up what is left."""
+        self._step(self._left)

@@ -82,12 +82,21 @@ def check_chunk(owner: str, chunk: int, mechanism: Mechanism | None) -> None:
 
 
 @torch.inference_mode()
-def hidden_states(model: Any, ids: Sequence[int], cache: Any, chunk: int) -> Iterator[Tensor]:
-    """The decoder's last hidden states ``[1, T, width]``, a chunk of the document at a time."""
+def hidden_states(
+    model: Any, ids: Sequence[int] | Tensor, cache: Any, chunk: int
+) -> Iterator[Tensor]:
+    """The decoder's last hidden states ``[B, T, width]``, a chunk of the document at a time.
+
+    Args:
+        model: A causal language model of Transformers.
+        ids: Token ids of one document, or of several, ``[B, tokens]``.
+        cache: It grows.
+        chunk: Tokens per forward pass.
+    """
     decoder = model.get_decoder()
-    tokens = torch.tensor(ids, device=model.device)
-    for part in tokens.split(chunk):
-        yield decoder(input_ids=part[None], past_key_values=cache, use_cache=True).last_hidden_state
+    tokens = ids if isinstance(ids, Tensor) else torch.tensor([ids], device=model.device)
+    for part in tokens.split(chunk, dim=1):
+        yield decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 @torch.inference_mode()

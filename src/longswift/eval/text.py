@@ -32,3 +32,16 @@ def tokens(n: float) -> str:
 def times_faster(ratio: float) -> str:
     """A ratio of times, in words."""
     return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def rate(value: float, unit: str) -> str:
+    """A rate with a decimal prefix: 2.5e11 is ``250 GFLOP/s`` for the unit ``FLOP/s``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{plain(value)} {unit}"
+
+
+def plain(value: float) -> str:
+    """A number without an exponent: three digits, or whole from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

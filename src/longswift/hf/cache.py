@@ -135,3 +135,8 @@ class SwiftCache(Cache):
         for index in read_settings(config.get_text_config(decoder=True)).get("memory", {}):
             layers[int(index)] = MemoryLayer()
         super().__init__(layers=layers)
+
+
+def dynamic_cache(config: PreTrainedConfig) -> Cache:
+    """Transformers' own cache, which copies all keys for every new token: what to compare with."""
+    return DynamicCache(config=config)

@@ -51,10 +51,15 @@ class ConvertedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         layer_past: Cache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The signature of every family's layer; returns the output and no attention weights."""
         dropout = float(self.config.attention_dropout or 0.0) if self.training else 0.0
+        # Since Transformers 5.24 the cache of a model goes by the name that continuous batching
+        # gives to its own kind of cache.
+        if cache is not None and not isinstance(cache, Cache):
+            kwargs["cache"] = cache
         refuse_unsupported(self, dropout, kwargs)
         real, total = self._mask(attention_mask, hidden_states)
         q, k, v = self.family.project(self, hidden_states)
@@ -72,11 +77,12 @@ class ConvertedAttention(nn.Module):
             )
             return out, state
 
-        cache = past_key_values if past_key_values is not None else layer_past
-        if cache is None:
+        given = (kept for kept in (cache, past_key_values, layer_past) if kept is not None)
+        past = next(given, None)
+        if past is None:
             out, _ = call(None, new)
         else:
-            layer = memory_layer(cache, self.layer_idx)
+            layer = memory_layer(past, self.layer_idx)
             out = layer.run(call, new, total, replays=self.training)
         out = out.transpose(1, 2).flatten(2)
         return getattr(self, self.family.output)(out), None

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
 from longswift.core.errors import ConfigError, problem
@@ -60,6 +61,39 @@ def load(
         except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
             raise ConfigError(_refusal(model, error)) from error
     return loaded.to(device).eval(), tokenizer
+
+
+def random_llama(
+    longest: int,
+    seed: int = 0,
+    *,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    layers: int = 2,
+) -> PreTrainedModel:
+    """A model of Llama shape with random weights, for work whose time does not depend on them.
+
+    Args:
+        longest: Positions it accepts.
+        seed: Seed of the weights.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Width of a head.
+        layers: Layers.
+    """
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=heads * head_dim,
+        intermediate_size=heads * head_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=longest,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
 
 
 def _place(model: str | Path) -> str:

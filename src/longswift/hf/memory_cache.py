@@ -33,7 +33,6 @@ class MemoryLayer(DynamicLayer):
     """
 
     is_sliding = False
-    is_croppable = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +45,11 @@ class MemoryLayer(DynamicLayer):
     def activate_past_recording(self) -> None:
         """From now on ``crop`` can take back what is read."""
         self.record_past = True
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether ``crop`` can take back what is read from now on."""
+        return self.record_past
 
     def run(self, call: Run, new: int, total: int | None, replays: bool) -> Tensor:
         """Advance the state by a call, or repeat the last call without advancing it again.

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.types import AttentionResult, AttentionStats, CapturedMass
+from longswift.mechanisms.full import Full
+
+if TYPE_CHECKING:
+    from longswift.mechanisms.ms_swift import MSSwift
 
 
 class HeadGroup(NamedTuple):
@@ -18,6 +24,41 @@ class HeadGroup(NamedTuple):
 
     heads: tuple[int, ...]
     mechanism: Mechanism
+
+
+@lru_cache(maxsize=1024)
+def head_groups(mechanism: MSSwift, kv_heads: int) -> tuple[HeadGroup, ...]:
+    """Groups of KV heads that need calls of their own."""
+    budgets = mechanism.key_tokens
+    if isinstance(budgets, int):
+        budgets = (budgets,) * kv_heads
+    if len(budgets) != kv_heads or any(head >= kv_heads for head in mechanism.dense_heads):
+        raise ConfigError(
+            problem(
+                "MSSwift.key_tokens, MSSwift.dense_heads",
+                expected=f"budgets and indices for {kv_heads} KV heads",
+                got=f"{len(budgets)} budgets, dense heads {mechanism.dense_heads}",
+                fix="Budgets belong to KV heads; a GQA group shares one.",
+            )
+        )
+    windows = mechanism.window_of_head(kv_heads)
+    groups: dict[int | None, list[int]] = {}
+    for head, budget in enumerate(budgets):
+        groups.setdefault(None if head in mechanism.dense_heads else budget, []).append(head)
+    return tuple(
+        HeadGroup(
+            tuple(heads),
+            Full()
+            if budget is None
+            else replace(
+                mechanism,
+                key_tokens=budget,
+                dense_heads=(),
+                scale_of_head=tuple(mechanism.windows.index(windows[h]) for h in heads),
+            ),
+        )
+        for budget, heads in groups.items()
+    )
 
 
 def _index(heads: Sequence[int]) -> Any:

@@ -29,29 +29,29 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 43 + 4 key_tokens D) | O(n) |
+| selection (``bounds``) | O(n D / 43 + 8 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from longswift.core.bias import PositionBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.pools import block_edges
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
-from longswift.mechanisms.by_head import HeadGroup, attend_by_head, visible_by_head
+from longswift.mechanisms.by_head import attend_by_head, head_groups, visible_by_head
 from longswift.mechanisms.coverage import captured_mass
-from longswift.mechanisms.full import Full
+from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.patterned import full_pattern, pattern_stats
@@ -74,7 +74,8 @@ class MSSwift(Mechanism):
             each KV head its own budget.
         coverage: Stop choosing once every row of the block holds this share of the attention mass
             found (``key_tokens`` stays the cap), or None for a fixed budget.
-        selector: How key tokens are chosen: ``"bounds"``, ``"antidiagonal"``, or a configured one.
+        selector: How key tokens are chosen: ``"bounds"``, another name of the table in
+            ``mechanisms.selectors``, or a configured one.
         remainder: Pool size of the coarse remainder, or None to drop what was not selected.
         block: Queries that share a choice.
         scale_of_head: Index into ``windows`` for each KV head; None spreads the scales over the
@@ -89,6 +90,10 @@ class MSSwift(Mechanism):
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
             available in strict causality, where probes would look ahead.
+        delta: Every ``delta``-th row (a divisor of ``block``) is computed exactly, and what the
+            sparse result missed there is added to the rows that follow (see ``mechanisms.delta``);
+            ``visible`` and ``lse`` stay those of the sparse result. None for no correction.
+            Decoding, whose query has no exact row before it, is not corrected.
         collect: Also measure, for 64 rows of every call, which share of full attention's mass lies
             on the keys each head saw: ``stats.captured``.
     """
@@ -99,7 +104,7 @@ class MSSwift(Mechanism):
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
     sinks: int = 16
-    key_tokens: int | tuple[int, ...] = 256
+    key_tokens: int | tuple[int, ...] = 128
     coverage: float | None = None
     selector: str | dict[str, Any] | Selector = "bounds"
     remainder: int | None = 256
@@ -109,6 +114,7 @@ class MSSwift(Mechanism):
     dense_below: int = 4096
     dense_heads: tuple[int, ...] = ()
     min_coverage: float | None = None
+    delta: int | None = None
     collect: bool = False
 
     def __post_init__(self) -> None:
@@ -200,17 +206,22 @@ class MSSwift(Mechanism):
         )
         return min(q_len, max(0, max(below, covered) - (k_len - q_len)))
 
+    def _check_bias(self, bias: PositionBias) -> None:
+        super()._check_bias(bias)
+        if self.key_tokens != 0:
+            self._selector.check_bias(bias)
+
     def _strict(self, call: Call) -> bool:
         if not call.causal:
             return False
         return self.causality == "strict" or (self.causality == "auto" and call.training)
 
     def exact_part(self) -> Mechanism | None:
-        return replace(self, remainder=None, collect=False)
+        return replace(self, remainder=None, delta=None, collect=False)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
-            return attend_by_head(self.name, _head_groups(self, k.shape[1]), q, k, v, call)
+            return attend_by_head(self.name, head_groups(self, k.shape[1]), q, k, v, call)
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
@@ -254,6 +265,18 @@ class MSSwift(Mechanism):
                     "dense": int(short.dense.sum()),
                     "lowest": short.lowest,
                 }
+            if self.delta is not None and q_len > 1:
+                part, scored = add_delta(
+                    part,
+                    rest,
+                    k,
+                    v,
+                    stride=self.delta,
+                    causal=call.causal,
+                    scale=call.scale,
+                    bias=call.bias,
+                )
+                more_keys = tuple(x + scored for x in more_keys or (0.0,) * k.shape[1])
             parts.append(part)
         mode = "dense" if pattern is None else "strict" if self._strict(call) else "shared"
         counted = pattern or full_pattern(k_len, k.shape[1], call.causal)
@@ -306,7 +329,6 @@ class MSSwift(Mechanism):
         sinks = self._sink_slots(pattern, q.shape[2], k)
         if self.key_tokens == 0:
             return replace(pattern, tokens=sinks), None
-        self._selector.check_bias(call.bias)
         band_part = backend.attend_bands(q, k, v, pattern, call.scale, call.bias)
         request = Request(
             q=q,
@@ -339,7 +361,7 @@ class MSSwift(Mechanism):
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         if self._heads_differ:
-            return visible_by_head(_head_groups(self, k.shape[1]), q, k, call)
+            return visible_by_head(head_groups(self, k.shape[1]), q, k, call)
         q_len, k_len, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
         seen = full_pattern(k_len, k.shape[1], call.causal).visible(q_len, k_len, groups, q.device)
@@ -357,38 +379,3 @@ class MSSwift(Mechanism):
             seen = seen.expand(q.shape[0], -1, -1, -1)
             part = torch.where(whole, seen[:, :, exact_rows:], part)
         return torch.cat([seen[:, :, :exact_rows], part], 2)
-
-
-@lru_cache(maxsize=1024)
-def _head_groups(mechanism: MSSwift, kv_heads: int) -> tuple[HeadGroup, ...]:
-    """Groups of KV heads that need calls of their own."""
-    budgets = mechanism.key_tokens
-    if isinstance(budgets, int):
-        budgets = (budgets,) * kv_heads
-    if len(budgets) != kv_heads or any(head >= kv_heads for head in mechanism.dense_heads):
-        raise ConfigError(
-            problem(
-                "MSSwift.key_tokens, MSSwift.dense_heads",
-                expected=f"budgets and indices for {kv_heads} KV heads",
-                got=f"{len(budgets)} budgets, dense heads {mechanism.dense_heads}",
-                fix="Budgets belong to KV heads; a GQA group shares one.",
-            )
-        )
-    windows = mechanism.window_of_head(kv_heads)
-    groups: dict[int | None, list[int]] = {}
-    for head, budget in enumerate(budgets):
-        groups.setdefault(None if head in mechanism.dense_heads else budget, []).append(head)
-    return tuple(
-        HeadGroup(
-            tuple(heads),
-            Full()
-            if budget is None
-            else replace(
-                mechanism,
-                key_tokens=budget,
-                dense_heads=(),
-                scale_of_head=tuple(mechanism.windows.index(windows[h]) for h in heads),
-            ),
-        )
-        for budget, heads in groups.items()
-    )

@@ -69,6 +69,15 @@ def check_ms_swift(config: MSSwift) -> None:
         "None or a share in (0, 1]",
         "For example min_coverage=0.95.",
     )
+    require(
+        config.delta is None
+        or type(config.delta) is int
+        and config.delta > 0
+        and config.block % config.delta == 0,
+        "delta",
+        f"None or a divisor of block={config.block}",
+        "For example delta=64, or None for no correction.",
+    )
     require(isinstance(config.collect, bool), "collect", "True or False", "Leave it at False.")
     require(
         config.causality in ("auto", "shared", "strict"),

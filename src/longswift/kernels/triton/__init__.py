@@ -34,7 +34,10 @@ def verify(device: torch.device) -> tuple[bool, str]:
         return False, "triton is not installed: pip install 'longswift[gpu]'"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
-            return True, "Triton's interpreter, for tests only"
+            from longswift.kernels.triton.probe import interpreter_fails
+
+            failure = interpreter_fails()
+            return failure is None, failure or "Triton's interpreter, for tests only"
         return False, "Triton compiles for GPUs; on a CPU it runs only with TRITON_INTERPRET=1"
     if device.type != "cuda":
         return False, f"the kernels are not used on {device.type}"

@@ -13,6 +13,9 @@ SELECTORS: Registry[Selector] = Registry(
     {
         "bounds": "longswift.mechanisms.selectors.bounds:Bounds",
         "antidiagonal": "longswift.mechanisms.selectors.antidiagonal:Antidiagonal",
+        "lowrank": "longswift.mechanisms.selectors.lowrank:LowRank",
+        "pooled": "longswift.mechanisms.selectors.pooled:Pooled",
+        "anchor": "longswift.mechanisms.selectors.anchor:Anchor",
     },
     entry_point_group="longswift.selectors",
 )

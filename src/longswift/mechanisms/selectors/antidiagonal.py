@@ -61,7 +61,7 @@ class Antidiagonal(Selector):
                 )
             )
 
-    def choosing_cost(self, budget: int, keys: float) -> float:
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
         """Folded scores."""
         return keys / self.stride / 2 if budget else 0.0
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from longswift.core.bias import ScoreBias
+from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, block_runs
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.parallel import for_each
@@ -109,14 +109,14 @@ class Selector(ABC):
     def select(self, request: Request) -> Selection:
         """Tokens for every block; O(n) memory, cost stated by each selector."""
 
-    def choosing_cost(self, budget: int, keys: float) -> float:
-        """What choosing costs a query that has ``keys`` keys to choose from.
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
+        """What choosing costs a query of ``dim`` channels that has ``keys`` keys to choose from.
 
         In keys attended to: a product with a key without its value counts half.
         """
         return keys / 2 if budget else 0.0
 
-    def check_bias(self, bias: ScoreBias | None) -> None:
+    def check_bias(self, bias: PositionBias | None) -> None:
         """Raise ``UnsupportedError`` unless the choice takes a bias into account."""
         if bias is not None and not self.supports_bias:
             raise UnsupportedError(

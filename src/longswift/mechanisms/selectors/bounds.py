@@ -14,27 +14,39 @@ bounded one by one, and more blocks are proposed to them. Decoding uses pages of
 Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/43 of
-full attention's scores at 16 x 8) and ``proposals * budget * D`` for the exact stage. In strict
+full attention's scores at 32 x 4) and ``proposals * budget * D`` for the exact stage. In strict
 mode bounds are per row: ``2 D n / key_block``.
+
+With ``tree`` key blocks are boxed in turn, ``tree`` at a time, and only the best boxes are opened
+(``box_tree``): ``3 D / row_group`` multiply-adds for at most ``(levels + 1) * tree * kept`` boxes
+with ``kept = beam * proposals * budget / key_block``, where ``levels`` grows with the logarithm of
+``n / key_block / (tree * kept)``. Building the tree is a pass over the key blocks, so that a single
+query bounds these themselves, and so does strict mode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from longswift.core.bias import ScoreBias
+from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, row_positions
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
+from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
-from longswift.mechanisms.selectors.two_stage import TwoStage
+from longswift.mechanisms.selectors.box_tree import descend, enclose, levels_above
+from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
 
-_HIDDEN = float("-inf")
+# Boxes of key blocks described at once.
+_BOXES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +63,36 @@ class Bounds(Selector):
         key_radius: Share of a key block's radius that counts. No key is extreme in all channels at
             once, so that shares below 1, which make it an upper bound, rank blocks better.
         row_radius: Likewise for a group of rows.
+        tree: Key blocks in a box of the next level, a power of two; None bounds every key block.
+        beam: Boxes opened a level per proposed block.
     """
 
     name: ClassVar[str] = "bounds"
     supports_bias: ClassVar[bool] = True
 
-    key_block: int = 8
-    row_group: int = 16
-    proposals: int = 4
-    most_proposals: int = 16
+    key_block: int = 4
+    row_group: int = 32
+    proposals: int = 8
+    most_proposals: int = 32
     key_radius: float = 0.5
-    row_radius: float = 0.25
+    row_radius: float = 0.5
+    tree: int | None = None
+    beam: int = 1
 
     def __post_init__(self) -> None:
         self._check_power(key_block=self.key_block, row_group=self.row_group)
-        for name in ("proposals", "most_proposals"):
+        if self.tree is not None:
+            self._check_power(tree=self.tree)
+            if self.tree == 1:
+                raise ConfigError(
+                    problem(
+                        "Bounds.tree",
+                        expected="None or a power of two above 1",
+                        got=self.tree,
+                        fix="Use 4, 8 or 16, or None for no tree.",
+                    )
+                )
+        for name in ("proposals", "most_proposals", "beam"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(
@@ -92,10 +119,28 @@ class Bounds(Selector):
         """Decoding scores a cache's pages where they fit, everything else blocks of its own."""
         return PAGE if q_len == 1 and PAGE % self.key_block == 0 else self.key_block
 
-    def choosing_cost(self, budget: int, keys: float) -> float:
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
         """Bounds are three products for every box of rows and block of keys."""
-        boxes = 3 * keys / (self.row_group * self.key_block)
-        return (boxes + self.proposals * budget) / 2 if budget else 0.0
+        boxes, opened = keys / self.key_block, 0.0
+        if self.tree is not None:
+            a_level = self.beam * self.proposals * budget / self.key_block * self.tree
+            while boxes > a_level > 0:
+                boxes, opened = boxes / self.tree, opened + a_level
+        products = 3 * (boxes + opened) / self.row_group
+        return (products + self.proposals * budget) / 2 if budget else 0.0
+
+    def check_bias(self, bias: PositionBias | None) -> None:
+        """Raise ``UnsupportedError`` for a bias in a tree, whose boxes are bounded without it."""
+        super().check_bias(bias)
+        if bias is not None and self.tree is not None:
+            raise UnsupportedError(
+                problem(
+                    "Bounds.tree",
+                    expected="None with a position bias",
+                    got=self.tree,
+                    fix="Bound every key block: tree=None.",
+                )
+            )
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
@@ -115,16 +160,19 @@ class _Pass(TwoStage):
         cut = bool(offset % block or k_len % block) or not whole
         # Bounds only propose, so 16-bit input may be bounded in 16 bits.
         dtype = factor_dtype(request.k)
+        levels = [(low, high)]
+        if selector.tree is not None and not request.strict and request.q.shape[2] > 1:
+            top = levels_above(self._blocks, selector.tree, self._opened(block) * selector.tree)
+            for _ in range(top):
+                levels.append(enclose(*levels[-1], selector.tree))
         # Heads flattened once: a slice of blocks then stays a view.
-        self._row_boxes: list[Tensor] = []
-        self._group_boxes: list[Tensor] = []
-        if request.strict or cut:
-            self._row_boxes = [x.to(dtype).flatten(0, 1) for x in (high, low)]
-        if whole and not request.strict:
-            low, high = low.to(self._acc), high.to(self._acc)
-            centre, radius = (low + high) / 2, (high - low) / 2
-            features = torch.cat([centre, radius, centre.abs()], -1)
-            self._group_boxes = [features.to(dtype).flatten(0, 1)]
+        self._row_boxes: list[list[Tensor]] = []
+        self._group_boxes: list[list[Tensor]] = []
+        for low, high in levels:
+            if request.strict or cut:
+                self._row_boxes.append([x.to(dtype).flatten(0, 1) for x in (high, low)])
+            if whole and not request.strict:
+                self._group_boxes.append([_key_features(low, high, dtype).flatten(0, 1)])
         self._largest: dict[int, ScoreBias] = {}
         if request.bias is not None:
             size = self._key_block
@@ -133,8 +181,19 @@ class _Pass(TwoStage):
             for group in groups:
                 self._largest[group] = request.bias.largest(size + group - 1, size)
 
+    def _opened(self, rows: int) -> int:
+        """Boxes opened a level of the tree."""
+        return self._selector.beam * self._wanted_blocks(rows)
+
     def _scored(self) -> int:
-        return self._blocks if self._row_boxes else -(-self._blocks // self._selector.row_group)
+        request, boxes = self._request, self._blocks
+        gathered = 0
+        if len(self._row_boxes or self._group_boxes) > 1:
+            assert self._selector.tree is not None
+            boxes = self._opened(request.pattern.block) * self._selector.tree
+            gathered = 3 * boxes * request.k.shape[3] // (request.groups * request.pattern.block)
+        rows = 1 if self._row_boxes else self._selector.row_group
+        return max(-(-boxes // rows), gathered)
 
     def _by_row(self, run: BlockRun) -> bool:
         """Whether rows are bounded alone: a cut block has few, and they may be what is decoded."""
@@ -143,6 +202,69 @@ class _Pass(TwoStage):
     def _propose(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> tuple[Tensor, Tensor]:
+        parts = []
+        for part, level in self._segments(run):
+            rows, candidates = q[:, :, part], outside[:, part]
+            if level:
+                candidates = candidates[..., : self._leaves_before(run, part.stop - 1)]
+                parts.append(self._descend(rows, run, candidates, level))
+            else:
+                parts.append(self._propose_from_all(rows, run, candidates, width, space))
+        if len(parts) == 1:
+            return parts[0]
+        most = max(index.shape[3] for index, _ in parts)
+        return (
+            torch.cat([pad(index, (0, most - index.shape[3])) for index, _ in parts], 2),
+            torch.cat([pad(valid, (0, most - valid.shape[3])) for _, valid in parts], 2),
+        )
+
+    def _segments(self, run: BlockRun) -> Iterator[tuple[slice, int]]:
+        """Blocks of a run that start at the same level of the tree, and the level."""
+        tree = self._selector.tree
+        if tree is None or self._request.strict or run.rows == 1:
+            yield slice(0, run.count), 0
+            return
+        most = self._opened(run.rows) * tree
+        levels = [
+            levels_above(self._leaves_before(run, index), tree, most) for index in range(run.count)
+        ]
+        done = 0
+        for level, same in groupby(levels):
+            end = done + len(list(same))
+            yield slice(done, end), level
+            done = end
+
+    def _leaves_before(self, run: BlockRun, index: int) -> int:
+        """Key blocks among which a block of a run may choose, whatever the window of the head.
+
+        It depends on the position alone, so that the tree is entered alike in every chunk.
+        """
+        if not self._request.pattern.causal:
+            return self._blocks
+        block = self._request.pattern.block
+        return (run.position // block + index) * block // self._key_block
+
+    def _descend(
+        self, q: Tensor, run: BlockRun, outside: Tensor, level: int
+    ) -> tuple[Tensor, Tensor]:
+        """The best blocks that the tree leads to from a level."""
+        assert self._selector.tree is not None
+        levels = self._row_boxes if self._by_row(run) else self._group_boxes
+        return descend(
+            self._row_factors(q, run),
+            levels[: level + 1],
+            outside,
+            branch=self._selector.tree,
+            kept=self._opened(run.rows),
+            most=self._wanted_blocks(run.rows),
+            sinks=self._sink_blocks,
+            leaves=None if self._request.pattern.causal else self._blocks,
+        )
+
+    def _propose_from_all(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """The best blocks of all."""
         if self._request.best_blocks is None:
             return super()._propose(q, run, outside, width, space)
         rows = torch.cat(self._row_factors(q, run), -1)
@@ -154,7 +276,7 @@ class _Pass(TwoStage):
 
     def _boxes(self, run: BlockRun) -> list[Tensor]:
         """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
-        return self._row_boxes if self._by_row(run) else self._group_boxes
+        return (self._row_boxes if self._by_row(run) else self._group_boxes)[0]
 
     def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
         """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
@@ -209,11 +331,19 @@ class _Pass(TwoStage):
         bound = bound.view(batch, kv_heads, count, rows, width)
         if self._request.bias is not None:
             bound += self._largest_bias(run, width)
-        # Causal candidates form a prefix: only the columns where some block ends need a mask.
-        common = int(outside.sum(-1).min()) if self._request.pattern.causal else 0
-        bias = torch.zeros(outside[..., common:].shape, dtype=self._acc, device=bound.device)
-        bound[..., common:] += bias.masked_fill_(~outside[..., common:], _HIDDEN).unsqueeze(2)
-        return torch.softmax(bound, -1, out=bound)
+        return share_among_blocks(bound, outside, self._request.pattern.causal)
+
+
+def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Centre, radius and absolute centre of boxes ``[B, Hkv, W, D]``, ``[B, Hkv, W, 3D]``."""
+    acc = accumulator_dtype(low.dtype)
+    features = torch.empty(*low.shape[:3], 3 * low.shape[3], dtype=dtype, device=low.device)
+    # A piece at a time: temporaries as large as the boxes would be the peak of the whole call.
+    for out, bottom, top in zip(*(x.split(_BOXES, 2) for x in (features, low, high)), strict=True):
+        bottom, top = bottom.to(acc), top.to(acc)
+        centre = (bottom + top) / 2
+        out.copy_(torch.cat([centre, (top - bottom) / 2, centre.abs()], -1))
+    return features
 
 
 def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:

@@ -105,10 +105,11 @@ class TwoStage(ABC):
             rank = probs[..., :-1].amax(1)
         rank = rank.view(*proposed.shape[:3], -1)
         rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
-        best, taken = _best(rank, request.budget, ordered=request.coverage is not None)
+        best, taken = best_of(rank, request.budget, ordered=request.coverage is not None)
         chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
         if request.coverage is not None:
-            chosen = self._cover(chosen, best, taken, probs, tokens)
+            is_sink = tokens < request.sinks
+            chosen = drop_needless(chosen, best, probs, is_sink, request.coverage)
         return Selection(chosen, None)
 
     def _propose(
@@ -118,7 +119,7 @@ class TwoStage(ABC):
         scores = self._block_scores(q, run, outside, width, space)
         rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
         rank[..., : self._sink_blocks] = float(EMPTY)
-        return _best(rank, self._wanted_blocks(run.rows))
+        return best_of(rank, self._wanted_blocks(run.rows))
 
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
@@ -231,21 +232,6 @@ class TwoStage(ABC):
             torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
         return largest[:, :-1]
 
-    def _cover(
-        self, chosen: Tensor, best: Tensor, taken: Tensor, probs: Tensor, tokens: Tensor
-    ) -> Tensor:
-        """Empties the slots that no row needs to reach the coverage; the crossing token stays."""
-        request = self._request
-        assert request.coverage is not None
-        problems, rows = probs.shape[:2]
-        is_sink = (tokens < request.sinks).view(problems, 1, -1)
-        known = probs[..., -1:] + probs[..., :-1].mul(is_sink).sum(-1, keepdim=True)
-        picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
-        picked = picked * taken.view(problems, 1, -1)
-        before = known + picked.cumsum(2) - picked
-        needed = (before < request.coverage).any(1).view(best.shape)
-        return chosen.masked_fill(~needed, EMPTY)
-
     def _strict(self, run: BlockRun, space: Workspace) -> Selection:
         """At most ``budget`` tokens a block and the query position each is visible from."""
         request = self._request
@@ -270,7 +256,7 @@ class TwoStage(ABC):
         tokens = self._tokens(proposed)
         probs = self._probabilities(q, run, proposed, valid, space, visible)
         if request.coverage is not None:
-            probs = _needed(probs, request.coverage)
+            probs = needed_by_row(probs, request.coverage)
         probs = probs[..., :-1].view(*q.shape[:4], -1)
         allowed = ~self._barred(tokens, valid).unsqueeze(3)
         wanted = self._best_of_group(probs).mul_(allowed.to(self._acc))
@@ -285,13 +271,58 @@ class TwoStage(ABC):
         return weights.unflatten(3, (self._request.groups, -1)).amax(3)
 
 
-def _best(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
+def share_among_blocks(
+    scores: Tensor, outside: Tensor, causal: bool, band_lse: Tensor | None = None
+) -> Tensor:
+    """Softmax over candidate blocks of ``scores [B, Hkv, N, rows, W]``, in place.
+
+    Args:
+        scores: Scores of key blocks; what blocks that are no candidates hold does not matter.
+        outside: Which blocks are candidates, bool ``[Hkv, N, W]``.
+        causal: Candidates form a prefix: only columns where some query block's end need a mask.
+        band_lse: ``[B, Hkv, N, rows]``, what else takes part, or None.
+    """
+    common = int(outside.sum(-1).min()) if causal else 0
+    rest = outside[..., common:]
+    bias = torch.zeros(rest.shape, dtype=scores.dtype, device=scores.device)
+    scores[..., common:] += bias.masked_fill_(~rest, _HIDDEN).unsqueeze(2)
+    if band_lse is None:
+        return torch.softmax(scores, -1, out=scores)
+    highest = torch.maximum(scores.amax(-1), band_lse)
+    scores.sub_(highest.unsqueeze(-1)).exp_()
+    total = scores.sum(-1) + torch.exp(band_lse - highest)
+    return scores.div_(total.unsqueeze(-1))
+
+
+def best_of(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
     """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
     value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
     return index, value > EMPTY
 
 
-def _needed(probs: Tensor, coverage: float) -> Tensor:
+def drop_needless(
+    chosen: Tensor, best: Tensor, probs: Tensor, is_sink: Tensor, coverage: float
+) -> Tensor:
+    """Empties the slots that no row needs to reach the coverage; the crossing token stays.
+
+    Args:
+        chosen: Tokens in falling order of rank, ``[B, Hkv, N, C]``, ``EMPTY`` where there is none.
+        best: Their columns in ``probs``.
+        probs: Of every row, the band last, ``[B * Hkv * N, rows, M + 1]``.
+        is_sink: Columns that are seen anyway, bool ``[B, Hkv, N, M]``.
+        coverage: Share of the probability.
+    """
+    problems, rows = probs.shape[:2]
+    seen = is_sink.reshape(problems, 1, -1)
+    known = probs[..., -1:] + probs[..., :-1].mul(seen).sum(-1, keepdim=True)
+    picked = probs.gather(2, best.view(problems, 1, -1).expand(-1, rows, -1))
+    picked = picked * (chosen > EMPTY).view(problems, 1, -1)
+    before = known + picked.cumsum(2) - picked
+    needed = (before < coverage).any(1).view(best.shape)
+    return chosen.masked_fill(~needed, EMPTY)
+
+
+def needed_by_row(probs: Tensor, coverage: float) -> Tensor:
     """Zeroes what a row does not need to reach the coverage by itself; the band comes last."""
     ordered, order = probs[..., :-1].sort(-1, descending=True)
     before = probs[..., -1:] + ordered.cumsum(-1) - ordered

@@ -1,0 +1,186 @@
+"""Results of the attention benchmark for people: rows, growth, sentences, the table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longswift.eval import text
+from longswift.eval.results import Result
+from longswift.eval.timing import fit_exponent
+
+_NOTES = {
+    "data": "q, k and v are independent standard normal numbers, the same for every rival",
+    "time": "rivals alternate in one process, order reversed every round; the first run is "
+    "dropped unless it is slow; medians",
+    "exponent": "least squares of log seconds over log tokens, over the lengths at which the rival "
+    "is sparse if there are two, over all of them otherwise",
+    "memory": "rise of the resident high-water mark during one call in a fresh process, after a "
+    "call of 64 tokens, less the output (and, with backward, the gradients)",
+    "direction": "a mechanism without the form asked for is timed in the other one, against the "
+    "baseline in that",
+    "roofline": "the least time for the products with the keys that are scored and for moving q, "
+    "k, v and the output once, at the rates of the fastest matrix product and the fastest copy "
+    "measured just before; choosing keys counts as time, not as work",
+    "skipped": "a mechanism is left out at lengths where a call would take longer than the budget, "
+    "by the growth of its last two times",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRow:
+    """One rival at one length. The fields of the roofline are None in older results.
+
+    Attributes:
+        name: Mechanism, or name of the baseline.
+        length: Tokens.
+        causal: Timed in causal attention.
+        seconds: Median wall-clock time of a call.
+        fastest: Fastest sample.
+        slowest: Slowest sample.
+        samples: Timed runs.
+        speedup: The baseline's median over this median, in the same direction.
+        extra_bytes: Working memory beyond inputs and output, or None if not measured.
+        keys_per_query: Mean number of keys scored per query.
+        density: Share of what full attention scores.
+        backend: Backend that ran.
+        flops: Operations of the products of queries with scored keys and their values.
+        least_bytes: Bytes of the tensors that must be moved once.
+        matmul_flops: Measured ceiling, operations per second.
+        copy_bytes: Measured ceiling, bytes per second.
+        least_seconds: The shortest time the ceilings allow.
+    """
+
+    name: str
+    length: int
+    causal: bool = True
+    seconds: float
+    fastest: float
+    slowest: float
+    samples: int
+    speedup: float
+    extra_bytes: int | None
+    keys_per_query: float
+    density: float
+    backend: str
+    flops: float | None = None
+    least_bytes: float | None = None
+    matmul_flops: float | None = None
+    copy_bytes: float | None = None
+    least_seconds: float | None = None
+
+    @property
+    def roofline(self) -> float | None:
+        """Share of the roofline that was reached, or None where it was not measured."""
+        return None if self.least_seconds is None else self.least_seconds / self.seconds
+
+
+def series(result: Result) -> dict[str, list[AttentionRow]]:
+    """Rows by rival, ascending in length, the baseline first."""
+    found: dict[str, list[AttentionRow]] = {}
+    for row in sorted((AttentionRow(**row) for row in result.rows), key=lambda r: r.length):
+        found.setdefault(row.name, []).append(row)
+    return found
+
+
+def baseline(result: Result) -> str:
+    """Name of the baseline; older results name none and mean SDPA."""
+    name: str = result.config.get("against", "sdpa")
+    return name
+
+
+def is_baseline(result: Result, name: str) -> bool:
+    """Whether a row of this name is the baseline, in one of the two directions."""
+    return name.partition(" ")[0] == baseline(result)
+
+
+def label(row: AttentionRow, result: Result) -> str:
+    """The name of a row, and its direction where it is not the one that was asked for."""
+    if row.causal == result.config["causal"] or is_baseline(result, row.name):
+        return row.name
+    return f"{row.name} ({'causal' if row.causal else 'bidirectional'})"
+
+
+def summarise(result: Result) -> dict[str, Any]:
+    """Fitted exponents, a sentence per mechanism, and how the figures were made."""
+    exponents, sentences = {}, []
+    for name, rows in series(result).items():
+        # Below its crossover a mechanism is dense, which says nothing about how it grows.
+        sparse = [r for r in rows if r.density < 1]
+        fitted = sparse if len(sparse) > 1 else rows
+        exponents[name] = fit_exponent([r.length for r in fitted], [r.seconds for r in fitted])
+        last = rows[-1]
+        if not is_baseline(result, name):
+            sentences.append(
+                f"{label(last, result)} at {last.length} tokens: {text.seconds(last.seconds)}, "
+                f"{text.times_faster(last.speedup)} than {baseline_title(result)}, scoring "
+                f"{100 * last.density:.1f} % of the keys."
+            )
+    if (ceilings := _ceilings(result)) is not None:
+        sentences.append(ceilings)
+    return {"exponents": exponents, "sentences": sentences, "how": _NOTES}
+
+
+def left_out(result: Result) -> list[str]:
+    """A sentence for everything that was asked for and not timed."""
+    return [f"{name} was left out: {why}" for name, why in result.config["left_out"].items()] + [
+        f"{case['name']} at {case['length']} tokens was left out: a call would take about "
+        f"{text.seconds(case['predicted_seconds'])}, more than the budget."
+        for case in result.summary["skipped"]
+    ]
+
+
+def baseline_title(result: Result) -> str:
+    """The baseline as people call it."""
+    return {"sdpa": "SDPA", "flex": "FlexAttention"}[baseline(result)]
+
+
+def _ceilings(result: Result) -> str | None:
+    """The fastest product and copy of the run, in words."""
+    rows = [AttentionRow(**row) for row in result.rows]
+    rates = [(r.matmul_flops, r.copy_bytes) for r in rows if r.matmul_flops and r.copy_bytes]
+    if not rates:
+        return None
+    flops, copied = (max(values) for values in zip(*rates, strict=True))
+    return (
+        f"Ceilings of this run: {text.rate(flops, 'FLOP/s')} in matrix products, "
+        f"{text.rate(copied, 'B/s')} in copies."
+    )
+
+
+def table(result: Result) -> text.Table:
+    """The result for people."""
+    exponents, config = result.summary["exponents"], result.config
+    title = (
+        f"attention only, {config['dtype']}, {result.environment.threads} thread(s), "
+        f"{config['device']}"
+    )
+    cells = [
+        (
+            label(row, result),
+            f"{row.length}",
+            text.seconds(row.seconds),
+            f"{text.seconds(row.fastest)} - {text.seconds(row.slowest)}",
+            f"{row.samples}",
+            f"{row.speedup:.2f}x",
+            text.megabytes(row.extra_bytes),
+            f"{row.keys_per_query:,.0f} ({100 * row.density:.1f} %)",
+            "-" if exponents[row.name] is None else f"{exponents[row.name]:.2f}",
+            "-" if row.roofline is None else f"{100 * row.roofline:.0f} %",
+        )
+        for found in series(result).values()
+        for row in found
+    ]
+    columns = (
+        "",
+        "tokens",
+        "median",
+        "range",
+        "runs",
+        f"vs {baseline_title(result)}",
+        "extra memory",
+        "keys/query",
+        "n^",
+        "of roofline",
+    )
+    return text.Table(title, columns, cells)
