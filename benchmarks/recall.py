@@ -23,6 +23,7 @@ from longswift.core.errors import InputError, LongSwiftError, problem
 from longswift.eval.plots import COLOURS, figure, save
 from longswift.eval.results import Progress, Result, load, writable
 from longswift.hf import LongSwiftConfig, LongSwiftLM, memory_parameters
+from longswift.mechanisms.bigbird import BigBird
 from longswift.mechanisms.linear import Linear
 from longswift.mechanisms.longformer import Longformer
 from longswift.memory.compressive import Infini
@@ -42,6 +43,7 @@ ATTENTIONS: dict[str, Any] = {
     "window": SlidingWindow(window=PART),
     "transformer-xl": TransformerXL(segment=PART, memory=LENGTH - PART),
     "linear": Linear(),
+    "bigbird": BigBird(block=PART // 2, random_blocks=0, window_blocks=3, global_blocks=2),
     "longformer": Longformer(left=PART - 1, global_tokens=PART),
     "full": Full(),
     "infini-delta": Infini(segment=PART, update="delta_segment"),

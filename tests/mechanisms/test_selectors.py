@@ -82,6 +82,7 @@ def test_the_future_changes_no_choice(selector: dict[str, Any], training: bool) 
 def test_a_tree_whose_every_box_is_opened_is_the_flat_choice(causal: bool) -> None:
     q, k = torch.randn(2, 6, 500, 8), torch.randn(2, 2, 500, 8)
     options: dict[str, Any] = {"key_block": 4, "row_group": 4, "proposals": 2, "most_proposals": 2}
+    options.update(key_radius=0.5, row_radius=0.25)
     block = {"windows": (16,), "key_tokens": 16, "block": 16, "dense_below": 0, "remainder": None}
     seen = [
         MSSwift(**block, selector={"name": "bounds", **options, **tree}).visible(

@@ -121,14 +121,13 @@ def plot_attention(result: Result, path: str | Path) -> Path:
     every = [row for rows in found.values() for row in rows]
     panels += [_draw_memory] * any(row.extra_bytes is not None for row in every)
     panels += [_draw_roofline] * any(row.roofline is not None for row in every)
-    across, down = 2, -(-len(panels) // 2)
-    fig = figure(12, 1 + 4.2 * down)
+    across = len(panels) if len(panels) < 4 else 2
+    down = -(-len(panels) // across)
+    fig = figure(1.6 + 5.2 * across, 1 + 4.2 * down)
     axes: Any = fig.subplots(down, across, squeeze=False).ravel()
-    for axis, draw in zip(axes, panels, strict=False):
+    for axis, draw in zip(axes, panels, strict=True):
         draw(axis, found, looks, result)
         length_axis(axis, sorted({row.length for row in every}))
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     handles, words = axes[0].get_legend_handles_labels()
     fig.legend(
         handles, words, loc="outside right center", frameon=False, fontsize=9, handlelength=3
