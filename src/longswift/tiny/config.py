@@ -82,7 +82,6 @@ class Config:
             # Far text disturbs the prediction of text until long texts have been read for a while.
             Stage(length=16384, tokens=110 * 16384, batch=16384, rate=(0.35, 0.02), kind="texts"),
             Stage(length=16384, tokens=150 * 16384, batch=16384, rate=(0.5, 0.02), kind="whole"),
-            Stage(length=16384, tokens=50 * 16384, batch=16384, rate=(0.4, 0.02), kind="whole"),
         )
     )
     family: str = "smollm3"

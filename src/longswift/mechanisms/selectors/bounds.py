@@ -72,8 +72,8 @@ class Bounds(Selector):
 
     key_block: int = 4
     row_group: int = 32
-    proposals: int = 8
-    most_proposals: int = 32
+    proposals: int = 12
+    most_proposals: int = 64
     key_radius: float = 0.5
     row_radius: float = 0.5
     tree: int | None = None
