@@ -17,38 +17,55 @@ from longswift.eval import selection
 from longswift.eval.options import length
 from longswift.eval.plots import COLOURS, figure, save
 from longswift.eval.results import Result, load
+from longswift.mechanisms.selectors.anchor import Anchor
 from longswift.mechanisms.selectors.antidiagonal import Antidiagonal
 from longswift.mechanisms.selectors.bounds import Bounds
+from longswift.mechanisms.selectors.lowrank import LowRank
+from longswift.mechanisms.selectors.pooled import Pooled
 
-# Layers that see everything have two KV heads in the model studied, hence windows of 512 and 128.
+# Settings beside the default that change one thing each.
 CONFIGS: dict[str, Mechanism] = {
     "window 1024": SlidingWindow(window=1024),
-    "window 4096": SlidingWindow(window=4096),
     "no key tokens": MSSwift(key_tokens=0),
-    "antidiagonal 4": MSSwift(selector=Antidiagonal(stride=4)),
-    "antidiagonal 8": MSSwift(selector=Antidiagonal(stride=8)),
     "bounds": MSSwift(),
     "bounds, no remainder": MSSwift(remainder=None),
     "bounds, remainder 64": MSSwift(remainder=64),
-    "bounds, remainder 1024": MSSwift(remainder=1024),
     "bounds, full radii": MSSwift(selector=Bounds(key_radius=1.0, row_radius=1.0)),
-    "bounds, keys by 16": MSSwift(selector=Bounds(key_block=16)),
+    "bounds, keys by 8": MSSwift(selector=Bounds(key_block=8)),
+    "bounds, keys by 2": MSSwift(selector=Bounds(key_block=2)),
     "bounds, rows by 8": MSSwift(selector=Bounds(row_group=8)),
-    "bounds, rows by 4": MSSwift(selector=Bounds(row_group=4)),
-    "bounds, 2 proposals": MSSwift(selector=Bounds(proposals=2)),
-    "bounds, 8 proposals": MSSwift(selector=Bounds(proposals=8)),
-    "bounds, 16 proposals": MSSwift(selector=Bounds(proposals=16)),
+    "bounds, proposals 8": MSSwift(selector=Bounds(proposals=8)),
+    "bounds, proposals 24": MSSwift(selector=Bounds(proposals=24)),
     "bounds, block 64": MSSwift(block=64),
     "bounds, block 32": MSSwift(block=32),
-    "bounds, 128 key tokens": MSSwift(key_tokens=128),
-    "bounds, 512 key tokens": MSSwift(key_tokens=512),
-    "bounds, 1024 key tokens": MSSwift(key_tokens=1024),
+    "bounds, 64 tokens": MSSwift(key_tokens=64, selector=Bounds(proposals=24)),
+    "bounds, 256 tokens": MSSwift(key_tokens=256, selector=Bounds(proposals=6)),
+    "bounds, 512 tokens": MSSwift(key_tokens=512, selector=Bounds(proposals=3)),
+    "bounds, tree 8": MSSwift(selector=Bounds(tree=8)),
+    "bounds, delta 64": MSSwift(delta=64),
+    "antidiagonal 4": MSSwift(selector=Antidiagonal(stride=4), key_tokens=256),
+    "antidiagonal 8": MSSwift(selector=Antidiagonal(stride=8), key_tokens=256),
+    "anchor 64": MSSwift(selector=Anchor(stride=64)),
+    "anchor 16": MSSwift(selector=Anchor(stride=16)),
+    "anchor 64, delta 64": MSSwift(selector=Anchor(stride=64), delta=64),
+    "pooled 16": MSSwift(selector=Pooled(key_block=16, proposals=12, most_proposals=64)),
+    "pooled 4": MSSwift(selector=Pooled(key_block=4, proposals=12, most_proposals=64)),
+    "pooled 16, variance": MSSwift(
+        selector=Pooled(key_block=16, variance=True, proposals=12, most_proposals=64)
+    ),
+    "lowrank": MSSwift(selector=LowRank(key_block=4, proposals=12, most_proposals=64)),
 }
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """Selector of a row, for its colour."""
+    return str(row["name"]).split(",")[0].split()[0]
 
 
 def plot(result: Result, path: Path) -> Path:
     """Divergence, captured mass and secrets against speed, each mechanism a labelled point."""
     rows = [row for row in result.summary["mechanisms"] if row["name"] != "full"]
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
     fig = figure(13, 5)
     panels: tuple[tuple[str, Any], ...] = (
         ("next-token divergence from full attention, nats", lambda row: row["kl"]),
@@ -57,7 +74,7 @@ def plot(result: Result, path: Path) -> Path:
     )
     for axis, (title, value) in zip(fig.subplots(1, 3), panels, strict=True):
         for number, row in enumerate(rows, 1):
-            colour = COLOURS[sum(map(ord, row["name"].split(",")[0].split()[0])) % len(COLOURS)]
+            colour = COLOURS[kinds.index(_kind(row)) % len(COLOURS)]
             axis.plot(row["ratio"], value(row), "o", color=colour, markersize=6)
             axis.annotate(
                 str(number),
@@ -89,17 +106,19 @@ def main() -> int:
     parser.add_argument("--length", default="32768")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", help="labels that contain this")
+    parser.add_argument("--only", help="labels, separated by semicolons")
     parser.add_argument("--json", type=Path, default=Path("results/selection.json"))
     parser.add_argument("--png", type=Path, help="draw the result")
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     given = parser.parse_args()
     try:
-        chosen = {k: v.to_dict() for k, v in CONFIGS.items() if (given.only or "") in k}
-        if not chosen:
+        labels = given.only.split(";") if given.only else list(CONFIGS)
+        unknown = [label for label in labels if label not in CONFIGS]
+        if unknown:
             raise InputError(
-                problem("--only", expected=f"part of {list(CONFIGS)}", got=given.only, fix="Pick.")
+                problem("--only", expected=f"some of {list(CONFIGS)}", got=unknown, fix="Pick.")
             )
+        chosen = {label: CONFIGS[label].to_dict() for label in labels}
         study = selection.Study(
             mechanisms=chosen,
             model=given.model,

@@ -35,6 +35,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -178,6 +179,14 @@ class MSSwift(Mechanism):
         grain = self._selector.grain(q_len)
         fits = self.block % grain == 0 and (self.remainder is None or self.remainder % grain == 0)
         return grain if fits else self._selector.key_block
+
+    def _pool_grain(self, q_len: int, bands: tuple[Band, ...]) -> int:
+        """Granularity of the remainder's sums: as coarse as the edges of bands allow."""
+        if q_len == 1 or self.remainder is None:
+            # A cache's pages are ready, sums of them would be a pass over all for a single query.
+            return self._grain(q_len)
+        edges = (edge for band in bands for edge in (band.tile, band.left, band.right))
+        return math.gcd(self.block, self.remainder, *edges)
 
     def bands(self, q_len: int, kv_heads: int, causal: bool) -> tuple[Band, ...]:
         """Band of each KV head."""
@@ -323,7 +332,7 @@ class MSSwift(Mechanism):
             bands=bands,
             block=self.block,
             pool=self.remainder,
-            pool_grain=self._grain(asked),
+            pool_grain=self._pool_grain(asked, bands),
         )
         strict = self._strict(call)
         sinks = self._sink_slots(pattern, q.shape[2], k)
@@ -334,6 +343,7 @@ class MSSwift(Mechanism):
             q=q,
             k=k,
             scale=call.scale,
+            key_block=self._grain(asked),
             pattern=pattern,
             band_lse=band_part.lse,
             sinks=self.sinks,

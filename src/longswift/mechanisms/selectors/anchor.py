@@ -72,7 +72,7 @@ class _Pass:
 
     def __init__(self, selector: Anchor, request: Request) -> None:
         self._request, self._stride = request, selector.stride
-        self._key_block = request.pattern.pool_grain
+        self._key_block = request.key_block
         self._acc = accumulator_dtype(request.q.dtype)
         self._keys = request.k.to(factor_dtype(request.k)).flatten(0, 1)
         # Anchors of a complete block: a schedule must not depend on how many rows there are.

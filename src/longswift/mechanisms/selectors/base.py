@@ -34,6 +34,7 @@ class Request:
         q: ``[B, Hq, Lq, D]``.
         k: ``[B, Hkv, Lk, D]``.
         scale: Factor on the scores.
+        key_block: Keys are scored in blocks of this many; edges of bands lie on multiples of it.
         pattern: Bands and blocks; candidates lie outside the bands, in causal attention before.
         band_lse: ``[B, Hq, Lq]`` log-sum-exp over the band, part of every probability.
         sinks: Leading tokens that are seen anyway and never selected.
@@ -49,6 +50,7 @@ class Request:
     q: Tensor
     k: Tensor
     scale: float
+    key_block: int
     pattern: BlockPattern
     band_lse: Tensor
     sinks: int

@@ -151,7 +151,7 @@ class _Pass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        low, high = _key_extremes(request, request.pattern.pool_grain)
+        low, high = _key_extremes(request, request.key_block)
         super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]

@@ -88,7 +88,7 @@ class _Pass(TwoStage):
 
     def __init__(self, selector: LowRank, request: Request) -> None:
         pattern, k = request.pattern, request.k
-        k_len, size = k.shape[2], pattern.pool_grain
+        k_len, size = k.shape[2], request.key_block
         blocks = k_len // size if pattern.causal else -(-k_len // size)
         super().__init__(request, selector.proposals, blocks, selector.most_proposals)
         self._fit, self._rank = selector.fit, selector.dimensions(k.shape[3])

@@ -83,7 +83,7 @@ class _Pass(TwoStage):
     """One selection: moments of key blocks."""
 
     def __init__(self, selector: Pooled, request: Request) -> None:
-        size = request.pattern.pool_grain
+        size = request.key_block
         if selector.variance:
             # Squares leave the range of 16-bit numbers.
             moments = _means_and_variances(request, size)

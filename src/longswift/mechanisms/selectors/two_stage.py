@@ -47,7 +47,7 @@ class TwoStage(ABC):
     ) -> None:
         self._request, self._proposals, self._blocks = request, proposals, blocks
         self._most_proposals = proposals if most_proposals is None else most_proposals
-        self._key_block = request.pattern.pool_grain
+        self._key_block = request.key_block
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
         self._runs = None if request.bias is None else request.bias.beyond(self._key_block - 1)
