@@ -14,7 +14,7 @@ from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
 from longswift.eval.documents import source
-from longswift.eval.exams import Exam, exams
+from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.results import Progress, Result, writable
@@ -144,9 +144,7 @@ def _read(
                 )
             step(text=f"{name}: answering")
             speeds.append(reading.decode_speed(model, exam.questions[0], cache, demo.decoded))
-            for question, length in zip(exam.questions, exam.lengths, strict=True):
-                said = loaded.decode(reading.ask(model, question, cache, length))
-                answers.append(said.strip())
+            answers += answer(loaded, exam, cache)
             del cache
     keys = dense if mechanism is None else scored.keys / max(1, scored.queries)
     true = [answer for exam in documents for answer in exam.answers]

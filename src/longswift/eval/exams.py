@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from longswift.core.errors import InputError, problem
 from longswift.eval.models import Loaded
+from longswift.eval.reading import ask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,14 @@ class Exam:
     answers: tuple[str, ...]
     lengths: list[int]
     depths: tuple[float, ...]
+
+
+def answer(loaded: Loaded, exam: Exam, cache: Any) -> list[str]:
+    """What the model says to every question, the document being in ``cache``."""
+    return [
+        loaded.decode(ask(loaded.model, question, cache, length)).strip()
+        for question, length in zip(exam.questions, exam.lengths, strict=True)
+    ]
 
 
 def exams(

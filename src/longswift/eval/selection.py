@@ -18,20 +18,21 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longswift.core.mechanism import check_positive
-from longswift.core.observe import Observed, observe
-from longswift.eval import options, reading
+from longswift.core.observe import Observed, Observer
+from longswift.eval import options
 from longswift.eval import text as text_of
 from longswift.eval.cost import Scored
 from longswift.eval.documents import source
-from longswift.eval.exams import Exam, exams
+from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.judging import EndJudge, LayerJudge
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, Rival
-from longswift.eval.walk import on_trial
+from longswift.eval.walk import Walk, on_trial
 from longswift.mechanisms.full import Full
 
 KIND = "selection"
@@ -110,57 +111,41 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + statistics.median(of)
 
 
-def _answers(loaded: Loaded, exam: Exam, cache: Any) -> list[bool]:
-    """Which secrets are answered rightly behind the document in ``cache``."""
-    said = [
-        loaded.decode(reading.ask(loaded.model, question, cache, length)).strip()
-        for question, length in zip(exam.questions, exam.lengths, strict=True)
-    ]
-    return [a == b for a, b in zip(said, exam.answers, strict=True)]
-
-
-def _read(loaded: Loaded, exam: Exam, rival: Rival, see: Any) -> tuple[torch.Tensor, Any]:
-    """Last hidden states of the document under ``rival``, its answers; calls go to ``see``."""
-    from longswift.hf import SwiftCache
-    from longswift.hf.settings import stand_in
-
-    def tell(call: Observed) -> None:
-        if rival.used(call):
-            see(call)
-
-    cache = SwiftCache(loaded.model.config)
-    ids = exam.document
-    with stand_in(rival.choose):
-        with observe(tell):
-            # In one piece, as attention is timed.
-            states = next(reading.hidden_states(loaded.model, ids, cache, len(ids)))
-        return states, _answers(loaded, exam, cache)
-
-
 def measure(
     loaded: Loaded, exam: Exam, rivals: Sequence[Rival], repeats: int, document: int, step: Bar
 ) -> list[dict[str, Any]]:
     """One document: a row for full attention and for every rival."""
     clock, judge = _Clock(rivals, repeats), LayerJudge(rivals)
 
-    def see(call: Observed) -> None:
+    def watch(call: Observed) -> None:
         clock(call)
         judge(call)
 
+    ids = exam.document
+    # In one piece, as attention is timed.
+    walk = Walk(loaded.model, ids, len(ids), step)
+    states: dict[str, Tensor] = {}
+    right: dict[str, list[bool]] = {}
+    keys = {FULL: (len(ids) + 1) / 2}
+
+    def read(rival: Rival, observer: Observer) -> None:
+        def see(_: int, hidden: Tensor) -> None:
+            states[rival.name] = hidden
+
+        def ask(cache: Any) -> None:
+            said = zip(answer(loaded, exam, cache), exam.answers, strict=True)
+            right[rival.name] = [a == b for a, b in said]
+
+        walk.read(rival, observer, see, ask)
+
     with on_trial(loaded.model), torch.inference_mode():
-        step(text="full attention, and every rival on its layers")
-        dense, right = _read(loaded, exam, Rival(FULL, Full()), see)
-        step(len(exam.document))
-        keys, answers = {FULL: (len(exam.document) + 1) / 2}, {FULL: right}
-        states = {}
+        read(Rival(FULL, Full()), watch)
         for rival in rivals:
-            step(text=f"{rival.name}: reading")
             scored = Scored()
-            states[rival.name], answers[rival.name] = _read(loaded, exam, rival, scored.add)
+            read(rival, scored.add)
             keys[rival.name] = scored.keys / scored.queries
-            step(len(exam.document))
-        ends = EndJudge(loaded.model, exam.document)
-        ends.add(0, dense, states)
+        ends = EndJudge(loaded.model, ids)
+        ends.add(0, states.pop(FULL), states)
     heads = judge.rows(document)
     rows = []
     for end in ends.rows(document, keys):
@@ -174,7 +159,7 @@ def measure(
                 "captured": fmean(masses) if masses else None,
                 "captured_worst": min(masses) if masses else None,
                 "error": fmean(head.error for head in own) if own else None,
-                "right": answers[end.name],
+                "right": right[end.name],
             }
         )
     return rows

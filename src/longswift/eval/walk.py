@@ -32,8 +32,8 @@ def on_trial(model: Any) -> Iterator[None]:
             model.train(training)
 
 
-def _ignore(start: int, hidden: Tensor) -> None:
-    """Nothing is done with a chunk."""
+def _ignore(*_: Any) -> None:
+    """Nothing is done with what was read."""
 
 
 class Walk:
@@ -43,9 +43,20 @@ class Walk:
         self._model, self._ids, self._chunk, self._step = model, ids, chunk, step
 
     def read(
-        self, rival: Rival, observer: Observer, see: Callable[[int, Tensor], None] = _ignore
+        self,
+        rival: Rival,
+        observer: Observer,
+        see: Callable[[int, Tensor], None] = _ignore,
+        after: Callable[[Any], None] = _ignore,
     ) -> None:
-        """Read with ``rival``, whose calls ``observer`` sees; ``see(start, hidden)`` a chunk."""
+        """Read with ``rival``.
+
+        Args:
+            rival: What the full-attention layers run.
+            observer: Sees their calls while reading.
+            see: Called with the start and the hidden states of every chunk.
+            after: Called with the cache, the rival still in place.
+        """
         from longswift.hf import SwiftCache
         from longswift.hf.settings import stand_in
 
@@ -55,12 +66,14 @@ class Walk:
 
         self._step(text=f"{rival.name}: reading")
         cache = SwiftCache(self._model.config)
-        with stand_in(rival.choose), observe(tell):
-            start = 0
-            for hidden in hidden_states(self._model, self._ids, cache, self._chunk):
-                see(start, hidden)
-                start += hidden.shape[1]
-                self._step(hidden.shape[1])
+        with stand_in(rival.choose):
+            with observe(tell):
+                start = 0
+                for hidden in hidden_states(self._model, self._ids, cache, self._chunk):
+                    see(start, hidden)
+                    start += hidden.shape[1]
+                    self._step(hidden.shape[1])
+            after(cache)
 
     def keep(self, rival: Rival) -> tuple[list[Tensor], float]:
         """The last hidden states of a reading, and the mean number of keys scored per query."""

@@ -29,7 +29,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 43 + 8 key_tokens D) | O(n) |
+| selection (``bounds``) | O(n D / 43 + 12 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 

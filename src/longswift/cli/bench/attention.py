@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Option
+
+from longswift.cli.bench import shared
 
 
 def attention(
@@ -14,29 +15,25 @@ def attention(
     mechanism: Annotated[
         str, Option(help="Mechanisms, comma-separated, or 'all' of the table.")
     ] = "ms_swift",
-    settings: Annotated[
-        list[str] | None, Option("--set", help="NAME.OPTION=VALUE of a mechanism; repeat at will.")
-    ] = None,
-    against: Annotated[str, Option(help="Baseline: sdpa, or flex where it runs.")] = "sdpa",
-    dtype: Annotated[str, Option(help="float32, bfloat16, float16 or float64.")] = "bfloat16",
+    settings: shared.Settings = None,
+    against: shared.Against = "sdpa",
+    dtype: shared.Dtype = "bfloat16",
     heads: Annotated[int, Option(help="Query heads.")] = 2,
     kv_heads: Annotated[int | None, Option(help="Key/value heads; default: --heads.")] = None,
     head_dim: Annotated[int, Option(help="Width of a head.")] = 64,
     batch: Annotated[int, Option(help="Sequences per call.")] = 1,
     bidirectional: Annotated[bool, Option(help="Attention without causal order.")] = False,
     backward: Annotated[bool, Option(help="Time forward and gradients.")] = False,
-    device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",
-    repeats: Annotated[int, Option(help="Timed runs; slow cases get fewer.")] = 5,
+    device: shared.Device = "cpu",
+    repeats: shared.Repeats = 5,
     budget: Annotated[
         float, Option(help="Seconds per rival and length; slower calls are left out.")
     ] = 60.0,
     memory: Annotated[bool, Option(help="Also measure working memory (one more run).")] = True,
     seed: Annotated[int, Option(help="Seed of the random q, k, v.")] = 0,
-    json: Annotated[
-        Path | None, Option(help="Write the result; an interrupted run resumes.")
-    ] = None,
-    plot: Annotated[Path | None, Option(help="Draw a PNG.")] = None,
-    fresh: Annotated[bool, Option(help="Ignore what an interrupted run left.")] = False,
+    json: shared.Json = None,
+    plot: shared.Plot = None,
+    fresh: shared.Fresh = False,
 ) -> None:
     """Time mechanisms against PyTorch's full attention, alternating in one process."""
     from longswift.cli import render

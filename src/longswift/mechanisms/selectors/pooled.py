@@ -27,6 +27,7 @@ from longswift.core.blocks import BlockRun, Workspace
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
+from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE, group_sums
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
@@ -127,7 +128,7 @@ def _means(request: Request, size: int) -> Tensor:
 def _means_and_variances(request: Request, size: int) -> Tensor:
     """Channel-wise mean and variance of every candidate block, ``[B, Hkv, W, 2D]``."""
     k = request.k
-    acc = torch.float64 if k.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(k.dtype)
     whole = k.shape[2] // size * size
     parts = list(k[:, :, :whole].split(max(1, _WIDENED // size) * size, 2)) if whole else []
     found = [_moments(part.to(acc).unflatten(2, (-1, size)), 3) for part in parts]

@@ -38,15 +38,13 @@ class TwoStage(ABC):
         proposals: Proposed tokens per token of the budget.
         blocks: Key blocks that may be candidates.
         most_proposals: The same for blocks of few rows, as far as they cost no more than a
-            complete block; ``proposals`` by default. Strict choices must not depend on how many
+            complete block. Strict choices must not depend on how many
             rows there are, so that it does not hold for them.
     """
 
-    def __init__(
-        self, request: Request, proposals: int, blocks: int, most_proposals: int | None = None
-    ) -> None:
+    def __init__(self, request: Request, proposals: int, blocks: int, most_proposals: int) -> None:
         self._request, self._proposals, self._blocks = request, proposals, blocks
-        self._most_proposals = proposals if most_proposals is None else most_proposals
+        self._most_proposals = most_proposals
         self._key_block = request.key_block
         self._acc = accumulator_dtype(request.q.dtype)
         self._table = TokenTable(request.k)
