@@ -46,7 +46,8 @@ ATTENTIONS: dict[str, Any] = {
     "bigbird": BigBird(block=PART // 2, random_blocks=0, window_blocks=3, global_blocks=2),
     "longformer": Longformer(left=PART - 1, global_tokens=PART),
     "full": Full(),
-    "infini-delta": Infini(segment=PART, update="delta_segment"),
+    "infini-delta-token": Infini(segment=PART, update="delta_token"),
+    "infini-delta-segment": Infini(segment=PART, update="delta_segment"),
 }
 
 

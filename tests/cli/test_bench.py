@@ -18,8 +18,9 @@ def save(place: Path, seconds: float, kind: str = "attention") -> Path:
     return Result(kind=kind, config={}, seed=0, rows=[row]).save(place)
 
 
-def test_all_is_the_table_of_mechanisms(tmp_path: Path) -> None:
+def test_all_is_every_mechanism_and_memory(tmp_path: Path) -> None:
     from longswift.mechanisms import list_mechanisms
+    from longswift.memory import list_memories
 
     data, picture = tmp_path / "r.json", tmp_path / "r.png"
     options = ["--mechanism", "all", "--lengths", "64,128", "--repeats", "1", "--no-memory"]
@@ -27,7 +28,8 @@ def test_all_is_the_table_of_mechanisms(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "nystrom (bidirectional)" in result.output and "Ceilings" in result.output
     found = {row["name"] for row in json.loads(data.read_text())["rows"]}
-    assert found == {*list_mechanisms(), "sdpa", "sdpa (bidirectional)"}
+    assert found == {*list_mechanisms(), *list_memories(), "sdpa", "sdpa (bidirectional)"}
+    assert "growth with the number of tokens" in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

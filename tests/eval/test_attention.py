@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from longswift.eval.attention import AttentionBench
 from longswift.eval.attention_table import AttentionRow
 from longswift.eval.bench_plots import lines, plot_attention
 from longswift.eval.compare import compare
+from longswift.eval.growth import growth
 from longswift.eval.results import Result, load
 
 WINDOW = {"name": "sliding_window", "window": 64, "global_tokens": 0}
@@ -80,7 +82,15 @@ def test_the_roofline_is_counted_from_what_was_scored() -> None:
 
 def test_results_from_before_the_roofline_can_be_read() -> None:
     result = run(bench())
-    new = ("causal", "flops", "least_bytes", "matmul_flops", "copy_bytes", "least_seconds")
+    new = (
+        "causal",
+        "state_bytes",
+        "flops",
+        "least_bytes",
+        "matmul_flops",
+        "copy_bytes",
+        "least_seconds",
+    )
     rows = [{k: v for k, v in row.items() if k not in new} for row in result.rows]
     config = {k: v for k, v in result.config.items() if k not in ("against", "left_out")}
     older = Result(kind="attention", config=config, seed=0, rows=rows, summary=result.summary)
@@ -112,21 +122,45 @@ def test_times_are_predicted_from_sparse_rows() -> None:
     # Overhead does not hide growth.
     assert predicted([row_of(16, 1.0), row_of(32, 1.0)], 64) == pytest.approx(2.0)
     assert predicted([row_of(128, 1.0)], 64) is None
+    # What is dense at every length is quadratic in the end.
+    assert predicted([row_of(32, 1.0, density=1.0)], 64, dense=True) == pytest.approx(4.0)
+
+
+def test_growth_names_its_range() -> None:
+    """Dense rows of a mechanism that is sparse later do not count; the last two are told apart."""
+    rows = [row_of(8, 1.0, density=1.0), row_of(16, 1.0), row_of(32, 2.0), row_of(64, 16.0)]
+    found = growth({"x": rows, "once": rows[:1]})
+    assert set(found) == {"x"}
+    one = found["x"]
+    assert (one.shortest, one.longest) == (16, 64)
+    assert one.time == pytest.approx(2.0) and one.last_time == pytest.approx(3.0)
+    assert one.memory is None and one.state is None
+    sized = [
+        replace(row, least_bytes=100.0 * row.length, extra_bytes=100 * row.length, state_bytes=7)
+        for row in rows
+    ]
+    one = growth({"x": sized})["x"]
+    assert one.memory == pytest.approx(1.0) and one.state == pytest.approx(0.0)
 
 
 def test_what_would_take_too_long_is_left_out_and_said(tmp_path: Path) -> None:
     slow = {"name": "bigbird_tokens", "window": 9}
-    result = run(bench(lengths=(64, 128), mechanisms=(WINDOW, slow), budget_seconds=1e-9))
+    asked = (WINDOW, slow, {"name": "full"})
+    result = run(bench(lengths=(64, 128), mechanisms=asked, budget_seconds=1e-9))
     assert [(row["name"], row["length"]) for row in result.rows] == [
         ("sdpa", 64),
         ("sliding_window", 64),
         ("bigbird_tokens", 64),
+        ("full", 64),
         ("sdpa", 128),
         # The window is as wide as 64 tokens: dense rows predict nothing.
         ("sliding_window", 128),
     ]
     said = attention_table.left_out(result)
-    assert len(said) == 1 and said[0].startswith("bigbird_tokens at 128 tokens was left out")
+    assert [line.partition(" was left out")[0] for line in said] == [
+        "bigbird_tokens at 128 tokens",
+        "full at 128 tokens",
+    ]
 
 
 def test_many_rivals_are_told_apart(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, LongSwiftError, problem
-from longswift.core.mechanism import Mechanism, check_positive
-from longswift.core.types import AttentionStats
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import check_positive
 from longswift.eval import baselines, memory, options, roofline
+from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, carried, rivals
 from longswift.eval.attention_table import AttentionRow, series, summarise
 from longswift.eval.progress import Bar, Share, bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.timing import alternate, fit_exponent
+
+_PROCESSES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class AttentionBench:
 
     Attributes:
         lengths: Numbers of tokens.
-        mechanisms: The rivals, as ``Mechanism.to_dict`` gives them.
+        mechanisms: The rivals, mechanisms and memories, as their ``to_dict`` gives them.
         against: The baseline, full attention of PyTorch: a name of ``eval.baselines``.
         dtype: Name of the dtype.
         heads: Query heads.
@@ -39,9 +42,9 @@ class AttentionBench:
         backward: Time a training step of attention: forward and gradients of q, k and v.
         device: Where it runs.
         repeats: Samples of a fast case; slow ones get fewer.
-        budget_seconds: Time spent on one rival at one length before it is run no more. A sparse
+        budget_seconds: Time spent on one rival at one length before it is run no more. A
             mechanism of which a single call is predicted to take longer is left out there.
-        memory: Also measure working memory, once per rival and length.
+        memory: Also measure working memory and state, once per rival and length.
         seed: Seed of the data.
         left_out: Mechanisms that were asked for and cannot be timed, and why.
     """
@@ -91,57 +94,6 @@ class AttentionBench:
         return content
 
 
-@dataclass(frozen=True)
-class _Rival:
-    """Something to time: a mechanism in a direction, or the baseline."""
-
-    name: str
-    mechanism: Mechanism | None
-    causal: bool
-
-
-def direction(mechanism: Mechanism, causal: bool) -> bool:
-    """Whether ``mechanism`` runs causally where ``causal`` is wanted, if it can."""
-    return mechanism.supports_causal if causal else not mechanism.supports_bidirectional
-
-
-def _rivals(bench: AttentionBench) -> list[_Rival]:
-    """The baseline in every direction that is needed, that of the bench first, and the others."""
-    mechanisms = [options.from_json(config) for config in bench.mechanisms]
-    found = [_Rival(m.name, m, direction(m, bench.causal)) for m in mechanisms]
-    directions = [bench.causal]
-    directions += [not bench.causal] * any(r.causal != bench.causal for r in found)
-    base = [_Rival(baseline_row(bench, causal), None, causal) for causal in directions]
-    return base + found
-
-
-def baseline_row(bench: AttentionBench, causal: bool) -> str:
-    """How rows call the baseline in a direction."""
-    if causal == bench.causal:
-        return bench.against
-    return f"{bench.against} ({'causal' if causal else 'bidirectional'})"
-
-
-def runnable(
-    mechanisms: Iterable[Mechanism], causal: bool
-) -> tuple[list[Mechanism], dict[str, str]]:
-    """Mechanisms that attend to a few tokens, and what the others say instead.
-
-    Args:
-        mechanisms: To try.
-        causal: The direction, for those that have both.
-    """
-    able, refused = [], {}
-    x = torch.zeros(1, 1, 8, 16)
-    for mechanism in mechanisms:
-        try:
-            mechanism(x, x, x, causal=direction(mechanism, causal))
-            able.append(mechanism)
-        except LongSwiftError as error:
-            refused[mechanism.name] = str(error)
-    return able, refused
-
-
 def inputs(bench: AttentionBench, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random q ``[B, H, n, D]`` and k, v ``[B, Hkv, n, D]`` of one length."""
     generator = torch.Generator().manual_seed(bench.seed)
@@ -154,47 +106,31 @@ def inputs(bench: AttentionBench, length: int) -> tuple[Tensor, Tensor, Tensor]:
     return draw(bench.heads), draw(bench.kv_heads), draw(bench.kv_heads)
 
 
-def _attend(bench: AttentionBench, rival: _Rival) -> Callable[..., Any]:
-    """``(q, k, v) -> (out, stats or None)``; gradients included when asked for."""
-    baseline = baselines.get(bench.against)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, AttentionStats | None]:
-        stats = None
-        with torch.set_grad_enabled(bench.backward):
-            if rival.mechanism is None:
-                out = baseline.attend(q, k, v, rival.causal)
-            else:
-                out, _, stats = rival.mechanism(q, k, v, causal=rival.causal)
-            if bench.backward:
-                q.grad = k.grad = v.grad = None
-                out.sum().backward()
-        if q.device.type == "cuda":
-            torch.cuda.synchronize(q.device)
-        return out, stats
-
-    return run
-
-
-def working_memory(bench: dict[str, Any], rival: str, length: int) -> int | None:
-    """Bytes one call needs beyond inputs and output; run it in a fresh process.
+def working_memory(bench: dict[str, Any], rival: str, length: int) -> dict[str, int | None]:
+    """Bytes that one call needs and leaves behind; run it in a fresh process.
 
     Args:
         bench: ``AttentionBench.to_dict``.
         rival: Name of its row.
         length: Tokens.
+
+    Returns:
+        ``extra``, needed beyond inputs and output, and ``state`` (see ``carried``); None where
+        there is none or it cannot be measured.
     """
     asked = _from_dict(bench)
-    chosen = next(r for r in _rivals(asked) if r.name == rival)
-    run = _attend(asked, chosen)
-    compiled = chosen.mechanism is None and baselines.get(asked.against).compiled
-    run(*inputs(asked, length if compiled else min(64, length)))
+    chosen = next(r for r in rivals(asked) if r.name == rival)
+    compiled = chosen.attention is None and baselines.get(asked.against).compiled
+    caller(asked, chosen, *inputs(asked, length if compiled else min(64, length)))()
     q, k, v = inputs(asked, length)
+    run = caller(asked, chosen, q, k, v)
     with memory.watch(asked.device) as peak:
-        out, _ = run(q, k, v)
-    if peak.bytes is None:
-        return None
-    wanted = [out, q.grad, k.grad, v.grad] if asked.backward else [out]
-    return max(0, peak.bytes - sum(x.nbytes for x in wanted if x is not None))
+        out = run().out
+    extra = None
+    if peak.bytes is not None:
+        wanted = [out, q.grad, k.grad, v.grad] if asked.backward else [out]
+        extra = max(0, peak.bytes - sum(x.nbytes for x in wanted if x is not None))
+    return {"extra": extra, "state": carried(chosen, q, k, v)}
 
 
 def _from_dict(content: dict[str, Any]) -> AttentionBench:
@@ -202,54 +138,83 @@ def _from_dict(content: dict[str, Any]) -> AttentionBench:
     return AttentionBench(**{**plain, "mechanisms": tuple(content["mechanisms"])})
 
 
-def predicted_seconds(rows: list[AttentionRow], length: int) -> float | None:
+def predicted_seconds(
+    rows: list[AttentionRow], length: int, *, dense: bool = False
+) -> float | None:
     """Time of a call at ``length`` from those at shorter lengths; None where nothing tells.
 
     Dense rows tell nothing about a mechanism that will be sparse.
+
+    Args:
+        rows: Ascending in length.
+        length: Tokens.
+        dense: The rival scores every key at every length.
     """
-    sparse = [row for row in rows if row.density < 1 and row.length < length][-2:]
-    if not sparse:
+    telling = [row for row in rows if (dense or row.density < 1) and row.length < length][-2:]
+    if not telling:
         return None
-    exponent = fit_exponent([r.length for r in sparse], [r.seconds for r in sparse])
+    exponent = fit_exponent([r.length for r in telling], [r.seconds for r in telling])
     # Time as short as a call's overhead grows slower than it will.
-    growth = 1.0 if exponent is None else max(1.0, exponent)
-    return sparse[-1].seconds * (length / sparse[-1].length) ** growth
+    growth = max(2.0 if dense else 1.0, exponent or 0.0)
+    return telling[-1].seconds * (length / telling[-1].length) ** growth
 
 
 def _too_slow(
-    bench: AttentionBench, rivals: list[_Rival], length: int, earlier: dict[str, list[AttentionRow]]
+    bench: AttentionBench, length: int, earlier: dict[str, list[AttentionRow]]
 ) -> dict[str, float]:
     """Mechanisms whose call would take longer than the budget, and how long."""
     found = {}
-    for rival in rivals:
-        told = predicted_seconds(earlier.get(rival.name, []), length)
-        if rival.mechanism is not None and told is not None and told > bench.budget_seconds:
+    for rival in rivals(bench):
+        rows = earlier.get(rival.name, [])
+        told = predicted_seconds(rows, length, dense=rival.always_dense)
+        if rival.attention is not None and told is not None and told > bench.budget_seconds:
             found[rival.name] = told
     return found
 
 
+def _sizes(
+    bench: AttentionBench, length: int, able: list[Rival], step: Bar
+) -> dict[str, dict[str, int | None]]:
+    """Memory of every rival by name."""
+    if not bench.memory:
+        return {}
+
+    def measure(rival: Rival) -> dict[str, int | None]:
+        step(1, f"{length} tokens: memory of {rival.name}")
+        found: dict[str, int | None] = memory.in_fresh_process(
+            "longswift.eval.attention:working_memory",
+            {"bench": bench.to_dict(), "rival": rival.name, "length": length},
+        )
+        return found
+
+    # Starting a process takes longer than most calls, and no clock runs meanwhile.
+    with ThreadPoolExecutor(_PROCESSES if bench.device == "cpu" else 1) as pool:
+        return dict(zip((r.name for r in able), pool.map(measure, able), strict=True))
+
+
 def _measure(
-    bench: AttentionBench, length: int, step: Bar, rivals: list[_Rival]
+    bench: AttentionBench, length: int, step: Bar, able: list[Rival]
 ) -> list[AttentionRow]:
     """Every rival at one length."""
     q, k, v = inputs(bench, length)
-    stats: dict[str, AttentionStats | None] = {}
+    done: dict[str, Done] = {}
 
-    def job(rival: _Rival) -> Callable[[], None]:
-        run = _attend(bench, rival)
+    def job(rival: Rival) -> Callable[[], None]:
+        run = caller(bench, rival, q, k, v)
 
         def call() -> None:
-            stats[rival.name] = run(q, k, v)[1]
+            # Outputs of all rivals together may not fit.
+            done[rival.name] = run()._replace(out=q[:0])
 
         return call
 
     step(text=f"{length} tokens: ceilings of the machine")
     ceilings = roofline.measure_ceilings(options.dtype(bench.dtype), bench.device)
-    jobs = {rival.name: job(rival) for rival in rivals}
+    jobs = {rival.name: job(rival) for rival in able}
     if baselines.get(bench.against).compiled:
         step(text=f"{length} tokens: compiling {bench.against}")
-        for rival in rivals:
-            if rival.mechanism is None:
+        for rival in able:
+            if rival.attention is None:
                 jobs[rival.name]()
     times = alternate(
         jobs,
@@ -257,18 +222,11 @@ def _measure(
         budget_seconds=bench.budget_seconds,
         tick=lambda name: step(1, f"{length} tokens: {name}"),
     )
+    sizes = _sizes(bench, length, able, step)
     rows = []
-    for rival in rivals:
-        extra = None
-        if bench.memory:
-            step(1, f"{length} tokens: memory of {rival.name}")
-            extra = memory.in_fresh_process(
-                "longswift.eval.attention:working_memory",
-                {"bench": bench.to_dict(), "rival": rival.name, "length": length},
-            )
-        seen, time = stats[rival.name], times[rival.name]
-        dense_keys = (length + 1) / 2 if rival.causal else float(length)
-        keys = dense_keys if seen is None else seen.keys_per_query
+    for rival in able:
+        did, time = done[rival.name], times[rival.name]
+        size = sizes.get(rival.name, {})
         work = roofline.attention_work(
             batch=bench.batch,
             heads=bench.heads,
@@ -276,7 +234,7 @@ def _measure(
             head_dim=bench.head_dim,
             queries=length,
             keys=length,
-            keys_per_query=keys,
+            keys_per_query=did.keys,
             itemsize=q.element_size(),
             backward=bench.backward,
         )
@@ -290,10 +248,11 @@ def _measure(
                 slowest=time.slowest,
                 samples=time.samples,
                 speedup=times[baseline_row(bench, rival.causal)].median / time.median,
-                extra_bytes=extra,
-                keys_per_query=keys,
-                density=1.0 if seen is None else seen.density,
-                backend="torch" if seen is None else seen.backend,
+                extra_bytes=size.get("extra"),
+                state_bytes=size.get("state"),
+                keys_per_query=did.keys,
+                density=did.density,
+                backend=did.backend,
                 flops=work.flops,
                 least_bytes=work.bytes,
                 matmul_flops=ceilings.flops,
@@ -332,19 +291,19 @@ def run(
     )
     result = Result(kind="attention", config=bench.to_dict(), seed=bench.seed, rows=[])
     kept = Progress(result, output, fresh=fresh)
-    rivals = _rivals(bench)
-    share = len(rivals) * (bench.repeats + 1 + bench.memory)
+    every = rivals(bench)
+    share = len(every) * (bench.repeats + 1 + bench.memory)
     skipped = []
     with bar(len(bench.lengths) * share, "starting", shown=progress) as step:
         for length in bench.lengths:
-            slow = _too_slow(bench, rivals, length, series(result))
+            slow = _too_slow(bench, length, series(result))
             skipped += [
                 {"name": name, "length": length, "predicted_seconds": told}
                 for name, told in slow.items()
             ]
             if kept.find(length=length) is None:
                 measured = Share(step, share)
-                able = [rival for rival in rivals if rival.name not in slow]
+                able = [rival for rival in every if rival.name not in slow]
                 kept.add(*(asdict(row) for row in _measure(bench, length, measured, able)))
                 measured.finish()
             else:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from longswift.eval import text
+from longswift.eval.growth import growth
 from longswift.eval.results import Result
-from longswift.eval.timing import fit_exponent
 
 _NOTES = {
     "data": "q, k and v are independent standard normal numbers, the same for every rival",
     "time": "rivals alternate in one process, order reversed every round; the first run is "
     "dropped unless it is slow; medians",
-    "exponent": "least squares of log seconds over log tokens, over the lengths at which the rival "
-    "is sparse if there are two, over all of them otherwise",
+    "samples": "up to `repeats` timed runs; a rival that has spent `budget_seconds` at a length is "
+    "run no more, so that long calls have one or two: `samples` of each row says how many",
+    "exponent": "least squares of log over log tokens, over the lengths at which the rival is "
+    "sparse if there are two, over all of them otherwise; `growth` names the range, and the slope "
+    "of the time between its two longest lengths",
     "memory": "rise of the resident high-water mark during one call in a fresh process, after a "
     "call of 64 tokens, less the output (and, with backward, the gradients)",
+    "footprint": "the memory that is fitted: q, k, v, output and working memory",
+    "state": "bytes allocated for what decoding behind the text needs: sums, a memory's state, or "
+    "the buffers of a cache",
     "direction": "a mechanism without the form asked for is timed in the other one, against the "
     "baseline in that",
     "roofline": "the least time for the products with the keys that are scored and for moving q, "
     "k, v and the output once, at the rates of the fastest matrix product and the fastest copy "
     "measured just before; choosing keys counts as time, not as work",
     "skipped": "a mechanism is left out at lengths where a call would take longer than the budget, "
-    "by the growth of its last two times",
+    "by the growth of its last two times; the baseline never is",
 }
 
 
@@ -41,6 +47,8 @@ class AttentionRow:
         samples: Timed runs.
         speedup: The baseline's median over this median, in the same direction.
         extra_bytes: Working memory beyond inputs and output, or None if not measured.
+        state_bytes: Allocated for what decoding behind the text needs of it; None in bidirectional
+            attention, if not measured, and in older results.
         keys_per_query: Mean number of keys scored per query.
         density: Share of what full attention scores.
         backend: Backend that ran.
@@ -63,6 +71,7 @@ class AttentionRow:
     keys_per_query: float
     density: float
     backend: str
+    state_bytes: int | None = None
     flops: float | None = None
     least_bytes: float | None = None
     matmul_flops: float | None = None
@@ -73,6 +82,13 @@ class AttentionRow:
     def roofline(self) -> float | None:
         """Share of the roofline that was reached, or None where it was not measured."""
         return None if self.least_seconds is None else self.least_seconds / self.seconds
+
+    @property
+    def footprint(self) -> float | None:
+        """Bytes of inputs, output and working memory, or None where one was not measured."""
+        if self.least_bytes is None or self.extra_bytes is None:
+            return None
+        return self.least_bytes + self.extra_bytes
 
 
 def series(result: Result) -> dict[str, list[AttentionRow]]:
@@ -103,12 +119,11 @@ def label(row: AttentionRow, result: Result) -> str:
 
 def summarise(result: Result) -> dict[str, Any]:
     """Fitted exponents, a sentence per mechanism, and how the figures were made."""
+    rivals = series(result)
+    found = growth(rivals)
     exponents, sentences = {}, []
-    for name, rows in series(result).items():
-        # Below its crossover a mechanism is dense, which says nothing about how it grows.
-        sparse = [r for r in rows if r.density < 1]
-        fitted = sparse if len(sparse) > 1 else rows
-        exponents[name] = fit_exponent([r.length for r in fitted], [r.seconds for r in fitted])
+    for name, rows in rivals.items():
+        exponents[name] = found[name].time if name in found else None
         last = rows[-1]
         if not is_baseline(result, name):
             sentences.append(
@@ -118,7 +133,12 @@ def summarise(result: Result) -> dict[str, Any]:
             )
     if (ceilings := _ceilings(result)) is not None:
         sentences.append(ceilings)
-    return {"exponents": exponents, "sentences": sentences, "how": _NOTES}
+    return {
+        "exponents": exponents,
+        "growth": {name: asdict(one) for name, one in found.items()},
+        "sentences": sentences,
+        "how": _NOTES,
+    }
 
 
 def left_out(result: Result) -> list[str]:
@@ -184,3 +204,22 @@ def table(result: Result) -> text.Table:
         "of roofline",
     )
     return text.Table(title, columns, cells)
+
+
+def growth_table(result: Result) -> text.Table:
+    """Growth with the length for people, one line per rival."""
+    rivals = series(result)
+    cells = []
+    for name, one in growth(rivals).items():
+        last = rivals[name][-1]
+        exponents = (one.time, one.last_time, one.memory, one.state)
+        cells.append(
+            (
+                label(last, result),
+                f"{text.tokens(one.shortest)} - {text.tokens(one.longest)}",
+                *("-" if value is None else f"{value:.2f}" for value in exponents),
+                text.size(last.state_bytes),
+            )
+        )
+    columns = ("", "tokens", "time n^", "last two", "memory n^", "state n^", "state")
+    return text.Table("growth with the number of tokens", columns, cells)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, InputError, problem
 from longswift.core.mechanism import Mechanism
-from longswift.eval import attention, options, standings, suite
+from longswift.eval import attention, attention_rivals, options, standings, suite
 from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
 from longswift.eval.attention_table import series
@@ -95,7 +95,7 @@ def run(
     mechanisms, window = _equal_cost(mechanisms, comparison.speed, length)
     causal = [m for m in mechanisms if m.supports_causal]
     found: dict[str, dict[str, Any]] = {m.name: {"name": m.name, "note": ""} for m in mechanisms}
-    runs, refused = attention.runnable(mechanisms, causal=True)
+    runs, refused = attention_rivals.runnable(mechanisms, causal=True)
     for name, why in refused.items():
         found[name]["note"] = why
     if runs:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longswift.core.errors import ConfigError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from longswift.eval.tasks.base import Task
+    from longswift.memory.base import MemoryConfig
 
+T = TypeVar("T")
 ALL = "all"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -133,15 +135,34 @@ def choose(text: str, settings: Sequence[str] = ()) -> tuple[list[Mechanism], di
 
     if text.strip() != ALL:
         return list(mechanisms(text, settings).values()), {}
-    known = list_mechanisms()
+    return _every(list_mechanisms(), settings, from_json)
+
+
+def choose_attentions(
+    text: str, settings: Sequence[str] = ()
+) -> tuple[list[Mechanism | MemoryConfig], dict[str, str]]:
+    """``choose`` among mechanisms and memories."""
+    from longswift.mechanisms import list_mechanisms
+    from longswift.memory import list_memories
+
+    if text.strip() != ALL:
+        chosen = configs("mechanism", text, settings)
+        return [attention_from_json(config) for _, config in chosen], {}
+    return _every([*list_mechanisms(), *list_memories()], settings, attention_from_json)
+
+
+def _every(
+    known: list[str], settings: Sequence[str], build: Callable[[dict[str, Any]], T]
+) -> tuple[list[T], dict[str, str]]:
+    """Everything that can be built, and why the rest cannot."""
     # A setting for an unknown name must be refused, whatever else is left out.
     if strange := [s for s in settings if s not in settings_of(settings, known)]:
         mechanisms("full", strange)
     found, left_out = [], {}
     for name in known:
+        mine = settings_of(settings, [name])
         try:
-            mine = settings_of(settings, [name])
-            found.append(mechanisms(name, mine)[name])
+            found += [build(config) for _, config in configs("mechanism", name, mine)]
         except LongSwiftError as error:
             if mine:
                 raise
@@ -214,7 +235,17 @@ def from_json(config: dict[str, Any]) -> Mechanism:
     """A mechanism from its ``to_dict`` after a trip through JSON, which knows no tuples."""
     from longswift.mechanisms import from_dict
 
-    def tuples(value: Any) -> Any:
-        return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+    return from_dict({key: _tuples(value) for key, value in config.items()})
 
-    return from_dict({key: tuples(value) for key, value in config.items()})
+
+def attention_from_json(config: dict[str, Any]) -> Mechanism | MemoryConfig:
+    """``from_json`` of a mechanism or a memory."""
+    from longswift.memory import list_memories, memory_from_dict
+
+    if config.get("name") not in list_memories():
+        return from_json(config)
+    return memory_from_dict({key: _tuples(value) for key, value in config.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -19,6 +19,13 @@ def megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:,.0f} MiB"
 
 
+def size(count: int | None) -> str:
+    """Bytes as KiB or MiB with three digits, ``-`` when unknown."""
+    if count is None:
+        return "-"
+    return f"{plain(count / 2**20)} MiB" if count >= 2**20 else f"{plain(count / 2**10)} KiB"
+
+
 def seconds(value: float) -> str:
     """Seconds with a unit that keeps three digits."""
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"

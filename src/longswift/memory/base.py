@@ -87,6 +87,17 @@ class MemoryConfig(ABC):
     def reach(self) -> int:
         """Most keys any query sees one by one, itself included."""
 
+    @abstractmethod
+    def keys_per_query(self, length: int, shape: LayerShape) -> float:
+        """Keys scored per query of a text, mean over its queries.
+
+        Work on sums of the past counts as the keys that cost as many multiplications.
+
+        Args:
+            length: Tokens of the text.
+            shape: Sizes of the layer.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """Name and every field, JSON-ready; ``memory_from_dict`` is the inverse."""
         return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}

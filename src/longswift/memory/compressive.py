@@ -101,6 +101,16 @@ class Infini(MemoryConfig):
     def reach(self) -> int:
         return self.segment
 
+    def keys_per_query(self, length: int, shape: LayerShape) -> float:
+        complete, rest = divmod(length, self.segment)
+        own = (complete * self.segment * (self.segment + 1) + rest * (rest + 1)) / (2 * length)
+        # A product with the matrix is as much work as scoring and summing D / 2 keys: one to read
+        # per query, one to store per key, and one more per key to see what is known already.
+        stored = 1.0 if self.update == "linear" else 2.0
+        if self.update == "delta_token":
+            stored += 1.5 * self.segment / shape.head_dim
+        return own + shape.head_dim / 2 * (1 + stored * shape.kv_heads / shape.heads)
+
     def build(self, shape: LayerShape) -> InfiniAttention:
         return InfiniAttention(self, shape)
 

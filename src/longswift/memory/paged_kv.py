@@ -52,6 +52,12 @@ class PagedKV:
         """Tokens that fit before the buffers must be copied."""
         return 0 if self._k is None else self._k.shape[2]
 
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """Everything held: keys, values and page summaries, room to grow included."""
+        tensors = (self._k, self._v, *(self._pages or ()))
+        return tuple(x for x in tensors if x is not None)
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``k [B, Hkv, L, D]`` and ``v [B, Hkv, L, Dv]``; return all keys and values.
 

@@ -90,6 +90,9 @@ class TransformerXL(MemoryConfig):
             return max(0, position - self.memory + 1)
         return max(0, position - position % self.segment - self.memory)
 
+    def keys_per_query(self, length: int, shape: LayerShape) -> float:
+        return sum(at - self.first_key(at) + 1 for at in range(length)) / length
+
     def build(self, shape: LayerShape) -> TransformerXLAttention:
         return TransformerXLAttention(self, shape)
 

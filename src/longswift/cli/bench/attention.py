@@ -13,7 +13,7 @@ from longswift.cli.bench import shared
 def attention(
     lengths: Annotated[str, Option(help="Tokens, e.g. 4096,32k,131072.")] = "4096,32768",
     mechanism: Annotated[
-        str, Option(help="Mechanisms, comma-separated, or 'all' of the table.")
+        str, Option(help="Mechanisms and memories, comma-separated, or 'all'.")
     ] = "ms_swift",
     settings: shared.Settings = None,
     against: shared.Against = "sdpa",
@@ -27,7 +27,7 @@ def attention(
     device: shared.Device = "cpu",
     repeats: shared.Repeats = 5,
     budget: Annotated[
-        float, Option(help="Seconds per rival and length; slower calls are left out.")
+        float, Option(help="Seconds per rival and length; slower mechanisms are left out.")
     ] = 60.0,
     memory: Annotated[bool, Option(help="Also measure working memory (one more run).")] = True,
     seed: Annotated[int, Option(help="Seed of the random q, k, v.")] = 0,
@@ -38,13 +38,13 @@ def attention(
     """Time mechanisms against PyTorch's full attention, alternating in one process."""
     from longswift.cli import render
     from longswift.eval import attention as bench
-    from longswift.eval import attention_table, options
+    from longswift.eval import attention_rivals, attention_table, options
     from longswift.eval.bench_plots import plot_attention
     from longswift.eval.results import writable
 
-    chosen, left_out = options.choose(mechanism, settings or ())
+    chosen, left_out = options.choose_attentions(mechanism, settings or ())
     if mechanism.strip() == options.ALL:
-        chosen, refused = bench.runnable(chosen, causal=not bidirectional)
+        chosen, refused = attention_rivals.runnable(chosen, causal=not bidirectional)
         left_out = {**left_out, **refused}
     asked = bench.AttentionBench(
         lengths=options.lengths(lengths),
@@ -70,6 +70,8 @@ def attention(
     for sentence in [*result.summary["sentences"], *attention_table.left_out(result)]:
         typer.echo(sentence)
     render.table(*attention_table.table(result))
+    if len(asked.lengths) > 1:
+        render.table(*attention_table.growth_table(result))
     if plot is not None:
         plot_attention(result, plot)
     render.wrote(json, plot)
