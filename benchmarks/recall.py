@@ -4,7 +4,8 @@
 
 A sequence names a letter for each of 4 slots within its first 16 tokens and asks for slots 12 times
 within its last 16, with noise in between. Answering takes nothing but a look back of 65 tokens or
-more; two layers with a window of 16 reach 30. Guessing is right one time in 4.
+more; two layers with a window of 16 reach 30. Guessing is right one time in 4. ``--told 2`` names
+the letters within the 16 tokens after the first 32 instead, to see whether it matters where.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from longswift import Full, SlidingWindow
 from longswift.core.errors import InputError, LongSwiftError, problem
-from longswift.eval.plots import COLOURS, figure, save
+from longswift.eval.bench_plots import lines
+from longswift.eval.plots import figure, save
 from longswift.eval.results import Progress, Result, load, writable
 from longswift.hf import LongSwiftConfig, LongSwiftLM, memory_parameters
 from longswift.mechanisms.bigbird import BigBird
@@ -39,15 +41,16 @@ FILLER = ANSWER + LETTERS
 VOCABULARY = FILLER + NOISE
 
 ATTENTIONS: dict[str, Any] = {
-    "infini": Infini(segment=PART),
     "window": SlidingWindow(window=PART),
+    "full": Full(),
+    "infini": Infini(segment=PART),
+    "infini-delta-unit": Infini(segment=PART, update="delta_unit"),
+    "infini-delta-token": Infini(segment=PART, update="delta_token"),
+    "infini-delta-segment": Infini(segment=PART, update="delta_segment"),
     "transformer-xl": TransformerXL(segment=PART, memory=LENGTH - PART),
     "linear": Linear(),
     "bigbird": BigBird(block=PART // 2, random_blocks=0, window_blocks=3, global_blocks=2),
     "longformer": Longformer(left=PART - 1, global_tokens=PART),
-    "full": Full(),
-    "infini-delta-token": Infini(segment=PART, update="delta_token"),
-    "infini-delta-segment": Infini(segment=PART, update="delta_segment"),
 }
 
 
@@ -58,8 +61,11 @@ class Data(NamedTuple):
     labels: Tensor
 
 
-def sequences(rows: int, generator: torch.Generator) -> Data:
-    """Random sequences of the task; labels are not shifted: the answer belongs to the question."""
+def sequences(rows: int, generator: torch.Generator, part: int = 0) -> Data:
+    """Random sequences of the task; labels are not shifted: the answer belongs to the question.
+
+    Letters are named in part ``part`` of ``PART`` tokens.
+    """
     ids = torch.randint(FILLER, VOCABULARY, (rows, LENGTH), generator=generator)
     labels = torch.full_like(ids, -100)
     letters = torch.randint(LETTERS, (rows, SLOTS), generator=generator)
@@ -69,7 +75,7 @@ def sequences(rows: int, generator: torch.Generator) -> Data:
         for count in (SLOTS, QUESTIONS)
     )
     asked = asked + LENGTH - PART
-    ids.scatter_(1, told, torch.arange(SLOTS) * LETTERS + letters)
+    ids.scatter_(1, told + part * PART, torch.arange(SLOTS) * LETTERS + letters)
     ids.scatter_(1, asked, QUESTION + slots)
     labels.scatter_(1, asked, ANSWER + letters.gather(1, slots))
     return Data(ids, labels)
@@ -99,10 +105,11 @@ def asked(model: LongSwiftLM, data: Data) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: LongSwiftLM, seed: int) -> float:
+def accuracy(model: LongSwiftLM, seed: int, part: int) -> float:
     """Share of questions answered rightly, on sequences never trained on."""
     model.eval()
-    logits, answers = asked(model, sequences(128, torch.Generator().manual_seed(seed + 10_000)))
+    unseen = torch.Generator().manual_seed(seed + 10_000)
+    logits, answers = asked(model, sequences(128, unseen, part))
     model.train()
     return float((logits.argmax(-1) == answers).float().mean())
 
@@ -113,7 +120,7 @@ def gates(model: LongSwiftLM) -> list[float]:
     return [round(float(x), 4) for p in found for x in torch.sigmoid(p.detach())]
 
 
-def train(name: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
+def train(name: str, seed: int, steps: int, rows: int, part: int = 0) -> dict[str, Any]:
     """Train one model and return its record."""
     model = build(name, seed)
     before = gates(model)
@@ -127,7 +134,7 @@ def train(name: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     curve, begin = [], time.perf_counter()
     for step in range(steps):
-        logits, answers = asked(model, sequences(rows, generator))
+        logits, answers = asked(model, sequences(rows, generator, part))
         loss = torch.nn.functional.cross_entropy(logits, answers)
         optimiser.zero_grad()
         loss.backward()
@@ -135,8 +142,8 @@ def train(name: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
         optimiser.step()
         schedule.step()
         if (step + 1) % max(1, steps // 10) == 0:
-            curve.append([step + 1, round(loss.item(), 4), round(accuracy(model, seed), 4)])
-            print(f"{name:15} step {step + 1:5}  loss {curve[-1][1]:.3f}  right {curve[-1][2]:.3f}")
+            curve.append([step + 1, round(loss.item(), 4), round(accuracy(model, seed, part), 4)])
+            print(f"{name:20} step {step + 1:5}  loss {curve[-1][1]:.3f}  right {curve[-1][2]:.3f}")
     return {
         "attention": name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -150,17 +157,19 @@ def train(name: str, seed: int, steps: int, rows: int) -> dict[str, Any]:
 
 def plot(result: Result, path: Path) -> Path:
     """Share of right answers against training steps."""
-    fig = figure(7, 4)
+    fig = figure(8, 4)
     axis = fig.subplots()
-    for colour, row in zip(COLOURS, result.rows, strict=False):
+    names = [row["attention"] for row in result.rows]
+    looks = lines({name: name for name in names}, ["window", "full"], "infini")
+    for name, row in zip(names, result.rows, strict=True):
         steps, _, right = zip(*row["curve"], strict=True)
-        axis.plot(steps, right, "o-", markersize=3, color=colour, label=row["attention"])
+        axis.plot(steps, right, label=name, **looks[name].style())
     axis.axhline(1 / LETTERS, color="#999999", linestyle=":", label="guessing")
     axis.set_xlabel("training steps")
     axis.set_ylabel("questions answered rightly")
     axis.set_ylim(0, 1.02)
     axis.grid(True, alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return save(fig, path)
 
 
@@ -170,6 +179,7 @@ def main() -> int:
     parser.add_argument("--attention", default=",".join(ATTENTIONS))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rows", type=int, default=16, help="sequences per step")
+    parser.add_argument("--told", type=int, default=0, help="part that names the letters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("results/recall.json"))
     parser.add_argument("--png", type=Path, help="draw the finished result")
@@ -178,21 +188,24 @@ def main() -> int:
     try:
         names = given.attention.split(",")
         unknown = [name for name in names if name not in ATTENTIONS]
-        if unknown or given.steps < 1 or given.rows < 1:
+        told = range(LENGTH // PART - 1)
+        if unknown or given.steps < 1 or given.rows < 1 or given.told not in told:
             raise InputError(
                 problem(
                     "recall",
-                    expected=f"positive numbers and some of {', '.join(ATTENTIONS)}",
-                    got=unknown or (given.steps, given.rows),
+                    expected=f"positive numbers, a part of {told.start} to {told[-1]}, and some of "
+                    f"{', '.join(ATTENTIONS)}",
+                    got=unknown or (given.steps, given.rows, given.told),
                     fix="Separate names by commas.",
                 )
             )
-        config = {"steps": given.steps, "rows": given.rows, "attention": names}
+        config = {key: getattr(given, key) for key in ("steps", "rows", "told")}
+        config |= {"attention": names}
         result = Result(kind="recall", config=config, seed=given.seed, rows=[])
         progress = Progress(result, writable(given.json), fresh=given.fresh)
         for name in names:
             if progress.find(attention=name) is None:
-                progress.add(train(name, given.seed, given.steps, given.rows))
+                progress.add(train(name, given.seed, given.steps, given.rows, given.told))
         result.save(given.json)
         progress.done()
         if given.png:

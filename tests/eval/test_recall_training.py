@@ -25,15 +25,18 @@ def recall() -> Any:
     return module
 
 
-def test_answers_are_in_the_first_part_and_nowhere_else(recall: Any) -> None:
-    data = recall.sequences(64, torch.Generator().manual_seed(0))
-    again = recall.sequences(64, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("part", [0, 2])
+def test_answers_are_in_one_part_and_nowhere_else(recall: Any, part: int) -> None:
+    data = recall.sequences(64, torch.Generator().manual_seed(0), part)
+    again = recall.sequences(64, torch.Generator().manual_seed(0), part)
     assert torch.equal(data.ids, again.ids)
     assert ((data.labels >= 0).sum(1) == recall.QUESTIONS).all()
     for ids, labels in zip(data.ids.tolist(), data.labels.tolist(), strict=True):
         told = dict(divmod(x, recall.LETTERS) for x in ids if x < recall.QUESTION)
         assert len(told) == recall.SLOTS
-        assert all(x >= recall.QUESTION for x in ids[recall.PART :])
+        begin = part * recall.PART
+        others = ids[:begin] + ids[begin + recall.PART :]
+        assert all(x >= recall.QUESTION for x in others)
         for place, answer in enumerate(labels):
             if answer >= 0:
                 assert place >= recall.LENGTH - recall.PART
@@ -78,5 +81,6 @@ def test_runs_continue_and_are_drawn(
     assert rows[1]["gate_before"] == []
     assert rows[0]["parameters"] - rows[1]["parameters"] == 8
     assert picture.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(sys, "argv", ["recall", "--attention", "nothing"])
-    assert recall.main() == 2
+    for wrong in (["--attention", "nothing"], ["--told", "5"]):
+        monkeypatch.setattr(sys, "argv", ["recall", *wrong])
+        assert recall.main() == 2

@@ -71,6 +71,7 @@ def infini(layer: Layer, tokens: Tokens, scale: float) -> Tensor:
     """One unpadded row; ``tokens`` has batch size 1."""
     config: Any = layer.memory.config
     assert isinstance(config, Infini)
+    unit = config.update == "delta_unit"
     gate = torch.sigmoid(layer.memory.gate_bias)
     groups = layer.shape.heads // layer.shape.kv_heads
     q, k, v = tokens.q[0], tokens.k[0], tokens.v[0]
@@ -93,7 +94,7 @@ def infini(layer: Layer, tokens: Tokens, scale: float) -> Tensor:
                 local = (scores * scale).softmax(0) @ v[g, start : i + 1]
                 if start:
                     f = positive(q[h, i])
-                    far = (f @ matrix) / (f @ norm)
+                    far = f @ matrix / (f.norm() if unit else f @ norm)
                     local = gate[h] * far + (1 - gate[h]) * local
                 rows.append(local)
             if end - start == config.segment:
@@ -101,7 +102,10 @@ def infini(layer: Layer, tokens: Tokens, scale: float) -> Tensor:
                 for j in range(start, end):
                     f = positive(k[g, j])
                     value = v[g, j]
-                    if config.update != "linear":
+                    if unit:
+                        f = f / f.norm()
+                        value = value - f @ matrix
+                    elif config.update != "linear":
                         m, z = before if config.update == "delta_segment" else (matrix, norm)
                         if start or (config.update == "delta_token" and j > start):
                             value = value - (f @ m) / (f @ z)

@@ -10,7 +10,7 @@ from longswift.core.states import LinearState
 from longswift.mechanisms.linear import elu1
 from longswift.memory.base import LayerShape
 from longswift.memory.compressive import Infini, InfiniAttention
-from longswift.memory.rules import UPDATES, add_delta_segment, add_linear, read
+from longswift.memory.rules import RULES, add_delta_segment, add_linear
 from tests.memory.oracles import Layer
 
 SHAPE = LayerShape(12, 4, 2, 6)
@@ -76,23 +76,69 @@ def _random(length: int, width: int = 6) -> tuple[Tensor, Tensor, LinearState]:
 
 def test_the_two_delta_rules_differ_and_agree_on_single_tokens() -> None:
     f, v, empty = _random(24)
+    token = RULES["delta_token"].update
     by_segment = add_delta_segment(f[:, :, 12:], v[:, :, 12:], add_linear(f, v, empty))
-    by_token = UPDATES["delta_token"](f[:, :, 12:], v[:, :, 12:], add_linear(f, v, empty))
+    by_token = token(f[:, :, 12:], v[:, :, 12:], add_linear(f, v, empty))
     assert not torch.allclose(by_segment.s, by_token.s, rtol=0.05)
     sums = empty
     for t in range(24):
         sums = add_delta_segment(f[:, :, t : t + 1], v[:, :, t : t + 1], sums)
-    torch.testing.assert_close(sums, UPDATES["delta_token"](f, v, empty))
+    torch.testing.assert_close(sums, token(f, v, empty))
 
 
-def test_delta_rules_do_not_store_twice_what_is_known() -> None:
+@pytest.mark.parametrize("name", ["delta_segment", "delta_token", "delta_unit"])
+def test_delta_rules_do_not_store_twice_what_is_known(name: str) -> None:
     f, v, empty = _random(1)
-    once = add_linear(f, v, empty)
-    for rule in ("delta_segment", "delta_token"):
-        again = UPDATES[rule](f, v, once)
-        torch.testing.assert_close(again.s, once.s)
-    assert not torch.allclose(add_linear(f, v, once).s, once.s)
-    torch.testing.assert_close(read(f, once), v)
+    update, read_as, divides = RULES[name]
+    once = update(f, v, empty)
+    again = update(f, v, once)
+    torch.testing.assert_close(again.s, once.s)
+    linear = add_linear(f, v, empty)
+    assert not torch.allclose(add_linear(f, v, linear).s, linear.s)
+    torch.testing.assert_close(read_as(f, once), v)
+    # The normaliser counts it a second time all the same.
+    torch.testing.assert_close(read_as(f, again), v / 2 if divides else v)
+
+
+def test_the_unit_rule_replaces_what_a_key_says_and_nothing_else() -> None:
+    width, rule = 4, RULES["delta_unit"]
+    f = torch.eye(width, dtype=torch.float64).view(1, 1, width, width)
+    old, new = torch.randn(2, 1, 1, width, 3, dtype=torch.float64)
+    zeros = torch.zeros(1, 1, width, 3, dtype=torch.float64)
+    sums = rule.update(5 * f, old, LinearState(zeros, zeros[..., :0, 0]))
+    sums = rule.update(0.1 * f[:, :, 1:2], new[:, :, 1:2], sums)
+    torch.testing.assert_close(rule.read(f, sums)[:, :, 1], new[:, :, 1])
+    torch.testing.assert_close(rule.read(f, sums)[:, :, [0, 2, 3]], old[:, :, [0, 2, 3]])
+
+
+def _weights_of_segments(name: str, k: Tensor, q: Tensor, segments: int) -> Tensor:
+    """Mean weight of each segment's values in reads behind all of them: reads are linear in v."""
+    update, read_as, divides = RULES[name]
+    length, width = k.shape[2:]
+    v = torch.eye(length, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
+    zeros = k.new_zeros(*k.shape[:2], width, length)
+    sums = LinearState(zeros, zeros[..., 0] if divides else zeros[..., :0, 0])
+    for keys, values in zip(k.chunk(segments, 2), v.chunk(segments, 2), strict=True):
+        sums = update(elu1(keys), values, sums)
+    return read_as(elu1(q), sums).unflatten(-1, (segments, -1)).sum(-1).mean((0, 1, 2))
+
+
+def test_with_the_normaliser_the_delta_rule_forgets_where_a_text_began() -> None:
+    """Elu features are positive and alike: segment s of S keeps (s - 1) / (S - 1) of its weight.
+
+    Documented in docs/mechanisms/infini.md; a rule that stops to behave so must be described anew.
+    """
+    torch.manual_seed(0)
+    k, q = torch.randn(2, 16, 4, 80, 16, dtype=torch.float64) * 0.8
+    near = {"rtol": 0, "atol": 0.012}
+    expected = torch.arange(5, dtype=torch.float64) / 4 / 5
+    linear = _weights_of_segments("linear", k, q, 5)
+    torch.testing.assert_close(linear, torch.full_like(linear, 1 / 5), **near)
+    segment = _weights_of_segments("delta_segment", k, q, 5)
+    torch.testing.assert_close(segment, expected, **near)
+    # Token by token the same holds of tokens, so that a little of the first segment is left.
+    token = _weights_of_segments("delta_token", k, q, 5)
+    torch.testing.assert_close(token, (torch.arange(5, dtype=k.dtype) + 0.5) / 25, **near)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -133,11 +179,14 @@ def test_gradients_through_the_memory_stop_where_asked() -> None:
     assert bool(grad[0, :4].abs().sum() > 0)
 
 
-@torch.no_grad()
-def test_extreme_keys_stay_finite() -> None:
-    """Features of -200 underflow; nothing is divided by zero."""
-    layer = layer_with_gate(Infini(segment=2, update="delta_token"), 1.0)
-    tokens = layer.tokens(torch.randn(1, 8, 12, dtype=torch.float64), None)
+@pytest.mark.parametrize("update", RULES)
+def test_extreme_keys_stay_finite(update: str) -> None:
+    """Features of -2000 underflow; nothing is divided by zero, forward or backward."""
+    layer = layer_with_gate(Infini(segment=2, update=update), 1.0)
+    hidden = torch.randn(1, 8, 12, dtype=torch.float64, requires_grad=True)
+    tokens = layer.tokens(hidden, None)
     tokens = tokens._replace(q=tokens.q - 2000, k=tokens.k - 2000)
     out, _ = layer.memory(tokens, project=layer.project)
     assert out.isfinite().all()
+    (grad,) = torch.autograd.grad(out.sum(), hidden)
+    assert grad.isfinite().all()

@@ -20,7 +20,9 @@ CONFIGS: list[MemoryConfig] = [
     Infini(segment=1),
     Infini(segment=4, update="delta_segment"),
     Infini(segment=4, update="delta_token", gate_init=1.0),
+    Infini(segment=4, update="delta_unit"),
     Infini(segment=3, detach_every=2),
+    Infini(segment=3, update="delta_unit", detach_every=2),
     Infini(segment=3, update="delta_segment", detach_every=1),
     Infini(segment=64),
     TransformerXL(segment=5, memory=7),
@@ -95,7 +97,9 @@ def test_however_a_text_is_cut(config: MemoryConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Infini(segment=8), TransformerXL(segment=8, memory=8)], ids=repr
+    "config",
+    [Infini(segment=8), Infini(segment=8, update="delta_unit"), TransformerXL(segment=8, memory=8)],
+    ids=repr,
 )
 @torch.no_grad()
 def test_state_is_bounded(config: MemoryConfig) -> None:
@@ -161,7 +165,13 @@ def test_only_what_is_asked_carries_gradients(config: MemoryConfig) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "config", [Infini(segment=16), TransformerXL(segment=16, memory=16)], ids=repr
+    "config",
+    [
+        Infini(segment=16),
+        Infini(segment=16, update="delta_unit"),
+        TransformerXL(segment=16, memory=16),
+    ],
+    ids=repr,
 )
 @torch.no_grad()
 def test_half_precision(config: MemoryConfig, dtype: torch.dtype) -> None:

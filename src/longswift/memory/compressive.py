@@ -18,9 +18,11 @@ enters the memory when it is complete. While the memory is empty the exact part 
 | time, forward and backward | O(L * (segment + D) * D) |
 | state | D * (D + 1) numbers and fewer than ``segment`` tokens |
 
-Munkhdalai et al., 2024, arXiv 2404.07143. The paper's delta rule corrects a whole segment against
-the memory before it (``delta_segment``); ``delta_token`` corrects token by token, as delta-rule
-recurrences do elsewhere. The two differ.
+Munkhdalai et al., 2024, arXiv 2404.07143. The paper has two rules to store a segment: ``linear``
+and the delta rule, which stores only what the memory does not say yet (``delta_segment``, against
+the memory before the segment; ``delta_token``, token by token, is its exact sequential form). With
+the paper's normaliser the delta rule loses the beginning of a text; ``delta_unit`` is the delta
+rule without one, on features of length one, which reads ``s(q) M / |s(q)|``.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from longswift.memory.base import (
     rotate,
     wide,
 )
-from longswift.memory.rules import UPDATES, read
+from longswift.memory.rules import RULES
 from longswift.memory.state import State
 
 # sigmoid(8) leaves a gradient of 3e-4, sigmoid(100) none at all.
@@ -60,7 +62,7 @@ class Infini(MemoryConfig):
 
     Attributes:
         segment: Tokens per segment; positions count a row's real tokens.
-        update: ``linear``, ``delta_segment`` or ``delta_token``.
+        update: ``linear``, ``delta_unit``, ``delta_token`` or ``delta_segment``.
         gate_init: Initial value of every head's gate, before the sigmoid. 0 mixes evenly and has
             the largest gradient; far from 0 a gate cannot learn.
         detach_every: Gradients through the memory stop at every so many segments; None: never.
@@ -77,11 +79,11 @@ class Infini(MemoryConfig):
         check_positive("Infini", segment=self.segment)
         if self.detach_every is not None:
             check_positive("Infini", detach_every=self.detach_every)
-        if self.update not in UPDATES:
+        if self.update not in RULES:
             raise ConfigError(
                 problem(
                     "Infini.update",
-                    expected=f"one of {', '.join(UPDATES)}",
+                    expected=f"one of {', '.join(RULES)}",
                     got=repr(self.update),
                     fix="'linear' is a good first choice.",
                 )
@@ -107,7 +109,7 @@ class Infini(MemoryConfig):
         # A product with the matrix is as much work as scoring and summing D / 2 keys: one to read
         # per query, one to store per key, and one more per key to see what is known already.
         stored = 1.0 if self.update == "linear" else 2.0
-        if self.update == "delta_token":
+        if self.update in ("delta_unit", "delta_token"):
             stored += 1.5 * self.segment / shape.head_dim
         return own + shape.head_dim / 2 * (1 + stored * shape.kv_heads / shape.heads)
 
@@ -138,7 +140,8 @@ class InfiniAttention(MemoryAttention):
         k, v = wide(tokens.k[:, :, :0]), wide(tokens.v[:, :, :0])
         batch, heads, _, width = k.shape
         sums = {"matrix": k.new_zeros(batch, heads, width, v.shape[-1])}
-        sums["norm"] = k.new_zeros(batch, heads, width)
+        if RULES[self.config.update].divides:
+            sums["norm"] = k.new_zeros(batch, heads, width)
         return State((0,) * batch, sums, _kept(tokens, 0, 0))
 
     def step(
@@ -157,7 +160,8 @@ class InfiniAttention(MemoryAttention):
         _, backend = dispatch.resolve("auto", k.device)
         turned = rotate(tokens.q, tokens.angles), rotate(k, angles)
         out = backend.attend(*turned, v, pattern, scale).out
-        sums = LinearState(state.sums["matrix"], state.sums["norm"])
+        matrix = state.sums["matrix"]
+        sums = LinearState(matrix, state.sums.get("norm", matrix[..., :0, 0]))
         memory, sums = self._memory(backend, tokens.q, k, v, sums, past)
         # The queries of the text's first segment find an empty memory.
         first = 0 if past else min(segment - held, tokens.q.shape[2])
@@ -168,7 +172,8 @@ class InfiniAttention(MemoryAttention):
         kept = k.shape[2] % segment
         rest = {name: x[..., x.shape[-2] - kept :, :].clone() for name, x in buffer.items()}
         seen = (state.seen[0] + tokens.q.shape[2],) * len(state.seen)
-        return out, State(seen, {"matrix": sums.s.clone(), "norm": sums.z.clone()}, rest)
+        after = {"matrix": sums.s, "norm": sums.z}
+        return out, State(seen, {name: after[name].clone() for name in state.sums}, rest)
 
     def _memory(
         self, backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
@@ -186,6 +191,7 @@ class InfiniAttention(MemoryAttention):
         segment, length, held = self.config.segment, k.shape[2], k.shape[2] - q.shape[2]
         linear, every = self.config.update == "linear", self.config.detach_every
         # The linear rule needs a border only where gradients stop.
+        rule = RULES[self.config.update]
         size = segment if not linear else None if every is None else every * segment
         start, parts = 0, []
         while start < length:
@@ -209,10 +215,9 @@ class InfiniAttention(MemoryAttention):
                 )
             else:
                 f = elu1(wide(query)).reshape(*k.shape[:2], -1, k.shape[3])
-                out = read(f, sums).view(*query.shape[:3], v.shape[3])
+                out = rule.read(f, sums).view(*query.shape[:3], v.shape[3])
                 if end - start == segment:
-                    update = UPDATES[self.config.update]
-                    sums = update(elu1(wide(key)), wide(value), sums)
+                    sums = rule.update(elu1(wide(key)), wide(value), sums)
             parts.append(out)
             start = end
         return torch.cat(parts, dim=2), sums
