@@ -15,9 +15,20 @@ from longswift.eval.results import Result, load, write_text
 from longswift.eval.text import Table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+# A line per rival and length fills pages from here on.
+MANY_LENGTHS = 4
+
+
+def attention(result: Result) -> Table:
+    """Every length, or the growth over many of them."""
+    many = len(result.config["lengths"]) >= MANY_LENGTHS
+    every = attention_table.table(result)
+    return attention_table.growth_table(result)._replace(title=every.title) if many else every
+
+
 KINDS = {
     "approximation": approximation.table,
-    "attention": attention_table.table,
+    "attention": attention,
     "decode": phase_table.table,
     "demo": demo.table,
     "prefill": phase_table.table,

@@ -207,7 +207,7 @@ def table(result: Result) -> text.Table:
 
 
 def growth_table(result: Result) -> text.Table:
-    """Growth with the length for people, one line per rival."""
+    """One line per rival for people: exponents, their range, and figures at its last length."""
     rivals = series(result)
     cells = []
     for name, one in growth(rivals).items():
@@ -218,8 +218,22 @@ def growth_table(result: Result) -> text.Table:
                 label(last, result),
                 f"{text.tokens(one.shortest)} - {text.tokens(one.longest)}",
                 *("-" if value is None else f"{value:.2f}" for value in exponents),
+                text.seconds(last.seconds),
+                f"{last.speedup:.2f}x",
+                text.megabytes(last.extra_bytes),
                 text.size(last.state_bytes),
             )
         )
-    columns = ("", "tokens", "time n^", "last two", "memory n^", "state n^", "state")
-    return text.Table("growth with the number of tokens", columns, cells)
+    columns = (
+        "",
+        "tokens",
+        "time n^",
+        "last two",
+        "memory n^",
+        "state n^",
+        "median",
+        f"vs {baseline_title(result)}",
+        "extra memory",
+        "state",
+    )
+    return text.Table("growth with the number of tokens, figures at the last", columns, cells)
