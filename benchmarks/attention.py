@@ -24,6 +24,8 @@ CASES = {
         "float32",
         "--lengths",
         "2k,4k,8k,16k,32k,64k,128k",
+        "--repeats",
+        "3",
         "--budget",
         "10",
     ],

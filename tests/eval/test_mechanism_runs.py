@@ -115,6 +115,19 @@ def test_a_window_alone_keeps_its_size_and_full_attention_still_judges(
     assert result.config["speed"]["mechanisms"][0]["window"] == 64
 
 
+def test_full_attention_judges_even_if_it_is_too_slow_to_be_timed(
+    model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_slow(bench: AttentionBench, length: int, earlier: Any) -> dict[str, float]:
+        return {"full": 100.0} if length == 256 else {}
+
+    monkeypatch.setattr(attention, "_too_slow", too_slow)
+    result = mechanism_runs.run(comparison(model_directory, "full,ms_swift"), progress=False)
+    full, swift = result.rows
+    assert "would take" in full["note"] and full["seconds"] is None
+    assert full["kl"] == 0 and full["scores"] and swift["kl"] > 0 and not swift["note"]
+
+
 def test_impossible_comparisons_are_refused(model_directory: Path) -> None:
     with pytest.raises(ConfigError, match="one length"):
         comparison(model_directory, lengths=(300, 400))

@@ -239,7 +239,8 @@ def _divergences(
     with bar(len(mechanisms) * len(ids), "reading", shown=progress) as step:
         for mechanism in mechanisms:
             row = found.get(mechanism.name)
-            if row is not None and row["note"]:
+            # Full attention judges, even where it was too slow to be timed.
+            if row is not None and row["note"] and mechanism.name != FULL:
                 continue
             step(text=f"divergence of {mechanism.name}")
             loaded.use(mechanism)
