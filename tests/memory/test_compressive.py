@@ -111,34 +111,53 @@ def test_the_unit_rule_replaces_what_a_key_says_and_nothing_else() -> None:
     torch.testing.assert_close(rule.read(f, sums)[:, :, [0, 2, 3]], old[:, :, [0, 2, 3]])
 
 
-def _weights_of_segments(name: str, k: Tensor, q: Tensor, segments: int) -> Tensor:
-    """Mean weight of each segment's values in reads behind all of them: reads are linear in v."""
-    update, read_as, divides = RULES[name]
-    length, width = k.shape[2:]
+def _weights(name: str, k: Tensor, q: Tensor) -> Tensor:
+    """Weights ``[B, H, Lq, L]`` of reads behind 5 segments on all values: reads are linear in v."""
+    rule, (length, width) = RULES[name], k.shape[2:]
     v = torch.eye(length, dtype=k.dtype).expand(*k.shape[:2], -1, -1)
     zeros = k.new_zeros(*k.shape[:2], width, length)
-    sums = LinearState(zeros, zeros[..., 0] if divides else zeros[..., :0, 0])
-    for keys, values in zip(k.chunk(segments, 2), v.chunk(segments, 2), strict=True):
-        sums = update(elu1(keys), values, sums)
-    return read_as(elu1(q), sums).unflatten(-1, (segments, -1)).sum(-1).mean((0, 1, 2))
+    sums = LinearState(zeros, zeros[..., : width if rule.divides else 0, 0])
+    for keys, values in zip(k.chunk(5, 2), v.chunk(5, 2), strict=True):
+        sums = rule.update(elu1(keys), values, sums)
+    return rule.read(elu1(q), sums)
 
 
-def test_with_the_normaliser_the_delta_rule_forgets_where_a_text_began() -> None:
-    """Elu features are positive and alike: segment s of S keeps (s - 1) / (S - 1) of its weight.
-
-    Documented in docs/mechanisms/infini.md; a rule that stops to behave so must be described anew.
-    """
+def test_what_the_rules_keep_of_each_segment() -> None:
+    """The figures of docs/mechanisms/infini.md: a rule that changes must be described anew."""
     torch.manual_seed(0)
     k, q = torch.randn(2, 16, 4, 80, 16, dtype=torch.float64) * 0.8
-    near = {"rtol": 0, "atol": 0.012}
-    expected = torch.arange(5, dtype=torch.float64) / 4 / 5
-    linear = _weights_of_segments("linear", k, q, 5)
-    torch.testing.assert_close(linear, torch.full_like(linear, 1 / 5), **near)
-    segment = _weights_of_segments("delta_segment", k, q, 5)
-    torch.testing.assert_close(segment, expected, **near)
-    # Token by token the same holds of tokens, so that a little of the first segment is left.
-    token = _weights_of_segments("delta_token", k, q, 5)
-    torch.testing.assert_close(token, (torch.arange(5, dtype=k.dtype) + 0.5) / 25, **near)
+    expected = {
+        "linear": [0.2, 0.2, 0.2, 0.2, 0.2],
+        "delta_unit": [0.0, 0.0, 0.0, 0.0, 1.0],
+        # Features are positive and alike, so that segment s of S keeps (s - 1) / (S - 1) ...
+        "delta_segment": [0.0, 0.05, 0.1, 0.15, 0.2],
+        # ... and token t of L keeps (t - 1) / (L - 1).
+        "delta_token": [0.02, 0.06, 0.1, 0.14, 0.18],
+    }
+    specific = {}
+    for name, shares in expected.items():
+        found = _weights(name, k, q).unflatten(-1, (5, 16)).sum(-1).mean((0, 1, 2))
+        torch.testing.assert_close(found, found.new_tensor(shares), rtol=0, atol=0.015)
+        # Asked with a key of the first segment: its own value against the others of the segment.
+        first = _weights(name, k, k)[:, :, :16, :16]
+        own = first.diagonal(dim1=-2, dim2=-1)
+        specific[name] = float((own - (first.sum(-1) - own) / 15).mean())
+    for name in ("linear", "delta_segment", "delta_token"):
+        assert specific[name] == pytest.approx(0.004, abs=3e-4)
+    assert specific["delta_unit"] == pytest.approx(0.08, abs=0.003)
+
+
+def test_corrections_overshoot_only_without_normaliser_and_all_at_once() -> None:
+    """A correction whose largest eigenvalue exceeds 2 makes errors grow."""
+    torch.manual_seed(0)
+    f = elu1(torch.randn(16, 4, 32, 16, dtype=torch.float64) * 0.8)
+    first, second = f.chunk(2, 2)
+    step = 1 / (second @ first.sum(2).unsqueeze(-1))
+    paper = torch.linalg.eigvals(second.mT @ (step * second)).abs().amax(-1)
+    assert float(paper.mean()) == pytest.approx(1.02, abs=0.03) and float(paper.max()) < 1.3
+    units = second / second.norm(dim=-1, keepdim=True)
+    at_once = torch.linalg.eigvalsh(units @ units.mT)[..., -1]
+    assert float(at_once.mean()) == pytest.approx(12.4, abs=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
