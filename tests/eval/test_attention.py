@@ -122,6 +122,10 @@ def test_times_are_predicted_from_sparse_rows() -> None:
     # Overhead does not hide growth.
     assert predicted([row_of(16, 1.0), row_of(32, 1.0)], 64) == pytest.approx(2.0)
     assert predicted([row_of(128, 1.0)], 64) is None
+    # Noise is no growth beyond that of full attention.
+    assert predicted([row_of(16, 1.0), row_of(32, 16.0)], 64) == pytest.approx(64.0)
+    slow = replace(row_of(32, 9.0), fastest=2.0)
+    assert predicted([row_of(16, 1.0), slow], 64) == pytest.approx(4.0)
     # What is dense at every length is quadratic in the end.
     assert predicted([row_of(32, 1.0, density=1.0)], 64, dense=True) == pytest.approx(4.0)
 

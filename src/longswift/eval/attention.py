@@ -153,10 +153,11 @@ def predicted_seconds(
     telling = [row for row in rows if (dense or row.density < 1) and row.length < length][-2:]
     if not telling:
         return None
-    exponent = fit_exponent([r.length for r in telling], [r.seconds for r in telling])
-    # Time as short as a call's overhead grows slower than it will.
-    growth = max(2.0 if dense else 1.0, exponent or 0.0)
-    return telling[-1].seconds * (length / telling[-1].length) ** growth
+    # The fastest samples: what else the machine did must not look like growth.
+    exponent = fit_exponent([r.length for r in telling], [r.fastest for r in telling])
+    # Time as short as a call's overhead grows slower than it will; nothing outgrows full attention.
+    growth = 2.0 if dense else min(2.0, max(1.0, exponent or 0.0))
+    return telling[-1].fastest * (length / telling[-1].length) ** growth
 
 
 def _too_slow(

@@ -29,7 +29,7 @@ _NOTES = {
     "k, v and the output once, at the rates of the fastest matrix product and the fastest copy "
     "measured just before; choosing keys counts as time, not as work",
     "skipped": "a mechanism is left out at lengths where a call would take longer than the budget, "
-    "by the growth of its last two times; the baseline never is",
+    "by the growth of its last two fastest times; the baseline never is",
 }
 
 
