@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.pattern import Band, BlockPattern
-from longswift.kernels import eager, flex, reference, triton
+from longswift.kernels import eager, flex, native, reference, triton
 
-# What "auto" tries on a GPU before the eager kernel, best first.
-_ON_GPU = ("triton", "flex")
+# What "auto" tries before the eager kernel, best first.
+_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "flex")}
 
 BACKENDS: dict[str, ModuleType] = {
     "eager": eager,
     "flex": flex,
+    "native": native,
     "reference": reference,
     "triton": triton,
 }
@@ -89,11 +91,11 @@ def resolve(
 
 
 def _automatic(device: torch.device, inputs: tuple[Tensor, ...], bias: ScoreBias | None) -> str:
-    """Eager on a CPU; on a GPU the first backend that is right there and takes these inputs."""
-    if device.type == "cuda" and inputs:
-        for name in _ON_GPU:
-            if BACKENDS[name].refusal(*inputs, bias) is None and trusted(name, device):
-                return name
+    """The first preferred backend that is right there and takes these inputs, or eager."""
+    preferred = _PREFERRED.get(device.type, ()) if inputs else ()
+    for name in preferred:
+        if BACKENDS[name].refusal(*inputs, bias) is None and trusted(name, device):
+            return name
     return "eager"
 
 
@@ -114,7 +116,8 @@ def trusted(name: str, device: torch.device) -> bool:
 def disagreement(module: ModuleType, device: torch.device) -> str:
     """How a backend differs from the reference on a small problem, or nothing.
 
-    Covers bands, gathered tokens row by row, the remainder, grouped heads and every gradient.
+    Covers bands, gathered tokens row by row and for whole blocks, the remainder, grouped heads and
+    every gradient.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32)
@@ -136,10 +139,12 @@ def disagreement(module: ModuleType, device: torch.device) -> str:
             leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
             out, lse = backend.attend(*leaves, pattern, 0.2)
             grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
-            results.append([out.detach(), lse.detach(), *grads])
+            with torch.no_grad():
+                shared = backend.attend(*leaves, replace(pattern, visible_from=None), 0.2)
+            results.append([out.detach(), lse.detach(), *grads, *shared])
     except Exception as error:  # whatever a compiler raises: the point is to learn of it
         return f"{type(error).__name__}: {error}"
-    names = ("output", "log-sum-exp", "dq", "dk", "dv")
+    names = ("output", "log-sum-exp", "dq", "dk", "dv", "shared output", "shared log-sum-exp")
     for name, got, expected in zip(names, *results, strict=True):
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
             worst = float((got - expected).abs().max())

@@ -26,7 +26,7 @@ query bounds these themselves, and so does strict mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.bias import PositionBias, ScoreBias
-from longswift.core.blocks import BlockRun, Workspace, row_positions
+from longswift.core.blocks import BlockRun, Workspace, block_runs, row_positions
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
-from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector, fill
 from longswift.mechanisms.selectors.box_tree import descend, enclose, levels_above
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
 
@@ -144,7 +144,39 @@ class Bounds(Selector):
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
-        return _Pass(self, request).run()
+        plain = request.coverage is None and request.bias is None and self.tree is None
+        if request.choose_by_bounds is None or request.strict or not plain:
+            return _Pass(self, request).run()
+        return self._select_at_once(request, request.choose_by_bounds)
+
+    def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
+        """Complete blocks by the backend's kernel, the cut first and last one as ever."""
+        pattern, (batch, kv_heads) = request.pattern, request.k.shape[:2]
+        shape = (batch, kv_heads, request.edges.shape[1], request.budget)
+        tokens = torch.full(shape, EMPTY, dtype=torch.int32, device=request.k.device)
+        choose(
+            request.q,
+            request.k,
+            request.band_lse,
+            pattern,
+            tokens,
+            scale=request.scale,
+            key_block=request.key_block,
+            row_group=self.row_group,
+            key_radius=self.key_radius,
+            row_radius=self.row_radius,
+            proposed=-(-self.proposals * request.budget // request.key_block),
+            sinks=request.sinks,
+        )
+        runs = block_runs(request.q.shape[2], request.k.shape[2], pattern.block, 1)
+        cut = [run for run in runs if run.rows < pattern.block]
+        if cut:
+            one_by_one = _Pass(self, request)
+            space = Workspace(request.k.device)
+            for run in cut:
+                found = fill(one_by_one.choose(run, space).tokens, request.budget)
+                tokens[:, :, run.first : run.first + 1] = found
+        return Selection(tokens, None)
 
 
 class _Pass(TwoStage):

@@ -75,7 +75,7 @@ class TwoStage(ABC):
         rows = self._request.pattern.block
         blocks = min(self._wanted_blocks(rows) + self._sink_blocks, self._blocks)
         width = max(blocks * self._key_block + 1, self._scored())
-        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
+        return by_run(self._request, width, self._strict if self._request.strict else self.choose)
 
     def _wanted_blocks(self, rows: int) -> int:
         """Blocks proposed to a block of ``rows`` query rows."""
@@ -85,8 +85,8 @@ class TwoStage(ABC):
             proposals = max(proposals, min(self._most_proposals, as_costly))
         return -(-proposals * self._request.budget // self._key_block)
 
-    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block."""
+    def choose(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens for every block of a run, not strictly causal."""
         request = self._request
         batch, kv_heads = request.k.shape[:2]
         outside, width = candidate_blocks(request, run, self._key_block)

@@ -1,0 +1,68 @@
+// How Python calls the kernels.
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace longswift {
+
+namespace {
+
+void describe(const at::Tensor& k, at::Tensor boxes, int64_t batch, int64_t head, int64_t panel,
+              int64_t key_block) {
+  describe_boxes(k, boxes, batch, head, panel, key_block);
+}
+
+void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+            const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+            at::IntArrayRef place, at::IntArrayRef sizes, double scale, double key_radius,
+            double row_radius, bool causal) {
+  const Choice choice{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+                      static_cast<float>(scale), static_cast<float>(key_radius),
+                      static_cast<float>(row_radius), causal};
+  choose_by_bounds(q, k, band_lse, boxes, edges, tokens, place[0], place[1], place[2], place[3],
+                   place[4], choice);
+}
+
+void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
+           const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
+           const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
+           at::IntArrayRef place, at::IntArrayRef sizes, double scale, bool causal, bool narrow) {
+  const Gather how{sizes[0], sizes[1], sizes[2], scale, causal, narrow};
+  merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, place[0],
+                 place[1], place[2], place[3], how);
+}
+
+void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
+           at::Tensor lse, at::IntArrayRef place, at::IntArrayRef shape, double scale, bool narrow) {
+  const Rectangle rectangle{shape[0], shape[1], shape[2], shape[3], shape[4],
+                            shape[5], shape[6], shape[7], shape[8]};
+  attend_tiles(q, k, v, out, lse, place[0], place[1], rectangle, scale, narrow);
+}
+
+}  // namespace
+
+}  // namespace longswift
+
+TORCH_LIBRARY(longswift, m) {
+  m.def("describe(Tensor k, Tensor(a!) boxes, int batch, int head, int panel, int key_block) -> ()");
+  m.def(
+      "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
+      "int[] place, int[] sizes, float scale, float key_radius, float row_radius, bool causal) "
+      "-> ()");
+  m.def(
+      "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
+      "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] place, "
+      "int[] sizes, float scale, bool causal, bool narrow) -> ()");
+  m.def(
+      "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] place, "
+      "int[] shape, float scale, bool narrow) -> ()");
+  m.def("all_finite(Tensor x) -> bool");
+}
+
+TORCH_LIBRARY_IMPL(longswift, CPU, m) {
+  m.impl("describe", longswift::describe);
+  m.impl("choose", longswift::choose);
+  m.impl("merge", longswift::merge);
+  m.impl("tiles", longswift::tiles);
+  m.impl("all_finite", longswift::all_finite);
+}
