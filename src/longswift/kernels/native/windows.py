@@ -15,7 +15,7 @@ from longswift.core.types import Partial
 # Scores of one piece of work, and rows of a tile that share its packed keys.
 _SCORES = 1 << 20
 _ROWS = 512
-# Wider tiles are as fast in torch's fused kernel, and lie in memory as it likes them.
+# Wider tiles are as fast in torch's fused kernel, too.
 _WIDEST = 8192
 _FARTHEST = 1 << 40
 
@@ -23,12 +23,16 @@ _FARTHEST = 1 << 40
 def attend_windows(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
 ) -> Partial | None:
-    """Attention over the pattern's bands, fp32, or None where a band is no narrow window."""
+    """Attention over the pattern's bands, fp32, or None where a band is no narrow window.
+
+    A single rectangle, as in full attention, is as fast in torch's fused kernel.
+    """
     q_len, k_len = q.shape[2], k.shape[2]
     work: list[tuple[list[int], list[int]]] = []
     for band, heads in band_heads(pattern.bands):
         found = jobs(band, q_len, k_len, pattern.causal)
-        if not found or max(job.width for job in found) > _WIDEST:
+        dense = len(found) == 1 and found[0].count == 1
+        if not found or dense or max(job.width for job in found) > _WIDEST:
             return None
         for job in by_tiles(by_rows(found, _ROWS, pattern.causal), _SCORES):
             shape = _rectangle(job, band, pattern.causal)

@@ -363,7 +363,9 @@ class _Pass(TwoStage):
         bound = bound.view(batch, kv_heads, count, rows, width)
         if self._request.bias is not None:
             bound += self._largest_bias(run, width)
-        return share_among_blocks(bound, outside, self._request.pattern.causal)
+        return share_among_blocks(
+            bound, outside, self._request.pattern.causal, self._request.strict
+        )
 
 
 def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
