@@ -1,12 +1,14 @@
-"""Key tokens by bounds, complete blocks of queries at a time."""
+"""Key tokens by bounds: complete blocks of queries, and the few rows of cut ones."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.blocks import block_runs
+from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
@@ -29,51 +31,75 @@ def choose_by_bounds(
     row_group: int,
     key_radius: float,
     row_radius: float,
-    proposed: int,
+    proposed: Callable[[int], int],
     sinks: int,
+    extremes: Callable[[], tuple[Tensor, Tensor]],
 ) -> None:
-    """Chooses for every complete block of queries; what it chooses is what ``Bounds`` describes.
+    """Chooses what ``Bounds`` describes for every block of queries.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
         k: ``[B, Hkv, Lk, D]``.
         band_lse: fp32 ``[B, Hq, Lq]``.
         pattern: Bands and blocks.
-        tokens: int32 ``[B, Hkv, N, budget]`` filled with -1; complete blocks are written to.
+        tokens: int32 ``[B, Hkv, N, budget]`` filled with -1, written to.
         scale: Factor on the scores.
         key_block: Keys per box.
         row_group: Query rows per box.
         key_radius: Share of a key box's radius that counts.
         row_radius: Share of a row box's radius that counts.
-        proposed: Key blocks proposed to a block of queries.
+        proposed: Key blocks proposed to a block of so many query rows.
         sinks: Leading tokens never chosen.
+        extremes: Minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``; asked for
+            if a block of queries is cut.
     """
     operators = compiled.operators()
     assert operators is not None
-    q_len, k_len = q.shape[2], k.shape[2]
+    block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
-    blocks = k_len // key_block if pattern.causal else -(-k_len // key_block)
-    reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
-    boxes = _boxes(k, min(reach, blocks), key_block)
-    sizes = [
-        *(pattern.block, key_block, row_group, proposed, tokens.shape[3], sinks),
-        min(-(-sinks // key_block), blocks),
-    ]
-    complete = [
-        [*piece, run.row + (piece[2] - run.first) * run.rows]
-        for run in block_runs(q_len, k_len, pattern.block, q_len)
-        if run.rows == pattern.block
-        for piece in pieces(k, run.count, run.first)
-    ]
     band_lse = band_lse.contiguous()
+    blocks = k_len // key_block if pattern.causal else -(-k_len // key_block)
+    rest = (tokens.shape[3], sinks, min(-(-sinks // key_block), blocks))
+    how = (scale, (key_radius, row_radius), pattern.causal)
+    runs = list(block_runs(q_len, k_len, block, q_len))
 
-    def choose(place: list[int], _: None) -> None:
-        operators.choose(
-            *(q, k, band_lse, boxes, edges, tokens, place, sizes),
-            *(scale, key_radius, row_radius, pattern.causal),
-        )
+    complete = [run for run in runs if run.rows == block and block > 1]
+    if complete:
+        reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
+        boxes = _boxes(k, min(reach, blocks), key_block)
+        sizes = (block, key_block, row_group, proposed(block), *rest)
 
-    for_each(complete, lambda: None, choose, q.device)
+        def choose(place: list[int], _: None) -> None:
+            operators.choose(q, k, band_lse, boxes, edges, tokens, place, sizes, *how)
+
+        work = [
+            [*piece, run.row + (piece[2] - run.first) * block]
+            for run in complete
+            for piece in pieces(k, run.count, run.first)
+        ]
+        for_each(work, lambda: None, choose, q.device)
+
+    cut = [run for run in runs if run.rows < block or block == 1]
+    if cut:
+        low, high = extremes()
+        narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
+
+        def choose_few(piece: tuple[BlockRun, int, int, int], _: None) -> None:
+            run, index, b, head = piece
+            place = (b, head, run.first + index, run.row + index * run.rows, run.rows)
+            sizes = (block, key_block, row_group, proposed(run.rows), *rest)
+            operators.choose_few(
+                q, k, band_lse, low, high, edges, tokens, place, sizes, *how, narrow
+            )
+
+        few = [
+            (run, index, b, head)
+            for run in cut
+            for index in range(run.count)
+            for b in range(k.shape[0])
+            for head in range(k.shape[1])
+        ]
+        for_each(few, lambda: None, choose_few, q.device, least=1)
 
 
 def _boxes(k: Tensor, count: int, key_block: int) -> Tensor:

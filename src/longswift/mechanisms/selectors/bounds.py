@@ -36,14 +36,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.bias import PositionBias, ScoreBias
-from longswift.core.blocks import BlockRun, Workspace, block_runs, row_positions
+from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
-from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector, fill
+from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 from longswift.mechanisms.selectors.box_tree import descend, enclose, levels_above
-from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
+from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
 # Boxes of key blocks described at once.
 _BOXES = 2048
@@ -150,32 +150,25 @@ class Bounds(Selector):
         return self._select_at_once(request, request.choose_by_bounds)
 
     def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
-        """Complete blocks by the backend's kernel, the cut first and last one as ever."""
-        pattern, (batch, kv_heads) = request.pattern, request.k.shape[:2]
+        """The same by the backend's kernel."""
+        batch, kv_heads = request.k.shape[:2]
         shape = (batch, kv_heads, request.edges.shape[1], request.budget)
         tokens = torch.full(shape, EMPTY, dtype=torch.int32, device=request.k.device)
         choose(
             request.q,
             request.k,
             request.band_lse,
-            pattern,
+            request.pattern,
             tokens,
             scale=request.scale,
             key_block=request.key_block,
             row_group=self.row_group,
             key_radius=self.key_radius,
             row_radius=self.row_radius,
-            proposed=-(-self.proposals * request.budget // request.key_block),
+            proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
+            extremes=lambda: _key_extremes(request, request.key_block),
         )
-        runs = block_runs(request.q.shape[2], request.k.shape[2], pattern.block, 1)
-        cut = [run for run in runs if run.rows < pattern.block]
-        if cut:
-            one_by_one = _Pass(self, request)
-            space = Workspace(request.k.device)
-            for run in cut:
-                found = fill(one_by_one.choose(run, space).tokens, request.budget)
-                tokens[:, :, run.first : run.first + 1] = found
         return Selection(tokens, None)
 
 

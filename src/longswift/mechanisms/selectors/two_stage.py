@@ -82,11 +82,7 @@ class TwoStage(ABC):
 
     def _wanted_blocks(self, rows: int) -> int:
         """Blocks proposed to a block of ``rows`` query rows."""
-        proposals = self._proposals
-        if not self._request.strict:
-            as_costly = proposals * self._request.pattern.block // rows
-            proposals = max(proposals, min(self._most_proposals, as_costly))
-        return -(-proposals * self._request.budget // self._key_block)
+        return wanted_blocks(self._request, self._proposals, self._most_proposals, rows)
 
     def choose(self, run: BlockRun, space: Workspace) -> Selection:
         """At most ``budget`` tokens for every block of a run, not strictly causal."""
@@ -263,6 +259,14 @@ class TwoStage(ABC):
     def _best_of_group(self, weights: Tensor) -> Tensor:
         """``[B, Hkv, N, G * rows, M]`` to ``[B, Hkv, N, rows, M]``, the largest of the group."""
         return weights.unflatten(3, (self._request.groups, -1)).amax(3)
+
+
+def wanted_blocks(request: Request, proposals: int, most: int, rows: int) -> int:
+    """Key blocks proposed to a block of ``rows`` query rows; see ``TwoStage`` for the others."""
+    if not request.strict:
+        as_costly = proposals * request.pattern.block // rows
+        proposals = max(proposals, min(most, as_costly))
+    return -(-proposals * request.budget // request.key_block)
 
 
 def share_among_blocks(

@@ -11,13 +11,97 @@ namespace {
 constexpr int64_t kScores = 1 << 21;
 constexpr int64_t kMostRows = 64;
 constexpr int64_t kKeys = 64;
+constexpr int64_t kColumns = 128;
+
+// The softmax of several query rows, each a column of scores, over keys that come piece by piece.
+class Columns {
+ public:
+  // `count` columns in `padded`, a multiple of the lanes, which start with one key of score `first`.
+  float* begin(int64_t count, int64_t padded) {
+    count_ = count;
+    padded_ = padded;
+    std::fill(total_.get(padded), total_.get(padded) + padded, 1.0f);
+    float* first = top_.get(padded);
+    std::fill(first, first + padded, kHidden);
+    return first;
+  }
+
+  // Scales the scores `[keys, padded]` and adds them, while they are in the nearest cache.
+  void add(float* scores, int64_t keys, float scale) {
+    float *top = top_.get(0), *total = total_.get(0);
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= padded_; c += 4 * kLanes) {
+      add_to<4>(scores + c, keys, scale, top + c, total + c);
+    }
+    for (; c < padded_; c += kLanes) {
+      add_to<1>(scores + c, keys, scale, top + c, total + c);
+    }
+  }
+
+  // Ends the sums.
+  void finish() {
+    float *top = top_.get(0), *total = total_.get(0);
+    for (int64_t c = 0; c < count_; ++c) {
+      total[c] = top[c] + std::log(total[c]);
+    }
+    // Columns that are no rows rank nothing.
+    std::fill(total + count_, total + padded_, -kHidden);
+  }
+
+  // Raises the rank of every key to its largest log-probability.
+  void raise(const float* scores, int64_t keys, float* rank) {
+    const float* lse = total_.get(0);
+    for (int64_t k = 0; k < keys; ++k) {
+      Vec best(kHidden);
+      const float* of_key = scores + k * padded_;
+      for (int64_t c = 0; c < padded_; c += kLanes) {
+        best = at::vec::maximum(best, Vec::loadu(of_key + c) - Vec::loadu(lse + c));
+      }
+      rank[k] = std::max(rank[k], max_of(best));
+    }
+  }
+
+ private:
+  template <int parts>
+  void add_to(float* scores, int64_t keys, float scale, float* top, float* total) const {
+    const Vec by(scale);
+    Vec before[parts], high[parts], sum[parts];
+    for (int p = 0; p < parts; ++p) {
+      high[p] = before[p] = Vec::loadu(top + p * kLanes);
+    }
+    for (int64_t k = 0; k < keys; ++k) {
+      for (int p = 0; p < parts; ++p) {
+        float* place = scores + k * padded_ + p * kLanes;
+        const Vec x = Vec::loadu(place) * by;
+        x.store(place);
+        high[p] = at::vec::maximum(high[p], x);
+      }
+    }
+    for (int p = 0; p < parts; ++p) {
+      sum[p] = Vec::loadu(total + p * kLanes) * (before[p] - high[p]).exp_u20();
+    }
+    for (int64_t k = 0; k < keys; ++k) {
+      for (int p = 0; p < parts; ++p) {
+        sum[p] += (Vec::loadu(scores + k * padded_ + p * kLanes) - high[p]).exp_u20();
+      }
+    }
+    for (int p = 0; p < parts; ++p) {
+      high[p].store(top + p * kLanes);
+      sum[p].store(total + p * kLanes);
+    }
+  }
+
+  Buffer<float> top_, total_;
+  int64_t count_ = 0, padded_ = 0;
+};
 
 template <typename F>
 struct Space {
-  Buffer<F> groups, queries, keys;
-  Buffer<float> bounds, rank, scores, top, total;
+  Buffer<F> groups, queries, keys, wide, highest, lowest;
+  Buffer<float> bounds, rank, scores;
   Buffer<int32_t> blocks, tokens, best;
   Best order;
+  Columns columns;
 };
 
 template <typename F>
@@ -59,17 +143,15 @@ template <typename T, typename F>
 class Chooser {
  public:
   Chooser(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
-          const at::Tensor& boxes, const at::Tensor& edges, at::Tensor& tokens, int64_t batch,
-          int64_t head, const Choice& choice)
+          const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
+          const Choice& choice)
       : choice_(choice),
         dim_(q.size(3)),
         k_len_(k.size(2)),
         heads_(q.size(1) / k.size(1)),
         groups_of_block_((choice.block + choice.row_group - 1) / choice.row_group),
         rows_of_block_(heads_ * groups_of_block_),
-        width_(boxes.size(3)),
         k_(rows_of<const T>(k, batch, head)),
-        panels_(boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0)),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
         tokens_(tokens.data_ptr<int32_t>() + batch * tokens.stride(0) + head * tokens.stride(1)),
         mine_(space<F>()) {
@@ -82,8 +164,11 @@ class Chooser {
     }
   }
 
-  // Blocks [first, first + count) of the queries, the first of which starts at row `row`.
-  void run(int64_t first, int64_t count, int64_t row) {
+  // Complete blocks [first, first + count) of the queries, the first of which starts at row `row`.
+  // Rows are bounded in groups; `boxes [panels, 3 * dim, width]` are those of the keys.
+  void run(const F* boxes, int64_t width, int64_t first, int64_t count, int64_t row) {
+    panels_ = boxes;
+    width_ = width;
     int64_t done = 0;
     while (done < count) {
       int64_t needed = reach(first + done);
@@ -100,6 +185,21 @@ class Chooser {
         propose_and_choose(first + done, some, row + done * choice_.block, needed);
       }
       done += some;
+    }
+  }
+
+  // `rows` rows of one block, each bounded for itself; keys by their extremes `low` and `high`.
+  void run_cut(const at::Tensor& low, const at::Tensor& high, int64_t batch, int64_t head,
+               int64_t block, int64_t row, int64_t rows) {
+    if (reach(block) == 0) {
+      return;
+    }
+    const int64_t start = std::min(before(block), blocks_);
+    const int64_t found =
+        propose_one_by_one(rows_of<const T>(low, batch, head), rows_of<const T>(high, batch, head),
+                           row, rows, start, after(block));
+    if (found > 0) {
+      choose(found, row, rows, tokens_ + block * choice_.budget);
     }
   }
 
@@ -137,15 +237,94 @@ class Chooser {
       float* of_block = bounds + n * rows_of_block_ * step;
       const int64_t found = propose(of_block, step, start, end);
       if (found > 0) {
-        choose(found, row + n * choice_.block, tokens_ + block * choice_.budget);
+        choose(found, row + n * choice_.block, choice_.block, tokens_ + block * choice_.budget);
       }
     }
   }
 
-  // Writes the candidates, ascending, to `blocks`: those with sinks, then those worth most.
+  // Ranks blocks of keys by the rows of a cut block, each for itself.
+  int64_t propose_one_by_one(const Rows<const T>& low, const Rows<const T>& high, int64_t row,
+                             int64_t rows, int64_t start, int64_t end) {
+    const int64_t last = choice_.causal ? start : blocks_;
+    float* rank = mine_.rank.get(blocks_);
+    std::fill(rank, rank + last, kHidden);
+    const float share = (1.0f + choice_.key_radius) / 2.0f;
+    for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
+      // A positive channel meets the largest key, a negative one the smallest; mixed with the other
+      // in proportion, that is the bound of a box of a smaller radius.
+      F* up = mine_.queries.get(2 * dim_ * columns);
+      F* down = up + dim_ * columns;
+      F* lines = mine_.wide.get(2 * some * rows * dim_);
+      F* others = lines + some * rows * dim_;
+      float line[dim_], other[dim_];
+      for (int64_t c = 0; c < some * rows; ++c) {
+        convert(line, q_[first_head + c / rows].row(row + c % rows), dim_);
+        for (int64_t d = 0; d < dim_; ++d) {
+          const float x = line[d] * choice_.scale;
+          const float positive = std::max(x, 0.0f), negative = std::min(x, 0.0f);
+          line[d] = negative + share * (positive - negative);
+          other[d] = positive + share * (negative - positive);
+        }
+        convert(lines + c * dim_, line, dim_);
+        convert(others + c * dim_, other, dim_);
+      }
+      pack_transposed<F>(lines, dim_, some * rows, dim_, up, columns);
+      pack_transposed<F>(others, dim_, some * rows, dim_, down, columns);
+      clear_columns<F>(up, dim_, columns, some * rows);
+      clear_columns<F>(down, dim_, columns, some * rows);
+      float* scores = mine_.bounds.get(blocks_ * columns);
+      mine_.columns.begin(some * rows, columns);
+      const int64_t stretches[2][2] = {{0, start}, {end, last}};
+      for (const auto& stretch : stretches) {
+        for (int64_t j = stretch[0]; j < stretch[1]; j += kKeys) {
+          const int64_t tall = std::min(kKeys, stretch[1] - j);
+          int64_t step;
+          float* part = scores + j * columns;
+          const F* box = factors(high, j, tall, mine_.highest, &step);
+          multiply<F>(tall, columns, dim_, box, step, up, columns, part, columns);
+          box = factors(low, j, tall, mine_.lowest, &step);
+          multiply<F>(tall, columns, dim_, box, step, down, columns, part, columns, true);
+          mine_.columns.add(part, tall, 1.0f);
+        }
+      }
+      mine_.columns.finish();
+      for (const auto& stretch : stretches) {
+        mine_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0],
+                            rank + stretch[0]);
+      }
+    });
+    return take(start, end, last);
+  }
+
+  // Rows in the type in which they are multiplied, where they are or copied.
+  const F* factors(const Rows<const T>& x, int64_t first, int64_t count, Buffer<F>& buffer,
+                   int64_t* step) const {
+    if constexpr (std::is_same_v<T, F>) {
+      *step = x.step;
+      return x.row(first);
+    } else {
+      F* wide = buffer.get(count * dim_);
+      for (int64_t i = 0; i < count; ++i) {
+        convert(wide + i * dim_, x.row(first + i), dim_);
+      }
+      *step = dim_;
+      return wide;
+    }
+  }
+
+  // As many heads at a time as fill the columns of a product: first, how many, columns.
+  template <typename Call>
+  void for_heads(int64_t rows, Call&& call) const {
+    const int64_t most = std::max<int64_t>(1, kColumns / rows);
+    for (int64_t g = 0; g < heads_; g += most) {
+      const int64_t some = std::min(most, heads_ - g);
+      call(g, some, round_up(some * rows, kLanes));
+    }
+  }
+
+  // Ranks blocks of keys by groups of rows.
   int64_t propose(float* bounds, int64_t step, int64_t start, int64_t end) {
     float* rank = mine_.rank.get(blocks_);
-    int32_t* found = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
     const int64_t last = choice_.causal ? start : blocks_;
     std::fill(rank, rank + last, kHidden);
     for (int64_t r = 0; r < rows_of_block_; ++r) {
@@ -157,6 +336,13 @@ class Chooser {
       raise(rank, of_row, start, lse);
       raise(rank + end, of_row + end, last - end, lse);
     }
+    return take(start, end, last);
+  }
+
+  // Writes the candidates, ascending, to `blocks`: those with sinks, then those of highest rank.
+  int64_t take(int64_t start, int64_t end, int64_t last) {
+    float* rank = mine_.rank.get(0);
+    int32_t* found = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
     int64_t count = 0;
     for (int64_t j = 0; j < std::min(choice_.sink_blocks, last); ++j) {
       if (j < start || j >= end) {
@@ -180,7 +366,7 @@ class Chooser {
   }
 
   // The best tokens of the proposed blocks, by their largest probability in any row.
-  void choose(int64_t proposed, int64_t row, int32_t* chosen) {
+  void choose(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
     const int32_t* blocks = mine_.blocks.get(0);
     int32_t* tokens = mine_.tokens.get(proposed * choice_.key_block);
     int64_t count = 0;
@@ -192,25 +378,32 @@ class Chooser {
         }
       }
     }
-    const int64_t tall = round_up(count, 32), columns = round_up(choice_.block, kLanes);
+    const int64_t tall = round_up(count, 32);
     F* keys = mine_.keys.get(tall * dim_);
     gather(tokens, count, keys);
     std::memset(static_cast<void*>(keys + count * dim_), 0, (tall - count) * dim_ * sizeof(F));
     float* rank = mine_.rank.get(count);
     std::fill(rank, rank + count, kHidden);
-    float* scores = mine_.scores.get(tall * columns);
-    F* packed = mine_.queries.get(dim_ * columns);
-    for (int64_t g = 0; g < heads_; ++g) {
-      pack_queries(q_[g], row, columns, packed);
-      begin_rows(columns, lse_[g] + row);
-      for (int64_t t = 0; t < tall; t += kKeys) {
-        const int64_t some = std::min(kKeys, tall - t);
-        float* part = scores + t * columns;
-        multiply<F>(some, columns, dim_, keys + t * dim_, dim_, packed, columns, part, columns);
-        add_keys(part, std::min(some, count - t), columns);
+    for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
+      float* scores = mine_.scores.get(tall * columns);
+      F* packed = mine_.queries.get(dim_ * columns);
+      float* band = mine_.columns.begin(some * rows, columns);
+      for (int64_t g = 0; g < some; ++g) {
+        int64_t step;
+        const F* queries = factors(q_[first_head + g], row, rows, mine_.wide, &step);
+        pack_transposed<F>(queries, step, rows, dim_, packed_at(packed, g * rows), columns);
+        std::copy(lse_[first_head + g] + row, lse_[first_head + g] + row + rows, band + g * rows);
       }
-      rank_tokens(scores, count, columns, rank);
-    }
+      clear_columns<F>(packed, dim_, columns, some * rows);
+      for (int64_t t = 0; t < tall; t += kKeys) {
+        const int64_t more = std::min(kKeys, tall - t);
+        float* part = scores + t * columns;
+        multiply<F>(more, columns, dim_, keys + t * dim_, dim_, packed, columns, part, columns);
+        mine_.columns.add(part, std::min(more, count - t), choice_.scale);
+      }
+      mine_.columns.finish();
+      mine_.columns.raise(scores, count, rank);
+    });
     for (int64_t t = 0; t < count && tokens[t] < choice_.sinks; ++t) {
       rank[t] = kHidden;
     }
@@ -221,83 +414,9 @@ class Chooser {
     }
   }
 
-  void pack_queries(const Rows<const T>& q, int64_t row, int64_t columns, F* packed) {
-    if constexpr (std::is_same_v<T, F>) {
-      pack_transposed<F>(q.row(row), q.step, choice_.block, dim_, packed, columns);
-    } else {
-      F* wide = mine_.groups.get(choice_.block * dim_);
-      for (int64_t i = 0; i < choice_.block; ++i) {
-        convert(wide + i * dim_, q.row(row + i), dim_);
-      }
-      pack_transposed<F>(wide, dim_, choice_.block, dim_, packed, columns);
-    }
-  }
-
-  // The softmax of a row (a column here) is over all tokens and the band.
-  void begin_rows(int64_t columns, const float* band_lse) {
-    float *top = mine_.top.get(columns), *total = mine_.total.get(columns);
-    for (int64_t c = 0; c < columns; ++c) {
-      top[c] = c < choice_.block ? band_lse[c] : 0.0f;
-      total[c] = 1.0f;
-    }
-  }
-
-  // Adds keys to every row's sum while their scores are in the nearest cache.
-  void add_keys(float* scores, int64_t count, int64_t columns) {
-    float *top = mine_.top.get(0), *total = mine_.total.get(0);
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
-      add_to_columns<4>(scores + c, count, columns, top + c, total + c);
-    }
-    for (; c < columns; c += kLanes) {
-      add_to_columns<1>(scores + c, count, columns, top + c, total + c);
-    }
-  }
-
-  template <int parts>
-  void add_to_columns(float* scores, int64_t count, int64_t step, float* top, float* total) {
-    const Vec scale(choice_.scale);
-    Vec before[parts], high[parts], sum[parts];
-    for (int p = 0; p < parts; ++p) {
-      high[p] = before[p] = Vec::loadu(top + p * kLanes);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      for (int p = 0; p < parts; ++p) {
-        const Vec x = Vec::loadu(scores + t * step + p * kLanes) * scale;
-        x.store(scores + t * step + p * kLanes);
-        high[p] = at::vec::maximum(high[p], x);
-      }
-    }
-    for (int p = 0; p < parts; ++p) {
-      sum[p] = Vec::loadu(total + p * kLanes) * (before[p] - high[p]).exp_u20();
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      for (int p = 0; p < parts; ++p) {
-        sum[p] += (Vec::loadu(scores + t * step + p * kLanes) - high[p]).exp_u20();
-      }
-    }
-    for (int p = 0; p < parts; ++p) {
-      high[p].store(top + p * kLanes);
-      sum[p].store(total + p * kLanes);
-    }
-  }
-
-  // Raises each token's rank to its largest log-probability.
-  void rank_tokens(const float* scores, int64_t count, int64_t columns, float* rank) {
-    float *lse = mine_.total.get(0), *top = mine_.top.get(0);
-    for (int64_t c = 0; c < choice_.block; ++c) {
-      lse[c] = top[c] + std::log(lse[c]);
-    }
-    // Columns that are no rows rank nothing.
-    std::fill(lse + choice_.block, lse + columns, -kHidden);
-    for (int64_t t = 0; t < count; ++t) {
-      Vec best(kHidden);
-      const float* of_token = scores + t * columns;
-      for (int64_t part = 0; part < columns; part += kLanes) {
-        best = at::vec::maximum(best, Vec::loadu(of_token + part) - Vec::loadu(lse + part));
-      }
-      rank[t] = std::max(rank[t], max_of(best));
-    }
+  // A column takes 32 bits: one number, or two of 16.
+  static F* packed_at(F* packed, int64_t column) {
+    return packed + column * static_cast<int64_t>(sizeof(float) / sizeof(F));
   }
 
   // Tokens come in whole blocks, the last one of the sequence perhaps cut.
@@ -317,9 +436,10 @@ class Chooser {
   }
 
   const Choice& choice_;
-  const int64_t dim_, k_len_, heads_, groups_of_block_, rows_of_block_, width_;
+  const int64_t dim_, k_len_, heads_, groups_of_block_, rows_of_block_;
   const Rows<const T> k_;
-  const F* panels_;
+  const F* panels_ = nullptr;
+  int64_t width_ = 0;
   const int64_t* edges_;
   int32_t* tokens_;
   Space<F>& mine_;
@@ -379,10 +499,22 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       int64_t batch, int64_t head, int64_t first, int64_t count, int64_t row,
                       const Choice& choice) {
   by_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+    using F = decltype(factor);
     ProductScope scope;
-    Chooser<decltype(in), decltype(factor)>(q, k, band_lse, boxes, edges, tokens, batch, head,
-                                            choice)
-        .run(first, count, row);
+    const F* panels = boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0);
+    Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, batch, head, choice)
+        .run(panels, boxes.size(3), first, count, row);
+  });
+}
+
+void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                    at::Tensor tokens, int64_t batch, int64_t head, int64_t block, int64_t row,
+                    int64_t rows, const Choice& choice, bool narrow) {
+  by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
+    ProductScope scope;
+    Chooser<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, batch, head, choice)
+        .run_cut(low, high, batch, head, block, row, rows);
   });
 }
 

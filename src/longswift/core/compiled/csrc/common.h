@@ -82,8 +82,7 @@ void convert(To* out, const From* in, int64_t n) {
   }
 }
 
-// [rows, k] to [k, columns] (in pairs along k for 16-bit factors); `rows` <= `columns`, and columns
-// that no row fills become zero.
+// [rows, k] to `rows` columns of [k, columns] (in pairs along k for 16-bit factors).
 template <typename F>
 void pack_transposed(const F* in, int64_t step, int64_t rows, int64_t k, F* out, int64_t columns) {
   // A pair of 16-bit numbers moves as one of 32 bits.
@@ -98,10 +97,15 @@ void pack_transposed(const F* in, int64_t step, int64_t rows, int64_t k, F* out,
                                     static_cast<int>(std::min<int64_t>(16, units - u)));
     }
   }
-  if (rows < columns) {
-    for (int64_t u = 0; u < units; ++u) {
-      std::fill(to + u * columns + rows, to + (u + 1) * columns, 0.0f);
-    }
+}
+
+// Zeroes the columns from `first` on.
+template <typename F>
+void clear_columns(F* packed, int64_t k, int64_t columns, int64_t first) {
+  const int64_t units = k * sizeof(F) / sizeof(float);
+  auto* to = reinterpret_cast<float*>(packed);
+  for (int64_t u = 0; u < units && first < columns; ++u) {
+    std::fill(to + u * columns + first, to + (u + 1) * columns, 0.0f);
   }
 }
 

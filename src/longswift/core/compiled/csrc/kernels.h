@@ -21,6 +21,11 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       int64_t batch, int64_t head, int64_t first, int64_t count, int64_t row,
                       const Choice& choice);
 
+void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                    at::Tensor tokens, int64_t batch, int64_t head, int64_t block, int64_t row,
+                    int64_t rows, const Choice& choice, bool narrow);
+
 struct Gather {
   int64_t block, pool, grain;
   double scale;

@@ -12,15 +12,26 @@ void describe(const at::Tensor& k, at::Tensor boxes, int64_t batch, int64_t head
   describe_boxes(k, boxes, batch, head, panel, key_block);
 }
 
+Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii, bool causal) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+          static_cast<float>(scale), static_cast<float>(radii[0]), static_cast<float>(radii[1]),
+          causal};
+}
+
 void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
             const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
-            at::IntArrayRef place, at::IntArrayRef sizes, double scale, double key_radius,
-            double row_radius, bool causal) {
-  const Choice choice{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                      static_cast<float>(scale), static_cast<float>(key_radius),
-                      static_cast<float>(row_radius), causal};
+            at::IntArrayRef place, at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii,
+            bool causal) {
   choose_by_bounds(q, k, band_lse, boxes, edges, tokens, place[0], place[1], place[2], place[3],
-                   place[4], choice);
+                   place[4], choice_of(sizes, scale, radii, causal));
+}
+
+void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                at::Tensor tokens, at::IntArrayRef place, at::IntArrayRef sizes, double scale,
+                at::ArrayRef<double> radii, bool causal, bool narrow) {
+  choose_for_few(q, k, band_lse, low, high, edges, tokens, place[0], place[1], place[2], place[3],
+                 place[4], choice_of(sizes, scale, radii, causal), narrow);
 }
 
 void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
@@ -47,8 +58,11 @@ TORCH_LIBRARY(longswift, m) {
   m.def("describe(Tensor k, Tensor(a!) boxes, int batch, int head, int panel, int key_block) -> ()");
   m.def(
       "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
-      "int[] place, int[] sizes, float scale, float key_radius, float row_radius, bool causal) "
-      "-> ()");
+      "int[] place, int[] sizes, float scale, float[] radii, bool causal) -> ()");
+  m.def(
+      "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
+      "Tensor(a!) tokens, int[] place, int[] sizes, float scale, float[] radii, bool causal, "
+      "bool narrow) -> ()");
   m.def(
       "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
       "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] place, "
@@ -62,6 +76,7 @@ TORCH_LIBRARY(longswift, m) {
 TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("describe", longswift::describe);
   m.impl("choose", longswift::choose);
+  m.impl("choose_few", longswift::choose_few);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::tiles);
   m.impl("all_finite", longswift::all_finite);
