@@ -118,7 +118,12 @@ def build_pools(
         return sums
 
     k_grain, v_grain = _grain_sums(k, grain, known_k, tail), _grain_sums(v, grain, known_v, tail)
-    return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
+    ready = summary is not None and not tail and known_k is k_grain
+    if ready and summary is not None and size % summary.page == 0:
+        k_sum, v_sum = summary.pool_sums(size // summary.page)
+    else:
+        k_sum, v_sum = pooled(k_grain), pooled(v_grain)
+    return Pools(k_sum, v_sum, k_grain, v_grain, size, grain, k.shape[2])
 
 
 def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""MS-SWIFT's two inner loops in C++: choosing key tokens by bounds, and gathered attention.
+"""MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
 
 Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
-leave the cache; threads take blocks. Windows, gradients, position biases, lists that differ from
-row to row and fp64 are the eager kernel's.
+leave the cache; torch's threads take blocks. Full attention, gradients, position biases, lists
+that differ from row to row and fp64 are the eager kernel's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
-from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges, build_pools
 from longswift.core.products import factor_dtype
@@ -21,7 +20,7 @@ from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
-from longswift.kernels.native.pieces import pieces
+from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.windows import attend_windows
 
 __all__ = ["attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
@@ -120,13 +119,10 @@ def _merge_gathered(
         sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
     narrow = factor_dtype(q) == q.dtype and q.dtype != torch.float32
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
-
-    def merge(place: list[int], _: None) -> None:
+    for places in batches(pieces(k, edges.shape[1])):
         operators.merge(
-            q, k, v, tokens, *sums, edges, out, lse, place, sizes, scale, pattern.causal, narrow
+            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
         )
-
-    for_each(pieces(k, edges.shape[1]), lambda: None, merge, q.device)
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.blocks import BlockRun, block_runs
-from longswift.core.parallel import for_each
+from longswift.core.blocks import block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
 from longswift.core.products import factor_dtype
-from longswift.kernels.native.pieces import pieces
+from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
 _WIDTH = 64
@@ -68,38 +67,31 @@ def choose_by_bounds(
         reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
         boxes = _boxes(k, min(reach, blocks), key_block)
         sizes = (block, key_block, row_group, proposed(block), *rest)
-
-        def choose(place: list[int], _: None) -> None:
-            operators.choose(q, k, band_lse, boxes, edges, tokens, place, sizes, *how)
-
         work = [
-            [*piece, run.row + (piece[2] - run.first) * block]
+            (*piece, run.row + (piece[2] - run.first) * block)
             for run in complete
             for piece in pieces(k, run.count, run.first)
         ]
-        for_each(work, lambda: None, choose, q.device)
+        for places in batches(work):
+            operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
 
     cut = [run for run in runs if run.rows < block or block == 1]
-    if cut:
-        low, high = extremes()
-        narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
-
-        def choose_few(piece: tuple[BlockRun, int, int, int], _: None) -> None:
-            run, index, b, head = piece
-            place = (b, head, run.first + index, run.row + index * run.rows, run.rows)
-            sizes = (block, key_block, row_group, proposed(run.rows), *rest)
-            operators.choose_few(
-                q, k, band_lse, low, high, edges, tokens, place, sizes, *how, narrow
-            )
-
+    if not cut:
+        return
+    low, high = extremes()
+    narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
+    for run in cut:
+        sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
-            (run, index, b, head)
-            for run in cut
+            (b, head, run.first + index, run.row + index * run.rows, run.rows)
             for index in range(run.count)
             for b in range(k.shape[0])
             for head in range(k.shape[1])
         ]
-        for_each(few, lambda: None, choose_few, q.device, least=1)
+        for places in batches(few):
+            operators.choose_few(
+                q, k, band_lse, low, high, edges, tokens, places, sizes, *how, narrow
+            )
 
 
 def _boxes(k: Tensor, count: int, key_block: int) -> Tensor:
@@ -110,9 +102,6 @@ def _boxes(k: Tensor, count: int, key_block: int) -> Tensor:
     panels = -(-count // _WIDTH)
     boxes = torch.empty(batch * kv_heads, panels, 3 * dim, _WIDTH, dtype=factor_dtype(k))
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
-
-    def describe(place: tuple[int, int, int], _: None) -> None:
-        operators.describe(k, boxes, *place, key_block)
-
-    for_each(work, lambda: None, describe, k.device)
+    for places in batches(work):
+        operators.describe(k, boxes, places, key_block)
     return boxes

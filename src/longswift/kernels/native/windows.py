@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.parallel import for_each
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.products import factor_dtype
 from longswift.core.rectangles import Job, band_heads, by_rows, by_tiles, jobs
 from longswift.core.types import Partial
+from longswift.kernels.native.pieces import batches
 
 # Scores of one piece of work, and rows of a tile that share its packed keys.
 _SCORES = 1 << 20
@@ -25,18 +25,18 @@ def attend_windows(
 ) -> Partial | None:
     """Attention over the pattern's bands, fp32, or None where a band is no narrow window.
 
-    A single rectangle, as in full attention, is as fast in torch's fused kernel.
+    Full attention, a single rectangle, is as fast in torch's fused kernel.
     """
     q_len, k_len = q.shape[2], k.shape[2]
-    work: list[tuple[list[int], list[int]]] = []
+    work: list[tuple[int, ...]] = []
     for band, heads in band_heads(pattern.bands):
         found = jobs(band, q_len, k_len, pattern.causal)
-        dense = len(found) == 1 and found[0].count == 1
+        dense = len(found) == 1 and found[0].rows == q_len and found[0].width == k_len
         if not found or dense or max(job.width for job in found) > _WIDEST:
             return None
         for job in by_tiles(by_rows(found, _ROWS, pattern.causal), _SCORES):
             shape = _rectangle(job, band, pattern.causal)
-            work += [([b, head], shape) for b in range(k.shape[0]) for head in heads]
+            work += [(b, head, *shape) for b in range(k.shape[0]) for head in heads]
     # A tile without keys belongs to no job.
     holes = any(band.right < 0 for band in pattern.bands)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
@@ -47,12 +47,10 @@ def attend_windows(
     operators = compiled.operators()
     assert operators is not None
     narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
-    work.sort(key=lambda piece: -piece[1][3] * piece[1][4] * piece[1][5])
-
-    def attend(piece: tuple[list[int], list[int]], _: None) -> None:
-        operators.tiles(q, k, v, out, lse, *piece, scale, narrow)
-
-    for_each(work, lambda: None, attend, q.device)
+    # Count, rows and width of a piece: the widest first.
+    work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
+    for places in batches(work):
+        operators.tiles(q, k, v, out, lse, places, scale, narrow)
     return Partial(out, lse)
 
 

@@ -487,34 +487,36 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
 
 }  // namespace
 
-void describe_boxes(const at::Tensor& k, at::Tensor boxes, int64_t batch, int64_t head,
-                    int64_t panel, int64_t key_block) {
+void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
+                    int64_t key_block) {
   by_types(k.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
-    describe_keys<decltype(in), decltype(factor)>(k, boxes, batch, head, panel, key_block);
+    for_each_place(places, 3, [&](at::IntArrayRef at) {
+      describe_keys<decltype(in), decltype(factor)>(k, boxes, at[0], at[1], at[2], key_block);
+    });
   });
 }
 
 void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
-                      int64_t batch, int64_t head, int64_t first, int64_t count, int64_t row,
-                      const Choice& choice) {
+                      at::IntArrayRef places, const Choice& choice) {
   by_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
     using F = decltype(factor);
-    ProductScope scope;
-    const F* panels = boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0);
-    Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, batch, head, choice)
-        .run(panels, boxes.size(3), first, count, row);
+    for_each_place(places, 5, [&](at::IntArrayRef at) {
+      const F* panels = boxes.data_ptr<F>() + (at[0] * k.size(1) + at[1]) * boxes.stride(0);
+      Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
+          .run(panels, boxes.size(3), at[2], at[3], at[4]);
+    });
   });
 }
 
 void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                     const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
-                    at::Tensor tokens, int64_t batch, int64_t head, int64_t block, int64_t row,
-                    int64_t rows, const Choice& choice, bool narrow) {
+                    at::Tensor tokens, at::IntArrayRef places, const Choice& choice, bool narrow) {
   by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
-    ProductScope scope;
-    Chooser<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, batch, head, choice)
-        .run_cut(low, high, batch, head, block, row, rows);
+    for_each_place(places, 5, [&](at::IntArrayRef at) {
+      Chooser<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
+          .run_cut(low, high, at[0], at[1], at[2], at[3], at[4]);
+    });
   });
 }
 

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -61,10 +63,21 @@ Rows<T> rows_of(const at::Tensor& x, int64_t batch, int64_t head) {
   return {data + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
 }
 
-// Ends a stretch of products: the tile unit of some processors is switched off.
-struct ProductScope {
-  ~ProductScope() { at::native::cpublas::brgemm_release(); }
-};
+// Calls `work` with every place, `size` numbers each, on torch's own threads; they take the next one
+// when they are done, so that the longest should come first.
+template <typename Work>
+void for_each_place(at::IntArrayRef places, int64_t size, const Work& work) {
+  const int64_t count = static_cast<int64_t>(places.size()) / size;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) {
+      work(places.slice(i * size, size));
+    }
+    // Some processors keep a tile unit switched on for products.
+    at::native::cpublas::brgemm_release();
+  });
+}
 
 // c [m, n] (+)= a [m, k] @ b, where b is [k, n], and for 16-bit factors [k / 2, n, 2].
 template <typename F>

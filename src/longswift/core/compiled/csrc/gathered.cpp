@@ -275,13 +275,13 @@ class Merger {
 void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
                     const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
-                    at::Tensor out, at::Tensor lse, int64_t batch, int64_t head, int64_t first,
-                    int64_t count, const Gather& how) {
+                    at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how) {
   by_types(q.scalar_type(), how.narrow, [&](auto in, auto factor) {
-    ProductScope scope;
-    Merger<decltype(in), decltype(factor)>(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges,
-                                           out, lse, batch, head, how)
-        .run(first, count);
+    for_each_place(places, 4, [&](at::IntArrayRef at) {
+      Merger<decltype(in), decltype(factor)>(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges,
+                                             out, lse, at[0], at[1], how)
+          .run(at[2], at[3]);
+    });
   });
 }
 

@@ -1,4 +1,5 @@
-// The kernels, one head of one batch row a call; what they take is checked in Python.
+// The kernels. What they take is checked in Python; `places` lists pieces of work, some numbers
+// each: a batch row and a KV head, then what the comment says.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,30 +14,11 @@ struct Choice {
   bool causal;
 };
 
-void describe_boxes(const at::Tensor& k, at::Tensor boxes, int64_t batch, int64_t head,
-                    int64_t panel, int64_t key_block);
-
-void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
-                      const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
-                      int64_t batch, int64_t head, int64_t first, int64_t count, int64_t row,
-                      const Choice& choice);
-
-void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
-                    const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
-                    at::Tensor tokens, int64_t batch, int64_t head, int64_t block, int64_t row,
-                    int64_t rows, const Choice& choice, bool narrow);
-
 struct Gather {
   int64_t block, pool, grain;
   double scale;
   bool causal, narrow;
 };
-
-void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                    const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
-                    const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
-                    at::Tensor out, at::Tensor lse, int64_t batch, int64_t head, int64_t first,
-                    int64_t count, const Gather& how);
 
 // `count` rectangles, each `step` further along queries and keys: rows [row, +rows) meet keys
 // [key, +width). The first row sits `shift` after the first key; a row sees `behind` keys before
@@ -45,9 +27,29 @@ struct Rectangle {
   int64_t row, key, step, count, rows, width, shift, behind, ahead;
 };
 
+// A panel of boxes.
+void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
+                    int64_t key_block);
+
+// The first of some complete blocks of queries, how many, the first row.
+void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                      const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                      at::IntArrayRef places, const Choice& choice);
+
+// A block of queries, its first row, how many rows.
+void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                    at::Tensor tokens, at::IntArrayRef places, const Choice& choice, bool narrow);
+
+// The first of some blocks of queries, how many.
+void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
+                    const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
+                    at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how);
+
+// The fields of a rectangle.
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
-                  at::Tensor lse, int64_t batch, int64_t head, const Rectangle& shape, double scale,
-                  bool narrow);
+                  at::Tensor lse, at::IntArrayRef places, double scale, bool narrow);
 
 bool all_finite(const at::Tensor& x);
 

@@ -7,9 +7,8 @@ namespace longswift {
 
 namespace {
 
-void describe(const at::Tensor& k, at::Tensor boxes, int64_t batch, int64_t head, int64_t panel,
-              int64_t key_block) {
-  describe_boxes(k, boxes, batch, head, panel, key_block);
+void describe(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places, int64_t key_block) {
+  describe_boxes(k, boxes, places, key_block);
 }
 
 Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii, bool causal) {
@@ -20,34 +19,31 @@ Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii
 
 void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
             const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
-            at::IntArrayRef place, at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii,
+            at::IntArrayRef places, at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii,
             bool causal) {
-  choose_by_bounds(q, k, band_lse, boxes, edges, tokens, place[0], place[1], place[2], place[3],
-                   place[4], choice_of(sizes, scale, radii, causal));
+  choose_by_bounds(q, k, band_lse, boxes, edges, tokens, places,
+                   choice_of(sizes, scale, radii, causal));
 }
 
 void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                 const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
-                at::Tensor tokens, at::IntArrayRef place, at::IntArrayRef sizes, double scale,
+                at::Tensor tokens, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
                 at::ArrayRef<double> radii, bool causal, bool narrow) {
-  choose_for_few(q, k, band_lse, low, high, edges, tokens, place[0], place[1], place[2], place[3],
-                 place[4], choice_of(sizes, scale, radii, causal), narrow);
+  choose_for_few(q, k, band_lse, low, high, edges, tokens, places,
+                 choice_of(sizes, scale, radii, causal), narrow);
 }
 
 void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
            const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
            const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
-           at::IntArrayRef place, at::IntArrayRef sizes, double scale, bool causal, bool narrow) {
+           at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal, bool narrow) {
   const Gather how{sizes[0], sizes[1], sizes[2], scale, causal, narrow};
-  merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, place[0],
-                 place[1], place[2], place[3], how);
+  merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
 }
 
 void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
-           at::Tensor lse, at::IntArrayRef place, at::IntArrayRef shape, double scale, bool narrow) {
-  const Rectangle rectangle{shape[0], shape[1], shape[2], shape[3], shape[4],
-                            shape[5], shape[6], shape[7], shape[8]};
-  attend_tiles(q, k, v, out, lse, place[0], place[1], rectangle, scale, narrow);
+           at::Tensor lse, at::IntArrayRef places, double scale, bool narrow) {
+  attend_tiles(q, k, v, out, lse, places, scale, narrow);
 }
 
 }  // namespace
@@ -55,21 +51,21 @@ void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Te
 }  // namespace longswift
 
 TORCH_LIBRARY(longswift, m) {
-  m.def("describe(Tensor k, Tensor(a!) boxes, int batch, int head, int panel, int key_block) -> ()");
+  m.def("describe(Tensor k, Tensor(a!) boxes, int[] places, int key_block) -> ()");
   m.def(
       "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
-      "int[] place, int[] sizes, float scale, float[] radii, bool causal) -> ()");
+      "int[] places, int[] sizes, float scale, float[] radii, bool causal) -> ()");
   m.def(
       "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
-      "Tensor(a!) tokens, int[] place, int[] sizes, float scale, float[] radii, bool causal, "
+      "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
       "bool narrow) -> ()");
   m.def(
       "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
-      "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] place, "
+      "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "int[] sizes, float scale, bool causal, bool narrow) -> ()");
   m.def(
-      "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] place, "
-      "int[] shape, float scale, bool narrow) -> ()");
+      "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
+      "float scale, bool narrow) -> ()");
   m.def("all_finite(Tensor x) -> bool");
 }
 

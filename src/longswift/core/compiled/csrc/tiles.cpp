@@ -172,13 +172,14 @@ class Tiles {
 }  // namespace
 
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
-                  at::Tensor lse, int64_t batch, int64_t head, const Rectangle& shape, double scale,
-                  bool narrow) {
+                  at::Tensor lse, at::IntArrayRef places, double scale, bool narrow) {
   by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
-    ProductScope scope;
-    Tiles<decltype(in), decltype(factor)>(q, k, v, out, lse, batch, head, shape,
-                                          static_cast<float>(scale))
-        .run();
+    for_each_place(places, 11, [&](at::IntArrayRef at) {
+      const Rectangle shape{at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]};
+      Tiles<decltype(in), decltype(factor)>(q, k, v, out, lse, at[0], at[1], shape,
+                                            static_cast<float>(scale))
+          .run();
+    });
   });
 }
 
