@@ -1,5 +1,6 @@
 // Key tokens by bounds: propose blocks of keys for a block of queries, re-rank their tokens exactly.
 #include "best.h"
+#include "columns.h"
 #include "common.h"
 #include "kernels.h"
 
@@ -12,88 +13,6 @@ constexpr int64_t kScores = 1 << 21;
 constexpr int64_t kMostRows = 64;
 constexpr int64_t kKeys = 64;
 constexpr int64_t kColumns = 128;
-
-// The softmax of several query rows, each a column of scores, over keys that come piece by piece.
-class Columns {
- public:
-  // `count` columns in `padded`, a multiple of the lanes, which start with one key of score `first`.
-  float* begin(int64_t count, int64_t padded) {
-    count_ = count;
-    padded_ = padded;
-    std::fill(total_.get(padded), total_.get(padded) + padded, 1.0f);
-    float* first = top_.get(padded);
-    std::fill(first, first + padded, kHidden);
-    return first;
-  }
-
-  // Scales the scores `[keys, padded]` and adds them, while they are in the nearest cache.
-  void add(float* scores, int64_t keys, float scale) {
-    float *top = top_.get(0), *total = total_.get(0);
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= padded_; c += 4 * kLanes) {
-      add_to<4>(scores + c, keys, scale, top + c, total + c);
-    }
-    for (; c < padded_; c += kLanes) {
-      add_to<1>(scores + c, keys, scale, top + c, total + c);
-    }
-  }
-
-  // Ends the sums.
-  void finish() {
-    float *top = top_.get(0), *total = total_.get(0);
-    for (int64_t c = 0; c < count_; ++c) {
-      total[c] = top[c] + std::log(total[c]);
-    }
-    // Columns that are no rows rank nothing.
-    std::fill(total + count_, total + padded_, -kHidden);
-  }
-
-  // Raises the rank of every key to its largest log-probability.
-  void raise(const float* scores, int64_t keys, float* rank) {
-    const float* lse = total_.get(0);
-    for (int64_t k = 0; k < keys; ++k) {
-      Vec best(kHidden);
-      const float* of_key = scores + k * padded_;
-      for (int64_t c = 0; c < padded_; c += kLanes) {
-        best = at::vec::maximum(best, Vec::loadu(of_key + c) - Vec::loadu(lse + c));
-      }
-      rank[k] = std::max(rank[k], max_of(best));
-    }
-  }
-
- private:
-  template <int parts>
-  void add_to(float* scores, int64_t keys, float scale, float* top, float* total) const {
-    const Vec by(scale);
-    Vec before[parts], high[parts], sum[parts];
-    for (int p = 0; p < parts; ++p) {
-      high[p] = before[p] = Vec::loadu(top + p * kLanes);
-    }
-    for (int64_t k = 0; k < keys; ++k) {
-      for (int p = 0; p < parts; ++p) {
-        float* place = scores + k * padded_ + p * kLanes;
-        const Vec x = Vec::loadu(place) * by;
-        x.store(place);
-        high[p] = at::vec::maximum(high[p], x);
-      }
-    }
-    for (int p = 0; p < parts; ++p) {
-      sum[p] = Vec::loadu(total + p * kLanes) * (before[p] - high[p]).exp_u20();
-    }
-    for (int64_t k = 0; k < keys; ++k) {
-      for (int p = 0; p < parts; ++p) {
-        sum[p] += (Vec::loadu(scores + k * padded_ + p * kLanes) - high[p]).exp_u20();
-      }
-    }
-    for (int p = 0; p < parts; ++p) {
-      high[p].store(top + p * kLanes);
-      sum[p].store(total + p * kLanes);
-    }
-  }
-
-  Buffer<float> top_, total_;
-  int64_t count_ = 0, padded_ = 0;
-};
 
 template <typename F>
 struct Space {
@@ -448,53 +367,7 @@ class Chooser {
   std::vector<const float*> lse_;
 };
 
-// Boxes around blocks of keys, in panels.
-template <typename T, typename F>
-void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_t head,
-                   int64_t panel, int64_t key_block) {
-  const int64_t dim = k.size(3), k_len = k.size(2), width = boxes.size(3), inner = 3 * dim;
-  const auto keys = rows_of<const T>(k, batch, head);
-  F* out = boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0) +
-      panel * boxes.stride(1);
-  static thread_local Buffer<F> lines;
-  F* line = lines.get(width * inner);
-  float low[dim], high[dim], row[dim], box[3 * dim];
-  for (int64_t j = 0; j < width; ++j) {
-    const int64_t first = (panel * width + j) * key_block;
-    const int64_t end = std::min(first + key_block, k_len);
-    if (first >= end) {
-      std::memset(static_cast<void*>(line + j * inner), 0, inner * sizeof(F));
-      continue;
-    }
-    std::fill(low, low + dim, -kHidden);
-    std::fill(high, high + dim, kHidden);
-    for (int64_t t = first; t < end; ++t) {
-      convert(row, keys.row(t), dim);
-      for (int64_t d = 0; d < dim; ++d) {
-        low[d] = std::min(low[d], row[d]);
-        high[d] = std::max(high[d], row[d]);
-      }
-    }
-    for (int64_t d = 0; d < dim; ++d) {
-      box[d] = (low[d] + high[d]) / 2;
-      box[dim + d] = (high[d] - low[d]) / 2;
-      box[2 * dim + d] = std::abs(box[d]);
-    }
-    convert(line + j * inner, box, inner);
-  }
-  pack_transposed<F>(line, inner, width, inner, out, width);
-}
-
 }  // namespace
-
-void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
-                    int64_t key_block) {
-  by_types(k.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
-    for_each_place(places, 3, [&](at::IntArrayRef at) {
-      describe_keys<decltype(in), decltype(factor)>(k, boxes, at[0], at[1], at[2], key_block);
-    });
-  });
-}
 
 void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
