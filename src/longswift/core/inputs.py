@@ -12,8 +12,6 @@ from longswift.core import compiled
 from longswift.core.errors import InputError, problem
 from longswift.core.summary import KeySummary
 
-# Numbers up to which one thread reads them as fast as several.
-_FEW = 1 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -151,26 +149,33 @@ def check_finite(**tensors: Tensor) -> None:
     One pass over each tensor on CPU; skipped on accelerators, where reading the answer would stall
     the stream.
     """
-    for name, x in tensors.items():
-        readable = x.device.type == "cpu" and x.numel() > 0
-        if readable and not _all_finite(x.detach() if x.requires_grad else x):
-            raise InputError(
-                problem(
-                    name,
-                    expected="finite values",
-                    got="NaN or infinity",
-                    fix="Look for an overflow in the layer that produced it.",
-                )
+    read = {
+        name: x.detach() if x.requires_grad else x
+        for name, x in tensors.items()
+        if x.device.type == "cpu" and x.numel()
+    }
+    name = _first_not_finite(read)
+    if name is not None:
+        raise InputError(
+            problem(
+                name,
+                expected="finite values",
+                got="NaN or infinity",
+                fix="Look for an overflow in the layer that produced it.",
             )
+        )
 
 
-def _all_finite(x: Tensor) -> bool:
-    operators = compiled.operators() if x.numel() <= _FEW else None
-    if operators is not None and x.ndim == 4 and x.stride(3) == 1:
-        found: bool = operators.all_finite(x)
-        return found
-    # 16-bit sums accumulate in fp32; an fp16 overflow only costs the second look.
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    operators = compiled.operators()
+    if operators is not None and all(x.ndim == 4 and x.stride(3) == 1 for x in tensors.values()):
+        found = operators.first_not_finite(list(tensors.values()))
+        return None if found < 0 else list(tensors)[found]
+    for name, x in tensors.items():
+        # 16-bit sums accumulate in fp32; an fp16 overflow only costs the second look.
+        if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
+            return name
+    return None
 
 
 def _span(indices: Tensor) -> slice | Tensor:

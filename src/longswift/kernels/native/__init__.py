@@ -89,9 +89,9 @@ def attend(
     if pattern.by_row or not gathers:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
     with torch.no_grad():
-        out, lse = (x.to(torch.float32).contiguous() for x in bands)
+        out, lse = bands.out.to(q.dtype).contiguous(), bands.lse.to(torch.float32).contiguous()
         _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
-        return Partial(out.to(q.dtype), lse)
+        return Partial(out, lse)
 
 
 def _merge_gathered(
@@ -115,7 +115,7 @@ def _merge_gathered(
     tokens = tokens.to(torch.int32).contiguous()
     sums = [torch.empty(1, k.shape[1], 0, 1)] * 4
     if pattern.pool is not None:
-        pools = build_pools(k, v, pattern, summary)
+        pools = build_pools(k, v, pattern, summary, _group_sums)
         sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
     narrow = factor_dtype(q) == q.dtype and q.dtype != torch.float32
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
@@ -123,6 +123,16 @@ def _merge_gathered(
         operators.merge(
             q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
         )
+
+
+def _group_sums(x: Tensor, size: int) -> Tensor:
+    """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
+    operators = compiled.operators()
+    assert operators is not None
+    batch, heads, length, dim = x.shape
+    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
+    operators.sum_groups(x, out, size)
+    return out
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:

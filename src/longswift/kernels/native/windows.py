@@ -23,7 +23,7 @@ _FARTHEST = 1 << 40
 def attend_windows(
     q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
 ) -> Partial | None:
-    """Attention over the pattern's bands, fp32, or None where a band is no narrow window.
+    """Attention over the pattern's bands, or None where a band is no narrow window.
 
     Full attention, a single rectangle, is as fast in torch's fused kernel.
     """
@@ -39,7 +39,7 @@ def attend_windows(
             work += [(b, head, *shape) for b in range(k.shape[0]) for head in heads]
     # A tile without keys belongs to no job.
     holes = any(band.right < 0 for band in pattern.bands)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     if holes:
         out.zero_()

@@ -1,4 +1,4 @@
-// Boxes around blocks of keys: what queries are bounded against.
+// What blocks of keys are described by: boxes, against which queries are bounded, and sums.
 #include "common.h"
 #include "kernels.h"
 
@@ -43,7 +43,33 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
   pack_transposed<F>(line, inner, width, inner, out, width);
 }
 
+template <typename T>
+void sum_rows(const Rows<const T>& x, int64_t first, int64_t count, int64_t width, float* out) {
+  std::fill(out, out + width, 0.0f);
+  float line[width];
+  for (int64_t i = first; i < first + count; ++i) {
+    convert(line, x.row(i), width);
+    for (int64_t d = 0; d < width; ++d) {
+      out[d] += line[d];
+    }
+  }
+}
+
 }  // namespace
+
+void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size) {
+  const int64_t heads = x.size(1), groups = out.size(2), width = x.size(3);
+  by_types(x.scalar_type(), false, [&](auto in, auto) {
+    using T = decltype(in);
+    at::parallel_for(0, x.size(0) * heads * groups, 16, [&](int64_t first, int64_t end) {
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t batch = i / groups / heads, head = i / groups % heads, group = i % groups;
+        sum_rows(rows_of<const T>(x, batch, head), group * size, size, width,
+                 rows_of<float>(out, batch, head).row(group));
+      }
+    });
+  });
+}
 
 void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
                     int64_t key_block) {

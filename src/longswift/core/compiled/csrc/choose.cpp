@@ -306,12 +306,12 @@ class Chooser {
     for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
       float* scores = mine_.scores.get(tall * columns);
       F* packed = mine_.queries.get(dim_ * columns);
-      float* band = mine_.columns.begin(some * rows, columns);
+      mine_.columns.begin(some * rows, columns);
       for (int64_t g = 0; g < some; ++g) {
         int64_t step;
         const F* queries = factors(q_[first_head + g], row, rows, mine_.wide, &step);
         pack_transposed<F>(queries, step, rows, dim_, packed_at(packed, g * rows), columns);
-        std::copy(lse_[first_head + g] + row, lse_[first_head + g] + row + rows, band + g * rows);
+        mine_.columns.start_with(lse_[first_head + g] + row, g * rows, rows);
       }
       clear_columns<F>(packed, dim_, columns, some * rows);
       for (int64_t t = 0; t < tall; t += kKeys) {

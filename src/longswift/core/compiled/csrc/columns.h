@@ -6,16 +6,23 @@
 namespace longswift {
 
 // The softmax of several query rows, each a column of scores, over keys that come piece by piece.
+// Logarithms are those of base two.
 class Columns {
  public:
-  // `count` columns in `padded`, a multiple of the lanes, which start with one key of score `first`.
-  float* begin(int64_t count, int64_t padded) {
+  // `count` columns in `padded`, a multiple of the lanes.
+  void begin(int64_t count, int64_t padded) {
     count_ = count;
     padded_ = padded;
     std::fill(total_.get(padded), total_.get(padded) + padded, 1.0f);
-    float* first = top_.get(padded);
-    std::fill(first, first + padded, kHidden);
-    return first;
+    std::fill(top_.get(padded), top_.get(padded) + padded, kHidden);
+  }
+
+  // What columns [first, first + count) have seen already, as natural logarithms.
+  void start_with(const float* lse, int64_t first, int64_t count) {
+    float* top = top_.get(0) + first;
+    for (int64_t c = 0; c < count; ++c) {
+      top[c] = lse[c] * kLog2e;
+    }
   }
 
   // Scales the scores `[keys, padded]` and adds them, while they are in the nearest cache.
@@ -34,7 +41,7 @@ class Columns {
   void finish() {
     float *top = top_.get(0), *total = total_.get(0);
     for (int64_t c = 0; c < count_; ++c) {
-      total[c] = top[c] + std::log(total[c]);
+      total[c] = top[c] + std::log2(total[c]);
     }
     // Columns that are no rows rank nothing.
     std::fill(total + count_, total + padded_, -kHidden);
@@ -56,7 +63,7 @@ class Columns {
  private:
   template <int parts>
   void add_to(float* scores, int64_t keys, float scale, float* top, float* total) const {
-    const Vec by(scale);
+    const Vec by(scale * kLog2e);
     Vec before[parts], high[parts], sum[parts];
     for (int p = 0; p < parts; ++p) {
       high[p] = before[p] = Vec::loadu(top + p * kLanes);
@@ -70,11 +77,11 @@ class Columns {
       }
     }
     for (int p = 0; p < parts; ++p) {
-      sum[p] = Vec::loadu(total + p * kLanes) * (before[p] - high[p]).exp_u20();
+      sum[p] = Vec::loadu(total + p * kLanes) * quick_exp2(before[p] - high[p]);
     }
     for (int64_t k = 0; k < keys; ++k) {
       for (int p = 0; p < parts; ++p) {
-        sum[p] += (Vec::loadu(scores + k * padded_ + p * kLanes) - high[p]).exp_u20();
+        sum[p] += quick_exp2(Vec::loadu(scores + k * padded_ + p * kLanes) - high[p]);
       }
     }
     for (int p = 0; p < parts; ++p) {

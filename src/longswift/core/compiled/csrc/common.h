@@ -162,6 +162,25 @@ inline float max_over(const float* x, int64_t n) {
   return top;
 }
 
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 2 ** x for x <= 0, with a relative error of 4e-6: for ranks, where half the work buys more.
+inline Vec quick_exp2(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  const __m512 whole = _mm512_roundscale_ps(bounded, 0);
+  const __m512 rest = _mm512_sub_ps(bounded, whole);
+  __m512 y = _mm512_set1_ps(0.009676037f);
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.055922035f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.24022107f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.693121f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0000001f));
+  return _mm512_scalef_ps(y, whole);
+#else
+  return (x * Vec(1.0f / kLog2e)).exp_u20();
+#endif
+}
+
 // probs = exp(x * scale - top), and their sum before they are rounded; `n` a multiple of the lanes.
 template <typename F>
 float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
@@ -209,13 +228,13 @@ void pack_pairs(const F* in, int64_t step, int64_t rows, int64_t width, F* out, 
   }
 }
 
-// Sum of exp(x - top).
+// Sum of exp(x - top), nearly.
 inline float sum_of_exponentials(const float* x, int64_t n, float top) {
   Vec total(0.0f);
-  const Vec shift(top);
+  const Vec shift(top), by(kLog2e);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    total += (Vec::loadu(x + i) - shift).exp_u20();
+    total += quick_exp2((Vec::loadu(x + i) - shift) * by);
   }
   float sum = sum_of(total);
   for (; i < n; ++i) {

@@ -47,7 +47,7 @@ class Merger {
     for (int64_t g = 0; g < heads_; ++g) {
       const int64_t own = head * heads_ + g;
       q_.push_back(rows_of<const T>(q, batch, own));
-      out_.push_back(rows_of<float>(out, batch, own));
+      out_.push_back(rows_of<T>(out, batch, own));
       lse_.push_back(lse.data_ptr<float>() + batch * lse.stride(0) + own * lse.stride(1));
     }
     if (how.pool > 0) {
@@ -246,13 +246,16 @@ class Merger {
     *sum = exponentials(scores, width, 1.0f, *top, probs);
   }
 
-  void merge(float* out, float* lse, const float* part, float top, float sum) {
+  void merge(T* out, float* lse, const float* part, float top, float sum) {
     const float mine = top + std::log(sum), band = *lse, high = std::max(mine, band);
     const float total = high + std::log(std::exp(mine - high) + std::exp(band - high));
     const float keep = std::exp(band - total), add = std::exp(mine - total) / sum;
+    float line[value_dim_];
+    convert(line, out, value_dim_);
     for (int64_t d = 0; d < value_dim_; ++d) {
-      out[d] = out[d] * keep + part[d] * add;
+      line[d] = line[d] * keep + part[d] * add;
     }
+    convert(out, line, value_dim_);
     *lse = total;
   }
 
@@ -266,7 +269,7 @@ class Merger {
   int64_t pools_ = 0;
   Rows<const float> key_grains_{}, value_grains_{}, key_sums_{}, value_sums_{};
   std::vector<Rows<const T>> q_;
-  std::vector<Rows<float>> out_;
+  std::vector<Rows<T>> out_;
   std::vector<float*> lse_;
 };
 

@@ -27,6 +27,9 @@ struct Rectangle {
   int64_t row, key, step, count, rows, width, shift, behind, ahead;
 };
 
+// Sums of every `size` rows of `x [B, H, L, D]`, fp32 `[B, H, L / size, D]`.
+void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size);
+
 // A panel of boxes.
 void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
                     int64_t key_block);
@@ -51,6 +54,8 @@ void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
                   at::Tensor lse, at::IntArrayRef places, double scale, bool narrow);
 
-bool all_finite(const at::Tensor& x);
+// The index of the first of some `[B, H, L, D]` that holds NaN or infinity, or -1; the last
+// dimension is contiguous.
+int64_t first_not_finite(at::TensorList tensors);
 
 }  // namespace longswift

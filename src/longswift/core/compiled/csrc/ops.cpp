@@ -51,6 +51,7 @@ void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Te
 }  // namespace longswift
 
 TORCH_LIBRARY(longswift, m) {
+  m.def("sum_groups(Tensor x, Tensor(a!) out, int size) -> ()");
   m.def("describe(Tensor k, Tensor(a!) boxes, int[] places, int key_block) -> ()");
   m.def(
       "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
@@ -66,14 +67,15 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
-  m.def("all_finite(Tensor x) -> bool");
+  m.def("first_not_finite(Tensor[] tensors) -> int");
 }
 
 TORCH_LIBRARY_IMPL(longswift, CPU, m) {
+  m.impl("sum_groups", longswift::sum_groups);
   m.impl("describe", longswift::describe);
   m.impl("choose", longswift::choose);
   m.impl("choose_few", longswift::choose_few);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::tiles);
-  m.impl("all_finite", longswift::all_finite);
+  m.impl("first_not_finite", longswift::first_not_finite);
 }

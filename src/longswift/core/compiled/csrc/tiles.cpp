@@ -38,7 +38,7 @@ class Tiles {
     for (int64_t g = 0; g < heads_; ++g) {
       const int64_t own = head * heads_ + g;
       q_.push_back(rows_of<const T>(q, batch, own));
-      out_.push_back(rows_of<float>(out, batch, own));
+      out_.push_back(rows_of<T>(out, batch, own));
       lse_.push_back(lse.data_ptr<float>() + batch * lse.stride(0) + own * lse.stride(1));
     }
   }
@@ -125,10 +125,11 @@ class Tiles {
     for (int64_t i = 0; i < rows; ++i) {
       const bool sees = total[i] > 0.0f;
       const float by = sees ? 1.0f / total[i] : 0.0f;
-      float* out = out_[g].row(row + first + i);
+      float* mean = part + i * value_dim_;
       for (int64_t d = 0; d < value_dim_; ++d) {
-        out[d] = part[i * value_dim_ + d] * by;
+        mean[d] *= by;
       }
+      convert(out_[g].row(row + first + i), mean, value_dim_);
       lse_[g][row + first + i] = sees ? top[i] + std::log(total[i]) : kHidden;
     }
   }
@@ -165,7 +166,7 @@ class Tiles {
   const Rows<const T> k_, v_;
   Space<F>& mine_;
   std::vector<Rows<const T>> q_;
-  std::vector<Rows<float>> out_;
+  std::vector<Rows<T>> out_;
   std::vector<float*> lse_;
 };
 
