@@ -21,7 +21,15 @@ import torch
 
 from longswift.core.errors import UnsupportedError, problem
 
-_SOURCES = ("boxes.cpp", "choose.cpp", "finite.cpp", "gathered.cpp", "ops.cpp", "tiles.cpp")
+_SOURCES = (
+    "boxes.cpp",
+    "choose.cpp",
+    "finite.cpp",
+    "gathered.cpp",
+    "ops.cpp",
+    "strict.cpp",
+    "tiles.cpp",
+)
 # Compiled for OpenMP, not linked to it: it is torch's own copy, and so are the threads.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-Wno-unknown-pragmas")
 _NAME = "longswift_native"

@@ -33,6 +33,7 @@ def choose_by_bounds(
     proposed: Callable[[int], int],
     sinks: int,
     extremes: Callable[[], tuple[Tensor, Tensor]],
+    since: Tensor | None = None,
 ) -> None:
     """Chooses what ``Bounds`` describes for every block of queries.
 
@@ -50,7 +51,9 @@ def choose_by_bounds(
         proposed: Key blocks proposed to a block of so many query rows.
         sinks: Leading tokens never chosen.
         extremes: Minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``; asked for
-            if a block of queries is cut.
+            if a block of queries is cut, unless the choice is strictly causal.
+        since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
+            position that sees each.
     """
     operators = compiled.operators()
     assert operators is not None
@@ -62,10 +65,26 @@ def choose_by_bounds(
     how = (scale, (key_radius, row_radius), pattern.causal)
     runs = list(block_runs(q_len, k_len, block, q_len))
 
+    if since is not None:
+        boxes = _boxes(k, min(int(edges[..., 0].max()) // key_block, blocks), key_block, 2)
+        sizes = (block, key_block, row_group, proposed(block), *rest)
+        turns = [
+            (b, h, run.first + i, run.row + i * block, run.rows, run.position + i * block)
+            for run in reversed(runs)
+            for i in reversed(range(run.count))
+            for b in range(k.shape[0])
+            for h in range(k.shape[1])
+        ]
+        for places in batches(turns):
+            operators.choose_strict(
+                q, k, band_lse, boxes, edges, tokens, since, places, sizes, scale, how[1]
+            )
+        return
+
     complete = [run for run in runs if run.rows == block and block > 1]
     if complete:
         reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
-        boxes = _boxes(k, min(reach, blocks), key_block)
+        boxes = _boxes(k, min(reach, blocks), key_block, 3)
         sizes = (block, key_block, row_group, proposed(block), *rest)
         work = [
             (*piece, run.row + (piece[2] - run.first) * block)
@@ -94,13 +113,17 @@ def choose_by_bounds(
             )
 
 
-def _boxes(k: Tensor, count: int, key_block: int) -> Tensor:
-    """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, 3D, width]``."""
+def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
+    """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, *, width]``.
+
+    Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).
+    """
     operators = compiled.operators()
     assert operators is not None
     batch, kv_heads, _, dim = k.shape
     panels = -(-count // _WIDTH)
-    boxes = torch.empty(batch * kv_heads, panels, 3 * dim, _WIDTH, dtype=factor_dtype(k))
+    shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)
+    boxes = torch.empty(shape, dtype=factor_dtype(k), device=k.device)
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
     for places in batches(work):
         operators.describe(k, boxes, places, key_block)

@@ -145,7 +145,7 @@ class Bounds(Selector):
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
         plain = request.coverage is None and request.bias is None and self.tree is None
-        if request.choose_by_bounds is None or request.strict or not plain:
+        if request.choose_by_bounds is None or not plain:
             return _Pass(self, request).run()
         return self._select_at_once(request, request.choose_by_bounds)
 
@@ -154,6 +154,7 @@ class Bounds(Selector):
         batch, kv_heads = request.k.shape[:2]
         shape = (batch, kv_heads, request.edges.shape[1], request.budget)
         tokens = torch.full(shape, EMPTY, dtype=torch.int32, device=request.k.device)
+        since = torch.zeros_like(tokens) if request.strict else None
         choose(
             request.q,
             request.k,
@@ -168,8 +169,9 @@ class Bounds(Selector):
             proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
             extremes=lambda: _key_extremes(request, request.key_block),
+            since=since,
         )
-        return Selection(tokens, None)
+        return Selection(tokens, since)
 
 
 class _Pass(TwoStage):

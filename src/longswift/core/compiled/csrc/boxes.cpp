@@ -6,11 +6,13 @@ namespace longswift {
 
 namespace {
 
-// Boxes around blocks of keys, in panels.
+// Boxes around blocks of keys, in panels: centre, radius and absolute centre, or, in panels of two
+// times the channels, the largest and the smallest.
 template <typename T, typename F>
 void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_t head,
                    int64_t panel, int64_t key_block) {
-  const int64_t dim = k.size(3), k_len = k.size(2), width = boxes.size(3), inner = 3 * dim;
+  const int64_t dim = k.size(3), k_len = k.size(2), width = boxes.size(3);
+  const int64_t inner = boxes.size(2);
   const auto keys = rows_of<const T>(k, batch, head);
   F* out = boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0) +
       panel * boxes.stride(1);
@@ -32,6 +34,11 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
         low[d] = std::min(low[d], row[d]);
         high[d] = std::max(high[d], row[d]);
       }
+    }
+    if (inner == 2 * dim) {
+      convert(line + j * inner, high, dim);
+      convert(line + j * inner + dim, low, dim);
+      continue;
     }
     for (int64_t d = 0; d < dim; ++d) {
       box[d] = (low[d] + high[d]) / 2;

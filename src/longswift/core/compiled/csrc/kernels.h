@@ -44,6 +44,11 @@ void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
                     at::Tensor tokens, at::IntArrayRef places, const Choice& choice, bool narrow);
 
+// A block of queries, its first row, how many rows, the position of the first among the keys.
+void choose_in_turn(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                    at::Tensor since, at::IntArrayRef places, const Choice& choice);
+
 // The first of some blocks of queries, how many.
 void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                     const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,

@@ -33,6 +33,14 @@ void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band
                  choice_of(sizes, scale, radii, causal), narrow);
 }
 
+void choose_strict(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                   const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                   at::Tensor since, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
+                   at::ArrayRef<double> radii) {
+  choose_in_turn(q, k, band_lse, boxes, edges, tokens, since, places,
+                 choice_of(sizes, scale, radii, true));
+}
+
 void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
            const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
            const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
@@ -61,6 +69,10 @@ TORCH_LIBRARY(longswift, m) {
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
       "bool narrow) -> ()");
   m.def(
+      "choose_strict(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, "
+      "Tensor(a!) tokens, Tensor(b!) since, int[] places, int[] sizes, float scale, float[] radii) "
+      "-> ()");
+  m.def(
       "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
       "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "int[] sizes, float scale, bool causal, bool narrow) -> ()");
@@ -75,6 +87,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("describe", longswift::describe);
   m.impl("choose", longswift::choose);
   m.impl("choose_few", longswift::choose_few);
+  m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::tiles);
   m.impl("first_not_finite", longswift::first_not_finite);
