@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -370,6 +371,19 @@ def test_a_library_that_does_not_load_is_named_once(
     compiled.library().write_bytes(b"no library")
     with pytest.warns(UserWarning, match="are not used"):
         assert compiled.operators() is None
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_cache_that_cannot_be_written_to_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if compiled.supported() is not None or shutil.which("c++") is None:
+        pytest.skip("nothing could be built here")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path / "file" / "below"))
+    compiled.library.cache_clear()
+    with pytest.raises(UnsupportedError, match="LONGSWIFT_CACHE"):
+        compiled.build()
 
 
 @pytest.mark.usefixtures("forgetful")

@@ -6,15 +6,14 @@ everything it depends on: the sources, torch, the flags and the instructions of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ def cache_folder() -> Path:
     if given:
         return Path(given)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "longswift"
+    return Path(home or os.path.expanduser("~/.cache")) / "longswift"
 
 
 @functools.cache
@@ -90,29 +89,50 @@ def build() -> Path:
                     fix=f"Install a C++ compiler and `pip install 'longswift[native]'`. {_WITHOUT}",
                 )
             )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            # In a process of its own, because the builder also loads what it has built.
+            done = subprocess.run(
+                [sys.executable, "-c", f"from {__name__} import _compile; _compile({folder!r})"],
+                env={**os.environ, "PATH": _path()},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            built = Path(folder) / target.name
+            if done.returncode or not built.exists():
+                raise UnsupportedError(
+                    problem(
+                        "native kernels",
+                        expected="the compiler to accept the sources",
+                        got=(done.stderr or done.stdout).strip()[-2000:] or "no library",
+                        fix=_WITHOUT,
+                    )
+                )
+            os.replace(built, target)
+    except OSError as error:
+        raise UnsupportedError(
+            problem(
+                "native kernels",
+                expected="a folder that can be written to",
+                got=str(error),
+                fix=f"Set LONGSWIFT_CACHE to one. {_WITHOUT}",
+            )
+        ) from error
+    return target
+
+
+def _compile(folder: str) -> None:
     from torch.utils import cpp_extension
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder, _environment():
-        try:
-            cpp_extension.load(
-                _NAME,
-                [str(_folder() / source) for source in _SOURCES],
-                build_directory=folder,
-                extra_cflags=list(_flags()),
-                is_python_module=False,
-            )
-        except (RuntimeError, OSError) as error:
-            raise UnsupportedError(
-                problem(
-                    "native kernels",
-                    expected="the compiler to accept the sources",
-                    got=str(error)[-2000:],
-                    fix=_WITHOUT,
-                )
-            ) from error
-        os.replace(Path(folder) / target.name, target)
-    return target
+    cpp_extension.load(
+        _NAME,
+        [str(_folder() / source) for source in _SOURCES],
+        build_directory=folder,
+        extra_cflags=list(_flags()),
+        is_python_module=False,
+    )
 
 
 _WITHOUT = "Everything works without them, slower."
@@ -142,16 +162,3 @@ def _instructions() -> str:
 def _path() -> str:
     """The PATH, and where this environment keeps its programs, activated or not."""
     return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    before = os.environ.get("PATH")
-    os.environ["PATH"] = _path()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PATH"]
-        else:
-            os.environ["PATH"] = before
