@@ -15,11 +15,11 @@ from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges, build_pools
-from longswift.core.products import factor_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
+from longswift.kernels.native.factors import factors_of
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.windows import attend_windows
 
@@ -117,7 +117,7 @@ def _merge_gathered(
     if pattern.pool is not None:
         pools = build_pools(k, v, pattern, summary, _group_sums)
         sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
-    narrow = factor_dtype(q) == q.dtype and q.dtype != torch.float32
+    narrow = factors_of(q) != torch.float32
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
     for places in batches(pieces(k, edges.shape[1])):
         operators.merge(

@@ -11,7 +11,7 @@ from longswift.core import compiled
 from longswift.core.blocks import block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.core.products import factor_dtype
+from longswift.kernels.native.factors import factors_of
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -98,7 +98,7 @@ def choose_by_bounds(
     if not cut:
         return
     low, high = extremes()
-    narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
+    narrow = factors_of(q) != torch.float32
     for run in cut:
         sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
@@ -123,7 +123,7 @@ def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
     batch, kv_heads, _, dim = k.shape
     panels = -(-count // _WIDTH)
     shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)
-    boxes = torch.empty(shape, dtype=factor_dtype(k), device=k.device)
+    boxes = torch.empty(shape, dtype=factors_of(k), device=k.device)
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
     for places in batches(work):
         operators.describe(k, boxes, places, key_block)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.products import factor_dtype
 from longswift.core.rectangles import Job, band_heads, by_rows, by_tiles, jobs
 from longswift.core.types import Partial
+from longswift.kernels.native.factors import factors_of
 from longswift.kernels.native.pieces import batches
 
 # Scores of one piece of work, and rows of a tile that share its packed keys.
@@ -46,7 +46,7 @@ def attend_windows(
         lse.fill_(float("-inf"))
     operators = compiled.operators()
     assert operators is not None
-    narrow = q.dtype != torch.float32 and factor_dtype(q) == q.dtype
+    narrow = factors_of(q) != torch.float32
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
     for places in batches(work):

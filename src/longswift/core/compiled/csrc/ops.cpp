@@ -1,4 +1,5 @@
 // How Python calls the kernels.
+#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
 #include "kernels.h"
@@ -6,6 +7,11 @@
 namespace longswift {
 
 namespace {
+
+// Whether 16-bit factors in pairs, as the kernels lay them out, can be multiplied here.
+bool multiplies(const at::Tensor& like) {
+  return at::native::cpublas::could_pack(like.scalar_type());
+}
 
 void describe(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places, int64_t key_block) {
   describe_boxes(k, boxes, places, key_block);
@@ -79,6 +85,7 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
+  m.def("multiplies(Tensor like) -> bool");
   m.def("first_not_finite(Tensor[] tensors) -> int");
 }
 
@@ -90,5 +97,6 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::tiles);
+  m.impl("multiplies", longswift::multiplies);
   m.impl("first_not_finite", longswift::first_not_finite);
 }

@@ -1,0 +1,23 @@
+"""In which dtype the compiled kernels multiply."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from longswift.core import compiled
+
+
+def factors_of(x: Tensor) -> torch.dtype:
+    """The dtype of ``x`` where the processor has a unit for it, else fp32."""
+    return x.dtype if x.dtype == torch.float32 or _multiplies(x.dtype) else torch.float32
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    operators = compiled.operators()
+    assert operators is not None
+    able: bool = operators.multiplies(torch.empty(0, dtype=dtype, device="cpu"))
+    return able
