@@ -36,11 +36,14 @@ def wide_problems(draw: st.DrawFn) -> Problem:
     found = draw(problems(longest=150))
     dim, value_dim = draw(st.sampled_from([(16, 16), (64, 32), (48, 80)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    apart = draw(st.booleans())
+    layout = draw(st.sampled_from(["dense", "by token", "cut"]))
 
     def new(x: Tensor, width: int) -> Tensor:
         batch, heads, length = x.shape[:3]
-        if apart:
+        if layout == "cut":
+            # Rows a whole, but not an even, number of values apart.
+            return torch.randn(batch, heads, length, width + 1, generator=generator)[..., :width]
+        if layout == "by token":
             return torch.randn(batch, length, heads, width, generator=generator).transpose(1, 2)
         return torch.randn(batch, heads, length, width, generator=generator)
 
@@ -50,7 +53,14 @@ def wide_problems(draw: st.DrawFn) -> Problem:
 
 
 def of(dtype: torch.dtype, problem: Problem) -> Problem:
-    return replace(problem, **{name: getattr(problem, name).to(dtype) for name in "qkv"})
+    def converted(x: Tensor) -> Tensor:
+        if x.stride(2) == x.shape[3] + 1:
+            wide = torch.empty(*x.shape[:3], x.shape[3] + 1, dtype=dtype)
+            wide[..., :-1] = x
+            return wide[..., :-1]
+        return x.to(dtype)
+
+    return replace(problem, **{name: converted(getattr(problem, name)) for name in "qkv"})
 
 
 def error(got: Partial, exact: Partial) -> tuple[float, float]:

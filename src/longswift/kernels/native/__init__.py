@@ -19,7 +19,7 @@ from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
-from longswift.kernels.native.factors import factors_of
+from longswift.kernels.native.factors import factors_of, in_pairs
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.windows import attend_windows
 
@@ -119,6 +119,7 @@ def _merge_gathered(
         sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
     narrow = factors_of(q) != torch.float32
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
+    q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
         operators.merge(
             q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow

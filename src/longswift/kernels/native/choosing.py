@@ -11,7 +11,7 @@ from longswift.core import compiled
 from longswift.core.blocks import block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import factors_of
+from longswift.kernels.native.factors import factors_of, in_pairs
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -57,6 +57,7 @@ def choose_by_bounds(
     """
     operators = compiled.operators()
     assert operators is not None
+    q = in_pairs(q)
     block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
     band_lse = band_lse.contiguous()

@@ -15,6 +15,11 @@ def factors_of(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float32 or _multiplies(x.dtype) else torch.float32
 
 
+def in_pairs(x: Tensor) -> Tensor:
+    """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
+    return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x
+
+
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
     operators = compiled.operators()

@@ -9,7 +9,7 @@ from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.rectangles import Job, band_heads, by_rows, by_tiles, jobs
 from longswift.core.types import Partial
-from longswift.kernels.native.factors import factors_of
+from longswift.kernels.native.factors import factors_of, in_pairs
 from longswift.kernels.native.pieces import batches
 
 # Scores of one piece of work, and rows of a tile that share its packed keys.
@@ -49,6 +49,7 @@ def attend_windows(
     narrow = factors_of(q) != torch.float32
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
+    q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
     for places in batches(work):
         operators.tiles(q, k, v, out, lse, places, scale, narrow)
     return Partial(out, lse)
