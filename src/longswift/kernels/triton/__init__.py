@@ -1,8 +1,8 @@
 """Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
 
 ``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
-is computed by torch and merged. ``scoring`` holds the selection's first stage. On a CPU the kernels
-run in Triton's interpreter, for tests.
+is computed by torch and merged. ``scoring`` holds the selection's first stage, ``linear`` and
+``sums`` linear attention. On a CPU the kernels run in Triton's interpreter, for tests.
 Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
 """
 
@@ -17,15 +17,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
-from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
 from longswift.core.remainder import attend_remainder
 from longswift.core.softmax import merge
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.triton.limits import checked, refusal
+from longswift.kernels.triton.linear import attend_linear
 from longswift.kernels.triton.tables import Tables, tables
 
-_WIDEST = 256
+__all__ = [
+    "attend",
+    "attend_bands",
+    "attend_linear",
+    "best_blocks",
+    "refusal",
+    "verify",
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -48,19 +56,6 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
-    """Why these inputs cannot be computed here, or None."""
-    if bias is not None:
-        return "a position bias: no kernel of this backend adds one"
-    if q.dtype == torch.float64 and q.device.type != "cpu":
-        return "fp64: the kernels are for fp32 and 16-bit inputs"
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return "bf16 on a CPU: Triton's interpreter cannot multiply it"
-    if max(q.shape[3], v.shape[3]) > _WIDEST:
-        return f"heads of {max(q.shape[3], v.shape[3])}: at most {_WIDEST} channels fit a tile"
-    return None
-
-
 @torch.no_grad()
 def attend_bands(
     q: Tensor,
@@ -71,7 +66,7 @@ def attend_bands(
     bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention over the pattern's bands alone, without gradients."""
-    q, k, v = _checked(q, k, v, bias)
+    q, k, v = checked(q, k, v, bias)
     bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
     return _forward(q, k, v, _tables(bare, q, k), scale)
 
@@ -102,7 +97,7 @@ def attend(
     Raises:
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
-    q, k, v = _checked(q, k, v, bias)
+    q, k, v = checked(q, k, v, bias)
     table = _tables(pattern, q, k)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         parts = [Partial(*_Attend.apply(q, k, v, table, scale))]
@@ -125,24 +120,6 @@ def best_blocks(
     from longswift.kernels.triton import scoring
 
     return scoring.best_blocks(rows, keys, outside, skip, most)
-
-
-def _checked(
-    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs as the kernels read them, or an error."""
-    reason = refusal(q, k, v, bias)
-    if reason is not None:
-        raise UnsupportedError(
-            problem(
-                "backend 'triton'",
-                expected="inputs its kernels compute on this device",
-                got=reason,
-                fix="Use backend='eager'.",
-            )
-        )
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return q, k, v
 
 
 def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:

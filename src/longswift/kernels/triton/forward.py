@@ -40,7 +40,7 @@ def load_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def load_heads(X, row, group, exists, stride_h, stride_l, D: tl.constexpr, D_PAD: tl.constexpr):
+def load_heads(X, row, group, exists, stride_h, stride_l, D, D_PAD: tl.constexpr):
     """Lines of several heads of ``[H, L, D]``."""
     column = tl.arange(0, D_PAD)
     at = group.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l

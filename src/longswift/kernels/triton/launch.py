@@ -55,12 +55,10 @@ class Shape(NamedTuple):
     def of(cls, q: Tensor, k: Tensor, v: Tensor, table: Tables) -> Shape:
         """Tiles that fill a multiprocessor and waste few lines on short blocks."""
         groups = q.shape[1] // k.shape[1]
-        padded = triton.next_power_of_2(groups)
-        width = _padded(max(q.shape[3], v.shape[3])) * q.dtype.itemsize
+        width = padded(max(q.shape[3], v.shape[3])) * q.dtype.itemsize
         # fp32 products are split into three of lower precision, which need the space again.
         fitting = max(_LEAST, _BYTES // (width if q.dtype.itemsize == 2 else 2 * width))
-        rows = min(_LINES, fitting) // padded
-        rows = max(1, _LEAST // padded, min(rows, triton.next_power_of_2(table.block)))
+        rows = rows_of_tile(min(_LINES, fitting), groups, table.block)
         return cls(
             batch=q.shape[0],
             kv_heads=k.shape[1],
@@ -69,7 +67,7 @@ class Shape(NamedTuple):
             dim=q.shape[3],
             v_dim=v.shape[3],
             rows=rows,
-            lines=rows * padded,
+            lines=rows * triton.next_power_of_2(groups),
             keys=min(_KEYS, fitting),
             dtype=q.dtype,
             table=table,
@@ -113,12 +111,12 @@ class Shape(NamedTuple):
             "G": self.groups,
             "D": self.dim,
             "DV": self.v_dim,
-            "D_PAD": _padded(self.dim),
-            "DV_PAD": _padded(self.v_dim),
+            "D_PAD": padded(self.dim),
+            "DV_PAD": padded(self.v_dim),
             "ROWS": self.rows,
             "M": self.lines,
             "N": self.keys,
-            "ACC": tl.float64 if accumulator_dtype(self.dtype) == torch.float64 else tl.float32,
+            "ACC": accumulator(self.dtype),
             "EXACT": precision(),
         }
 
@@ -128,5 +126,20 @@ def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
-def _padded(dim: int) -> int:
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What sums over inputs of a dtype are kept in."""
+    return tl.float64 if accumulator_dtype(dtype) == torch.float64 else tl.float32
+
+
+def rows_of_tile(lines: int, groups: int, length: int) -> int:
+    """Rows of ``groups`` heads that fill at most ``lines`` lines, a power of two.
+
+    No more than ``length`` needs, but enough for a product.
+    """
+    stacked = triton.next_power_of_2(groups)
+    return int(max(1, _LEAST // stacked, min(lines // stacked, triton.next_power_of_2(length))))
+
+
+def padded(dim: int) -> int:
+    """Columns of the tile that holds ``dim`` channels."""
     return max(_LEAST, int(triton.next_power_of_2(dim)))
