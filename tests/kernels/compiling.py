@@ -10,13 +10,21 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
-from longswift.kernels.triton import backward, forward, linear_kernels, scoring, sums
-from longswift.kernels.triton.launch import Shape, precision, rows_of_tile
+from longswift.kernels.triton import (
+    backward_kernels,
+    forward,
+    linear_kernels,
+    scoring,
+    shares,
+    sums,
+)
+from longswift.kernels.triton.launch import Shape, bias_options, precision, rows_of_tile
 from longswift.kernels.triton.tables import tables
 
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
-FLOATS |= {"EXTRA", "STATES", "NORM"}
+FLOATS |= {"EXTRA", "STATES", "NORM", "BIAS", "D_BIAS"}
 TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
 TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT"}
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
@@ -24,6 +32,10 @@ SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 
 def compile_for(kernel: Any, constants: dict[str, Any], inputs: str, warps: int, sm: int) -> int:
     """Bytes of shared memory of the compiled kernel."""
+    constants = dict(constants)
+    options = {"num_warps": warps}
+    if "num_stages" in constants:
+        options["num_stages"] = constants.pop("num_stages")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -38,7 +50,7 @@ def compile_for(kernel: Any, constants: dict[str, Any], inputs: str, warps: int,
             signature[name] = SPECIAL.get(name, "i32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", sm, 32)
-    return int(triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared)
+    return int(triton.compile(source, target=target, options=options).metadata.shared)
 
 
 def attention(dtype: torch.dtype, dim: int, groups: int) -> tuple[dict[str, Any], int]:
@@ -75,17 +87,21 @@ def linear(dim: int, groups: int) -> list[tuple[Any, dict[str, Any]]]:
 def main() -> None:
     """Kernel, head width, target and shared memory, a line each."""
     constants, warps = attention(torch.bfloat16, 64, 3)
+    some = ScoreBias(values=torch.empty(6, 1023), zero=511)
+    biased, plain = bias_options(some), {**bias_options(None), "BIAS": None}
     share = {"WIDTH": 64, "STRIDE": 128, "PAD": 64, "N": 16, "ACC": constants["ACC"]}
     for kernel, values in (
-        (forward._forward, {**constants, "BAND": True}),
-        (backward._d_queries, constants),
-        (backward._d_band_keys, constants),
-        (backward._d_slots, constants),
-        (backward._add_shares, share),
+        (forward._forward, {**constants, "BAND": True, **biased}),
+        (forward._forward, {**constants, "BAND": True, **plain}),
+        (backward_kernels.d_queries, {**constants, "TRACKED": True, **biased}),
+        (backward_kernels.d_queries, {**constants, "TRACKED": False, "D_BIAS": None, **plain}),
+        (backward_kernels.d_band_keys, {**constants, **biased}),
+        (backward_kernels.d_slots, {**constants, **biased}),
+        (shares._add_shares, share),
     ):
         print(kernel.__name__, "bf16", 64, 90, compile_for(kernel, values, "bf16", warps, 90))
     constants, warps = attention(torch.float32, 32, 1)
-    values = {**constants, "BAND": True}
+    values = {**constants, "BAND": True, **plain}
     print("_forward", "fp32", 32, 80, compile_for(forward._forward, values, "fp32", warps, 80))
     rank = {"HKV": 2, "F": 192, "BF": scoring._FEATURES, "R": scoring._ROWS, "N": scoring._BLOCKS}
     best = {"BITS": scoring._BITS, "N": scoring._CANDIDATES}

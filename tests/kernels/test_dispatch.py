@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from longswift import ConfigError, Full
+from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError
 from longswift.core.states import LinearResult, LinearState
 from longswift.core.types import Partial
+from longswift.extend.bias import ALiBi
 from longswift.kernels import dispatch, reference
 
 
@@ -54,18 +57,18 @@ def forgetful() -> Iterator[None]:
     dispatch.trusted.cache_clear()
 
 
-@pytest.mark.parametrize("kernel", dispatch.CHECKS)
+@pytest.mark.parametrize("asked", dispatch.CHECKS)
 @pytest.mark.parametrize("name", [name for name in dispatch.BACKENDS if name != "reference"])
-def test_every_backend_passes_its_check(name: str, kernel: str) -> None:
+def test_every_backend_passes_its_check(name: str, asked: str) -> None:
     module, cpu = dispatch.BACKENDS[name], torch.device("cpu")
     usable, reason = module.verify(cpu)
     if not usable:
         pytest.skip(reason)
-    if not hasattr(module, kernel):
-        pytest.skip(f"{name} has no {kernel}")
+    if name == "flex" and asked != "attend":
+        pytest.skip("FlexAttention computes patterns without a bias")
     # Generation asks for the first time where no gradients can be recorded.
     with torch.inference_mode():
-        assert dispatch.disagreement(module, cpu, kernel) == ""
+        assert dispatch.disagreement(module, cpu, asked) == ""
 
 
 def test_a_wrong_or_broken_backend_is_found_out() -> None:
@@ -77,12 +80,17 @@ def test_a_wrong_or_broken_backend_is_found_out() -> None:
         part = reference.attend(q, k, v, *rest)
         return Partial(part.out * 1.01, part.lse)
 
+    def deaf(*args: Any, bias: ScoreBias) -> Partial:
+        part = reference.attend(*args, bias=replace(bias, values=bias.values.detach()))
+        return Partial(part.out + 0 * bias.values.sum(), part.lse)
+
     def broken(*args: Any) -> Partial:
         raise RuntimeError("out of shared memory")
 
     cpu = torch.device("cpu")
     assert "output differs" in dispatch.disagreement(SimpleNamespace(attend=wrong), cpu)
     assert "out of shared memory" in dispatch.disagreement(SimpleNamespace(attend=broken), cpu)
+    assert "bias" in dispatch.disagreement(SimpleNamespace(attend=deaf), cpu, "attend with a bias")
     linear = SimpleNamespace(attend_linear=wrong_state)
     assert "its z differs" in dispatch.disagreement(linear, cpu, "attend_linear")
 
@@ -116,10 +124,12 @@ def test_auto_on_a_gpu_asks_for_each_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     """A backend that is wrong in one of its functions may be right in another."""
     for name in ("triton", "flex"):
         monkeypatch.setattr(dispatch.BACKENDS[name], "verify", lambda device: (True, "here"))
-    wrong = {"attend": "its output differs", "attend_linear": ""}
-    monkeypatch.setattr(dispatch, "disagreement", lambda module, device, kernel: wrong[kernel])
+    wrong = {"attend": "its output differs", "attend_linear": "", "attend with a bias": ""}
+    monkeypatch.setattr(dispatch, "disagreement", lambda module, device, asked: wrong[asked])
     cuda, q = torch.device("cuda"), torch.zeros(1, 1, 4, 16, device="meta")
     assert dispatch.resolve("auto", cuda, q, q, q, kernel="attend_linear")[0] == "triton"
+    bias = ALiBi().scores(q.new_zeros(q.shape, device="cpu"), q)
+    assert dispatch.resolve("auto", cuda, q, q, q, bias=bias)[0] == "triton"
     with pytest.warns(UserWarning, match="for attend: its output differs"):
         assert dispatch.resolve("auto", cuda, q, q, q)[0] == "eager"
     with warnings.catch_warnings():

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
 
 Results = dict[str, Tensor]
 
 
-def _attend(module: ModuleType, device: torch.device) -> Results:
+def _attend(module: ModuleType, device: torch.device, biased: bool = False) -> Results:
     """Bands, gathered tokens row by row, the remainder, grouped heads and every gradient."""
-    leaves = _leaves(device, (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32))
+    shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32), (4, 159)
+    *leaves, values = _leaves(device, *shapes)
     tokens = torch.tensor([[-1, -1, -1], [1, 6, -1], [2, 30, 8]], dtype=torch.int32, device=device)
     since = torch.tensor([[0, 0, 0], [40, 0, 0], [64, 70, 89]], dtype=torch.int32, device=device)
     pattern = BlockPattern(
@@ -28,9 +31,15 @@ def _attend(module: ModuleType, device: torch.device) -> Results:
         pool=32,
         pool_grain=16,
     )
-    out, lse = module.attend(*leaves, pattern, 0.2)
+    if not biased:
+        out, lse = module.attend(*leaves, pattern, 0.2)
+    else:
+        bias = ScoreBias(values=values, zero=89)
+        out, lse = module.attend(*leaves, pattern, 0.2, bias=bias)
+        leaves.append(values)
     grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
-    return _named("output, log-sum-exp, dq, dk, dv", out, lse, *grads)
+    names = "output, log-sum-exp, dq, dk, dv" + ", gradient of the bias" * biased
+    return _named(names, out, lse, *grads)
 
 
 def _attend_linear(module: ModuleType, device: torch.device) -> Results:
@@ -66,8 +75,9 @@ def _named(names: str, *tensors: Tensor) -> Results:
     return {name: x.detach() for name, x in zip(names.split(", "), tensors, strict=True)}
 
 
-# By the function of a backend that is checked.
+# By what is asked of a backend.
 CHECKS: dict[str, Callable[[ModuleType, torch.device], Results]] = {
     "attend": _attend,
+    "attend with a bias": functools.partial(_attend, biased=True),
     "attend_linear": _attend_linear,
 }

@@ -95,19 +95,20 @@ def _automatic(
     if device.type == "cuda" and inputs:
         for name in _ON_GPU:
             refused = BACKENDS[name].refusal(*inputs, bias, kernel)
-            if refused is None and trusted(name, device, kernel):
+            asked = kernel if bias is None else f"{kernel} with a bias"
+            if refused is None and trusted(name, device, asked):
                 return name
     return "eager"
 
 
 @functools.cache
-def trusted(name: str, device: torch.device, kernel: str = "attend") -> bool:
-    """Whether a backend's function is usable on ``device`` and right; warns once if it is not."""
+def trusted(name: str, device: torch.device, asked: str = "attend") -> bool:
+    """Whether a backend does one of ``CHECKS`` right on ``device``; warns once if it does not."""
     usable, reason = BACKENDS[name].verify(device)
     if usable:
-        reason = disagreement(BACKENDS[name], device, kernel)
+        reason = disagreement(BACKENDS[name], device, asked)
     if not usable or reason:
-        what = f"backend {name!r} is not used on {device} for {kernel}"
+        what = f"backend {name!r} is not used on {device} for {asked}"
         warnings.warn(f"{what}: {reason}", stacklevel=2)
         return False
     return True
@@ -115,10 +116,10 @@ def trusted(name: str, device: torch.device, kernel: str = "attend") -> bool:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def disagreement(module: ModuleType, device: torch.device, kernel: str = "attend") -> str:
-    """How a function of a backend differs from the reference's on a small problem, or nothing."""
+def disagreement(module: ModuleType, device: torch.device, asked: str = "attend") -> str:
+    """How a backend differs from the reference on the small problem of ``CHECKS``, or nothing."""
     try:
-        found, expected = (CHECKS[kernel](x, device) for x in (module, reference))
+        found, expected = (CHECKS[asked](x, device) for x in (module, reference))
     except Exception as error:  # whatever a compiler raises: the point is to learn of it
         return f"{type(error).__name__}: {error}"
     for name, right in expected.items():

@@ -68,7 +68,7 @@ def attend_bands(
     """Attention over the pattern's bands alone, without gradients."""
     q, k, v = checked(q, k, v, bias)
     bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
-    return _forward(q, k, v, _tables(bare, q, k), scale)
+    return _forward(q, k, v, _tables(bare, q, k), scale, bias)
 
 
 def attend(
@@ -92,23 +92,25 @@ def attend(
         scale: Factor on the scores.
         bands: The result of ``attend_bands``; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
-        bias: Refused unless None.
+        bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
     Raises:
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
     q, k, v = checked(q, k, v, bias)
     table = _tables(pattern, q, k)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        parts = [Partial(*_Attend.apply(q, k, v, table, scale))]
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if tracked or bias is not None and bias.requires_grad:
+        values = None if bias is None else bias.values
+        parts = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))]
     elif bands is None:
-        parts = [_forward(q, k, v, table, scale)]
+        parts = [_forward(q, k, v, table, scale, bias)]
     else:
         parts = [bands]
         if table.tokens.shape[3]:
-            parts.append(_forward(q, k, v, table, scale, band=False))
+            parts.append(_forward(q, k, v, table, scale, bias, band=False))
     if pattern.pool is not None:
-        parts.append(attend_remainder(q, k, v, pattern, scale, summary))
+        parts.append(attend_remainder(q, k, v, pattern, scale, summary, bias))
     out, lse = merge(*parts)
     return Partial(out.to(q.dtype), lse)
 
@@ -127,11 +129,18 @@ def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float, *, band: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tables,
+    scale: float,
+    bias: ScoreBias | None,
+    *,
+    band: bool = True,
 ) -> Partial:
     from longswift.kernels.triton.forward import forward
 
-    return forward(q, k, v, table, scale, band=band)
+    return forward(q, k, v, table, scale, bias, band=band)
 
 
 class _Attend(torch.autograd.Function):
@@ -139,11 +148,20 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        values: Tensor | None,
+        table: Tables,
+        scale: float,
+        bias: ScoreBias | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, table, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        """``values`` are those of ``bias``, named once more so that gradients reach them."""
+        out, lse = _forward(q, k, v, table, scale, bias)
+        ctx.save_for_backward(q, k, v, values, out, lse)
         ctx.table, ctx.scale = table, scale
+        ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
         return out, lse
 
     @staticmethod
@@ -151,8 +169,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from longswift.kernels.triton.backward import backward
 
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, values, out, lse = ctx.saved_tensors
         d_out, d_lse = grad_outputs
-        grads = backward(q, k, v, ctx.table, ctx.scale, out, lse, d_out, d_lse)
+        bias = d_values = None
+        if values is not None:
+            bias = ScoreBias(values=values, zero=ctx.place[0], step=ctx.place[1])
+            if ctx.needs_input_grad[3]:
+                d_values = torch.zeros(values.shape, dtype=values.dtype, device=values.device)
+        grads = backward(q, k, v, ctx.table, ctx.scale, bias, out, lse, d_out, d_lse, d_values)
         d_q, d_k, d_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
-        return d_q, d_k, d_v, None, None
+        return d_q, d_k, d_v, d_values, None, None, None

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.triton.tables import Tables
 
 # Lengths are plain numbers to a kernel: Triton would compile again for 1 and for multiples of 16.
 LENGTHS = ("q_len", "k_len", "block", "before", "blocks", "slots", "entries")
+# Of a bias: columns, the one of distance 0, and positions from key to key.
+TABLE = ("span", "zero", "step")
 
 # tl.dot multiplies nothing smaller.
 _LEAST = 16
@@ -119,6 +122,21 @@ class Shape(NamedTuple):
             "ACC": accumulator(self.dtype),
             "EXACT": precision(),
         }
+
+
+def bias_arguments(bias: ScoreBias | None) -> tuple[Any, ...]:
+    """Table, columns, zero and step of a bias, as the kernels take them."""
+    if bias is None:
+        return None, 1, 0, 1
+    return bias.values.contiguous(), bias.values.shape[1], bias.zero, bias.step
+
+
+def bias_options(bias: ScoreBias | None) -> dict[str, Any]:
+    """Options of a kernel with or without a bias."""
+    if bias is None:
+        return {"BIASED": False}
+    # Values that are looked up in advance would take the shared memory of a tile of scores each.
+    return {"BIASED": True, "num_stages": 1}
 
 
 def precision() -> str:

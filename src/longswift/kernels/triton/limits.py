@@ -17,8 +17,8 @@ def refusal(
     """Why a function of this backend cannot compute these inputs, or None."""
     if kernel not in ("attend", "attend_linear"):
         return f"{kernel}: there are kernels for attend and attend_linear"
-    if bias is not None:
-        return "a position bias: no kernel of this backend adds one"
+    if kernel == "attend_linear" and bias is not None:
+        return "a position bias: linear attention has no scores to add it to"
     if q.dtype == torch.float64 and q.device.type != "cpu":
         return "fp64: the kernels are for fp32 and 16-bit inputs"
     if kernel == "attend_linear":
