@@ -19,6 +19,7 @@ from longswift.core.mechanism import Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.extend.bias import ClippedBias
 from longswift.kernels import reference, triton
+from longswift.mechanisms.selectors.bounds import Bounds
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import CLOSE, Problem, gathered, problems
 
@@ -160,6 +161,22 @@ def test_mechanisms_with_a_bias(mechanism: Mechanism, causal: bool) -> None:
         assert r.stats.backend == backend
     for fast, slow in zip(*results.values(), strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_proposals_know_the_bias() -> None:
+    """Keys at some distance are proposed only because the bias asks for them."""
+    mechanism = MSSwift(
+        windows=(16,), block=16, sinks=0, key_tokens=4, dense_below=0, selector=Bounds(proposals=1)
+    )
+    q, k, v = torch.randn(1, 1, 160, 8), torch.randn(1, 1, 160, 8), torch.randn(1, 1, 160, 8)
+    table = torch.zeros(301, 1)
+    table[50:54] = 20.0
+    with torch.no_grad():
+        fast, slow = (
+            mechanism(q, k, v, causal=True, backend=b, bias=ClippedBias(table=table))
+            for b in ("triton", "eager")
+        )
+    torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding() -> None:
