@@ -26,7 +26,6 @@ recurrences do elsewhere. The two differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -148,7 +147,7 @@ class InfiniAttention(MemoryAttention):
         turned = rotate(tokens.q, tokens.angles), rotate(k, angles)
         out = backend.attend(*turned, v, pattern, scale).out
         sums = LinearState(state.sums["matrix"], state.sums["norm"])
-        memory, sums = self._memory(backend, tokens.q, k, v, sums, past)
+        memory, sums = self._memory(tokens.q, k, v, sums, past)
         # The queries of the text's first segment find an empty memory.
         first = 0 if past else min(segment - held, tokens.q.shape[2])
         gate = torch.sigmoid(self.gate_bias.to(memory.dtype)).view(1, -1, 1, 1)
@@ -161,12 +160,11 @@ class InfiniAttention(MemoryAttention):
         return out, State(seen, {"matrix": sums.s.clone(), "norm": sums.z.clone()}, rest)
 
     def _memory(
-        self, backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
+        self, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
     ) -> tuple[Tensor, LinearState]:
         """What each query reads from the complete segments before its own, and all of them.
 
         Args:
-            backend: Kernels.
             q: The last ``Lq`` positions, not rotated.
             k: From the start of an unfinished segment on, not rotated.
             v: Like ``k``.
@@ -177,6 +175,7 @@ class InfiniAttention(MemoryAttention):
         linear, every = self.config.update == "linear", self.config.detach_every
         # The linear rule needs a border only where gradients stop.
         size = segment if not linear else None if every is None else every * segment
+        _, backend = dispatch.resolve("auto", k.device, q, k, v, kernel="attend_linear")
         start, parts = 0, []
         while start < length:
             at = past + start // segment

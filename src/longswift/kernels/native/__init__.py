@@ -39,8 +39,12 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "C++ compiled for this processor"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None, kernel: str = "attend"
+) -> str | None:
     """Why these inputs cannot be computed here, or None."""
+    if kernel != "attend":
+        return f"{kernel}: the compiled kernels are those of softmax attention"
     if compiled.operators() is None:
         return compiled.reason() or "the compiled kernels do not load"
     if q.dtype not in _DTYPES:

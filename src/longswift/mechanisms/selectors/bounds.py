@@ -291,8 +291,8 @@ class _Pass(TwoStage):
     def _propose_from_all(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> tuple[Tensor, Tensor]:
-        """The best blocks of all."""
-        if self._request.best_blocks is None:
+        """The best blocks of all; the backend's kernel for it adds no bias."""
+        if self._request.best_blocks is None or self._request.bias is not None:
             return super()._propose(q, run, outside, width, space)
         rows = torch.cat(self._row_factors(q, run), -1)
         keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
