@@ -32,6 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv: expected" \
 		"'$(PYTHON) -m venv' to work. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	$(BIN)/longswift build --optional
 	@touch $@
 
 setup: $(READY)
@@ -60,6 +61,7 @@ compat-oldest compat-newest: compat-%:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) \
 		$(if $(filter oldest,$*),$(OLDEST),--upgrade $(NEWEST)) -e '.[test]'
+	.venv-$*/bin/longswift build --optional
 	.venv-$*/bin/longswift info
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n $(WORKERS) $(ARGS)
 

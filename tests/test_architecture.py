@@ -22,6 +22,8 @@ ALLOWED |= {
     "__main__": {"cli"},
     "__init__": {"core", "mechanisms"},
 }
+# What a backend hands its rarer cases to.
+BUILDS_ON = {"native": {"eager"}}
 HUGGING_FACE = {"transformers", "peft", "accelerate"}
 MAX_LINES = 400
 
@@ -61,7 +63,8 @@ def test_backends_do_not_know_each_other(path: str) -> None:
         return
     for name, _ in imports(path):
         if name.startswith("longswift.kernels."):
-            assert name.split(".")[2] == parts[1], f"{path} imports {name}"
+            known = {parts[1]} | BUILDS_ON.get(parts[1], set())
+            assert name.split(".")[2] in known, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES)

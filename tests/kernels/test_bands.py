@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longswift.core import rectangles as geometry
 from longswift.core.pattern import Band, BlockPattern
+from longswift.core.rectangles import Job
 from longswift.kernels.eager import band_gradients
-from longswift.kernels.eager import jobs as geometry
-from longswift.kernels.eager.jobs import Job
 
 
 @st.composite

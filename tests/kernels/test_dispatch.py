@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from longswift import ConfigError, Full
+from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError
+from longswift.core.states import LinearResult, LinearState
 from longswift.core.types import Partial
+from longswift.extend.bias import ALiBi
 from longswift.kernels import dispatch, reference
 
 
@@ -24,7 +27,7 @@ def test_unknown_backend() -> None:
 
 
 def test_explicit_backend_runs() -> None:
-    q, k, v = torch.randn(3, 1, 1, 40, 8)
+    q, k, v = torch.randn(3, 1, 1, 40, 16)
     usable = [name for name, (runs, _) in dispatch.available("cpu").items() if runs]
     assert {"reference", "eager", "flex"} <= set(usable)
     for name in usable:
@@ -53,32 +56,52 @@ def forgetful() -> Iterator[None]:
     dispatch.trusted.cache_clear()
 
 
+@pytest.mark.parametrize("asked", dispatch.CHECKS)
 @pytest.mark.parametrize("name", [name for name in dispatch.BACKENDS if name != "reference"])
-def test_every_backend_passes_its_check(name: str) -> None:
-    usable, reason = dispatch.BACKENDS[name].verify(torch.device("cpu"))
+def test_every_backend_passes_its_check(name: str, asked: str) -> None:
+    module, cpu = dispatch.BACKENDS[name], torch.device("cpu")
+    usable, reason = module.verify(cpu)
     if not usable:
         pytest.skip(reason)
+    if name == "flex" and asked != "attend":
+        pytest.skip("FlexAttention computes patterns without a bias")
+    if name == "native" and asked == "attend_linear":
+        pytest.skip("the compiled kernels are those of softmax attention")
     # Generation asks for the first time where no gradients can be recorded.
     with torch.inference_mode():
-        assert dispatch.disagreement(dispatch.BACKENDS[name], torch.device("cpu")) == ""
+        assert dispatch.disagreement(module, cpu, asked) == ""
 
 
 def test_a_wrong_or_broken_backend_is_found_out() -> None:
-    def wrong(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Partial:
-        part = reference.attend(q, k, v, *rest)
+    def wrong_state(*args: Any, **options: Any) -> LinearResult:
+        found = reference.attend_linear(*args, **options)
+        return found._replace(state=LinearState(found.state.s, found.state.z * 1.01))
+
+    def wrong(*args: Any, **options: Any) -> Partial:
+        part = reference.attend(*args, **options)
         return Partial(part.out * 1.01, part.lse)
 
-    def broken(*args: Any) -> Partial:
+    def deaf(*args: Any, bias: ScoreBias) -> Partial:
+        part = reference.attend(*args, bias=replace(bias, values=bias.values.detach()))
+        return Partial(part.out + 0 * bias.values.sum(), part.lse)
+
+    def broken(*args: Any, **options: Any) -> Partial:
         raise RuntimeError("out of shared memory")
 
     cpu = torch.device("cpu")
     assert "output differs" in dispatch.disagreement(SimpleNamespace(attend=wrong), cpu)
     assert "out of shared memory" in dispatch.disagreement(SimpleNamespace(attend=broken), cpu)
+    assert "bias" in dispatch.disagreement(SimpleNamespace(attend=deaf), cpu, "attend with a bias")
+    linear = SimpleNamespace(attend_linear=wrong_state)
+    assert "its z differs" in dispatch.disagreement(linear, cpu, "attend_linear")
 
 
-def test_auto_is_eager_on_a_cpu() -> None:
+def test_auto_is_the_fastest_that_can_on_a_cpu() -> None:
     q = torch.randn(1, 1, 4, 16)
-    assert dispatch.resolve("auto", q.device, q, q, q)[0] == "eager"
+    compiled, _ = dispatch.BACKENDS["native"].verify(q.device)
+    assert dispatch.resolve("auto", q.device, q, q, q)[0] == ("native" if compiled else "eager")
+    wide = q.double()
+    assert dispatch.resolve("auto", q.device, wide, wide, wide)[0] == "eager"
     assert dispatch.resolve("auto", torch.device("cuda"))[0] == "eager"
 
 
@@ -88,9 +111,9 @@ def test_auto_on_a_gpu_takes_what_is_right_there(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(dispatch.BACKENDS[name], "verify", lambda device: (True, "here"))
     differences = {"triton": "its output differs", "flex": ""}
     names = {module: name for name, module in dispatch.BACKENDS.items()}
-    monkeypatch.setattr(dispatch, "disagreement", lambda module, _: differences[names[module]])
+    monkeypatch.setattr(dispatch, "disagreement", lambda module, *_: differences[names[module]])
     cuda, q = torch.device("cuda"), torch.zeros(1, 1, 4, 16, device="meta")
-    with pytest.warns(UserWarning, match="'triton' is not used on cuda: its output differs"):
+    with pytest.warns(UserWarning, match="'triton' is not used on cuda for attend: its output"):
         assert dispatch.resolve("auto", cuda, q, q, q)[0] == "flex"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,6 +121,25 @@ def test_auto_on_a_gpu_takes_what_is_right_there(monkeypatch: pytest.MonkeyPatch
     # What neither computes is no reason to fail.
     wide = q.double()
     assert dispatch.resolve("auto", cuda, wide, wide, wide)[0] == "eager"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_auto_on_a_gpu_asks_for_each_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that is wrong in one of its functions may be right in another."""
+    for name in ("triton", "flex"):
+        monkeypatch.setattr(dispatch.BACKENDS[name], "verify", lambda device: (True, "here"))
+    wrong = {"attend": "its output differs", "attend_linear": "", "attend with a bias": ""}
+    monkeypatch.setattr(dispatch, "disagreement", lambda module, device, asked: wrong[asked])
+    cuda, q = torch.device("cuda"), torch.zeros(1, 1, 4, 16, device="meta")
+    assert dispatch.resolve("auto", cuda, q, q, q, kernel="attend_linear")[0] == "triton"
+    bias = ALiBi().scores(q.new_zeros(q.shape, device="cpu"), q)
+    assert dispatch.resolve("auto", cuda, q, q, q, bias=bias)[0] == "triton"
+    with pytest.warns(UserWarning, match="for attend: its output differs"):
+        assert dispatch.resolve("auto", cuda, q, q, q)[0] == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kernel in ("attend_exponential", "attend_landmarks"):
+            assert dispatch.resolve("auto", cuda, q, q, q, kernel=kernel)[0] == "eager"
 
 
 def test_every_backend_says_why() -> None:

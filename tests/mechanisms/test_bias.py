@@ -98,8 +98,9 @@ def test_backends_without_it_refuse() -> None:
     q = torch.randn(1, 2, 20, 16)
     with pytest.raises(UnsupportedError, match="a position bias"):
         Full()(q, q, q, backend="flex", bias=ALiBi())
-    assert "bias" in str(triton.refusal(q, q, q, ALiBi().scores(q, q)))
-    assert triton.refusal(q, q, q) is None
+    linear = triton.refusal(q, q, q, ALiBi().scores(q, q), "attend_linear")
+    assert "no scores" in str(linear)
+    assert triton.refusal(q, q, q, ALiBi().scores(q, q)) is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,8 @@ def test_large_scores_stay_finite(case: Case, causal: bool, training: bool) -> N
     training = training and case.strict
     mechanism = case.build()
     y = x.with_grad()
-    out, lse, _ = y.run(mechanism, training=training)
+    # Near ties of huge scores are chosen among by rounding, which backends do differently.
+    out, lse, _ = y.run(mechanism, training=training, backend="eager")
     grads = torch.autograd.grad(out.sum() + lse.sum(), y.tensors)
     for t in (out, lse, *grads):
         assert t.isfinite().all()

@@ -58,10 +58,15 @@ def test_forward_without_gradients(case: Case, data: st.DataObject) -> None:
     with torch.no_grad():
         fast = x.run(mechanism, training=training)
         slow = mechanism.reference(*x.tensors, **x.options, training=training)
-        explicit = x.run(mechanism, training=training, backend="eager")
-    torch.testing.assert_close(fast.out, slow.out, **tolerance(x.q.dtype))
-    torch.testing.assert_close(fast.lse, slow.lse, **tolerance(x.q.dtype))
+        explicit = x.run(mechanism, training=training, backend=fast.stats.backend)
+        eager = x.run(mechanism, training=training, backend="eager")
+    close = tolerance(x.q.dtype)
+    torch.testing.assert_close(fast.lse, slow.lse, **close)
+    # Sums that nothing normalises are as large as they are long.
+    close["atol"] *= max(1.0, float(slow.out.abs().amax()))
+    torch.testing.assert_close(fast.out, slow.out, **close)
     assert torch.equal(explicit.out, fast.out)
+    torch.testing.assert_close(eager.out, slow.out, **close)
     assert fast.out.dtype == x.q.dtype
     assert fast.lse.dtype == (torch.float64 if x.q.dtype == torch.float64 else torch.float32)
     assert fast.out.shape == (*x.q.shape[:3], x.v.shape[-1])

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from longswift.cli import (
     bench,
+    build,
     calibrate,
     compare,
     demo,
@@ -132,6 +133,7 @@ def _root(
 
 
 app.command()(info.info)
+app.command()(build.build)
 app.command()(generate.generate)
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 
@@ -35,6 +36,13 @@ def table(
 def remark(message: str) -> None:
     """Say something on stderr that is no result."""
     print(message, file=sys.stderr)
+
+
+def busy(what: str) -> AbstractContextManager[object]:
+    """Say on stderr what is being done, for as long as the block lasts."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 def wrote(*files: Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longswift.core import compiled
 from longswift.core.errors import InputError, problem
 from longswift.core.summary import KeySummary
 
@@ -145,22 +146,36 @@ def check_summary(summary: KeySummary, k: Tensor) -> None:
 def check_finite(**tensors: Tensor) -> None:
     """Raise ``InputError`` when a tensor holds NaN or infinity.
 
-    One reduction per tensor on CPU; skipped on accelerators, where reading the answer would stall
+    One pass over each tensor on CPU; skipped on accelerators, where reading the answer would stall
     the stream.
     """
+    read = {
+        name: x.detach() if x.requires_grad else x
+        for name, x in tensors.items()
+        if x.device.type == "cpu" and x.numel()
+    }
+    name = _first_not_finite(read)
+    if name is not None:
+        raise InputError(
+            problem(
+                name,
+                expected="finite values",
+                got="NaN or infinity",
+                fix="Look for an overflow in the layer that produced it.",
+            )
+        )
+
+
+def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    operators = compiled.operators()
+    if operators is not None and all(x.ndim == 4 and x.stride(3) == 1 for x in tensors.values()):
+        found = operators.first_not_finite(list(tensors.values()))
+        return None if found < 0 else list(tensors)[found]
     for name, x in tensors.items():
-        if x.device.type == "cpu" and x.numel():
-            x = x.detach() if x.requires_grad else x
-            # 16-bit sums accumulate in fp32; an fp16 overflow only costs the second look.
-            if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
-                raise InputError(
-                    problem(
-                        name,
-                        expected="finite values",
-                        got="NaN or infinity",
-                        fix="Look for an overflow in the layer that produced it.",
-                    )
-                )
+        # 16-bit sums accumulate in fp32; an fp16 overflow only costs the second look.
+        if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
+            return name
+    return None
 
 
 def _span(indices: Tensor) -> slice | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -82,10 +83,12 @@ class PoolColumns(NamedTuple):
         )
 
 
-def _grain_sums(x: Tensor, grain: int, known: Tensor | None, tail: bool) -> Tensor:
+def _grain_sums(
+    x: Tensor, grain: int, known: Tensor | None, tail: bool, add: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """fp32 sums of every ``grain`` tokens of ``[B, H, L, D]``; ``tail``: of an incomplete last."""
     whole = x.shape[2] // grain
-    sums = known if known is not None and known.shape[2] == whole else group_sums(x, grain)
+    sums = known if known is not None and known.shape[2] == whole else add(x, grain)
     if not tail or x.shape[2] % grain == 0:
         return sums
     last = x[:, :, whole * grain :].sum(2, keepdim=True, dtype=sums.dtype)
@@ -93,12 +96,16 @@ def _grain_sums(x: Tensor, grain: int, known: Tensor | None, tail: bool) -> Tens
 
 
 def build_pools(
-    k: Tensor, v: Tensor, pattern: BlockPattern, summary: KeySummary | None = None
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    summary: KeySummary | None = None,
+    add: Callable[[Tensor, int], Tensor] = group_sums,
 ) -> Pools:
     """Pools of an unpadded batch, ``O(L * D)``, or ``O(L / page * D)`` from page summaries.
 
     In causal attention the last tokens are always inside the band: incomplete grains and pools
-    are left out.
+    are left out. ``add`` is what sums every so many tokens.
     """
     size, grain = pattern.pool, pattern.pool_grain
     assert size is not None
@@ -117,8 +124,14 @@ def build_pools(
             sums = torch.cat([sums, last], 2)
         return sums
 
-    k_grain, v_grain = _grain_sums(k, grain, known_k, tail), _grain_sums(v, grain, known_v, tail)
-    return Pools(pooled(k_grain), pooled(v_grain), k_grain, v_grain, size, grain, k.shape[2])
+    k_grain = _grain_sums(k, grain, known_k, tail, add)
+    v_grain = _grain_sums(v, grain, known_v, tail, add)
+    ready = summary is not None and not tail and known_k is k_grain
+    if ready and summary is not None and size % summary.page == 0:
+        k_sum, v_sum = summary.pool_sums(size // summary.page)
+    else:
+        k_sum, v_sum = pooled(k_grain), pooled(v_grain)
+    return Pools(k_sum, v_sum, k_grain, v_grain, size, grain, k.shape[2])
 
 
 def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:

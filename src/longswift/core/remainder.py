@@ -1,19 +1,37 @@
 """The coarse remainder alone, as differentiable torch: a part that merges with any exact kernel.
 
-With ``K`` and ``V`` the sums of a column of ``c`` tokens, less the gathered ones the row sees
-exactly, the column has score ``q.K / c + log c`` and value ``V / c``. Sums are shared by all rows;
-what a row takes out of them is a scatter over its few gathered tokens.
+With ``K``, ``V`` and ``B`` the sums of keys, values and position biases over a column of ``c``
+tokens, less the gathered ones the row sees exactly, the column has score ``(q.K + B) / c + log c``
+and value ``V / c``. Sums are shared by all rows (those of the bias are differences of running
+sums); what a row takes out of them is a scatter over its few gathered tokens.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longswift.core.blocks import BlockRun, block_runs, stack_queries, unstack_queries
+from longswift.core.bias import ScoreBias
+from longswift.core.blocks import (
+    BlockRun,
+    block_runs,
+    row_positions,
+    stack_queries,
+    unstack_queries,
+)
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import Pools, block_edges, build_pools, pool_columns, token_columns
+from longswift.core.pools import (
+    Pools,
+    block_edges,
+    build_pools,
+    column_ranges,
+    pool_columns,
+    token_columns,
+)
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
@@ -29,6 +47,7 @@ def attend_remainder(
     pattern: BlockPattern,
     scale: float,
     summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention over the pooled columns of a pattern with ``pool`` set.
 
@@ -42,12 +61,14 @@ def attend_remainder(
         pattern: Bands, gathered tokens and pools.
         scale: Factor on the scores.
         summary: Page summaries of ``k`` and ``v``; used when no gradients flow.
+        bias: Additions to the scaled scores; a column gets their mean over its tokens.
 
     Returns:
         ``out [B, Hq, Lq, Dv]`` and ``lse [B, Hq, Lq]`` in the accumulator dtype.
     """
     assert pattern.pool is not None
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    tracked = tracked or bias is not None and bias.requires_grad
     pools = build_pools(k, v, pattern, None if tracked else summary)
     width = k.shape[2] // pattern.pool + 2
     if pattern.tokens is not None:
@@ -55,17 +76,21 @@ def attend_remainder(
     most = max(1, _SCORES // (q.shape[0] * q.shape[1] * pattern.block * width))
     edges = block_edges(pattern, q.shape[2], k.shape[2])
     slots = None if pattern.tokens is None else pattern.slots(q.device)
+    tables: tuple[Tensor, ...] = () if bias is None else (bias.values, bias.sums())
     outs, lses = [], []
     for run in block_runs(q.shape[2], k.shape[2], pattern.block, most):
 
         def part(
             q: Tensor, k: Tensor, v: Tensor, *sums: Tensor, run: BlockRun = run
         ) -> tuple[Tensor, Tensor]:
-            k_sum, v_sum, k_grain, v_grain = sums
+            k_sum, v_sum, k_grain, v_grain, *tables = sums
             again = pools._replace(k_sum=k_sum, v_sum=v_sum, k_grain=k_grain, v_grain=v_grain)
-            return _attend_run(q, k, v, again, pattern, edges, slots, scale, run)
+            added = None
+            if bias is not None:
+                added = _Bias(replace(bias, values=tables[0]), tables[1], k.shape[1])
+            return _attend_run(q, k, v, again, pattern, edges, slots, scale, run, added)
 
-        inputs = (q, k, v, *pools[:4])
+        inputs = (q, k, v, *pools[:4], *tables)
         if tracked:
             out, lse = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -85,6 +110,7 @@ def _attend_run(
     slots: tuple[Tensor, Tensor, Tensor] | None,
     scale: float,
     run: BlockRun,
+    bias: _Bias | None,
 ) -> tuple[Tensor, Tensor]:
     """Blocks are problems ``Z = [B, Hkv, N]`` of ``R`` rows over ``P + 2`` columns."""
     kv_heads, heads = k.shape[1], q.shape[1]
@@ -102,13 +128,17 @@ def _attend_run(
         ],
         -1,
     )
+    if bias is not None:
+        first, last = column_ranges(edges, columns, pools)
+        scores = scores + bias.between(first, last, run)
     taken = None
     if slots is not None:
         here = [x[:, :, blocks] for x in slots]
         column = token_columns(here[0].long(), columns, pools, edges.to(q.device))
         taken = _Taken(k, v, here, column, pattern.by_row, run, heads // kv_heads)
     if taken is not None:
-        scores = scores.scatter_add(4, taken.column_of(scores), -taken.products(rows))
+        added = 0.0 if bias is None else bias.of(here[0].long(), run)
+        scores = scores.scatter_add(4, taken.column_of(scores), -taken.scores(rows, added))
         count = count - taken.counts(columns.pools + 2, acc)
     share = count.clamp(min=1.0).reciprocal()
     scores = scores * share + count.log()
@@ -122,6 +152,40 @@ def _attend_run(
     if taken is not None:
         out = out - taken.values(weights.gather(4, taken.column_of(weights)))
     return unstack_queries(out, run, heads), unstack_queries(lse, run, heads)
+
+
+class _Bias(NamedTuple):
+    """A bias on the scores of a run's tokens, and its sums over their columns."""
+
+    table: ScoreBias
+    sums: Tensor  # [Hq, S + 1], the running sums of the table
+    kv_heads: int
+
+    def of(self, tokens: Tensor, run: BlockRun) -> Tensor:
+        """The bias of every row and gathered token, ``[B, Hkv, N, R, C]``."""
+        return self.table.at(tokens, row_positions(run, tokens.device))
+
+    def between(self, first: Tensor, last: Tensor, run: BlockRun) -> Tensor:
+        """Its sum over the tokens of every column, ``[1, Hkv, N, R, P + 2]``.
+
+        Args:
+            first: ``[Hkv, N, P + 2]``, first tokens.
+            last: Likewise, one past the last tokens.
+            run: The blocks.
+        """
+        length, device = self.table.values.shape[1], self.sums.device
+        # The table of sums has one column more.
+        starts = self.table.head_starts(self.kv_heads) // length * (length + 1)
+        position = row_positions(run, device)[:, None, :, None]
+        start, end = (
+            torch.take(
+                self.sums,
+                starts
+                + (self.table.zero + key.to(device)[:, :, None, None] - position).clamp(0, length),
+            )
+            for key in (first, last)
+        )
+        return (end - start).to(self.table.values.dtype).flatten(2, 3).unsqueeze(0)
 
 
 class _Taken:
@@ -155,9 +219,9 @@ class _Taken:
         """Column of each token, ``[B, Hkv, N, R, C]``."""
         return self._column.expand(*like.shape[:4], -1)
 
-    def products(self, rows: Tensor) -> Tensor:
-        """Products with the tokens each row sees, else 0."""
-        return (rows @ self._keys.transpose(3, 4)).masked_fill(~self._shown, 0.0)
+    def scores(self, rows: Tensor, added: Tensor | float) -> Tensor:
+        """Products with the tokens each row sees and what is added to them, else 0."""
+        return (rows @ self._keys.transpose(3, 4) + added).masked_fill(~self._shown, 0.0)
 
     def values(self, weights: Tensor) -> Tensor:
         """Values of the tokens each row sees, weighted."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from longswift.core.errors import ConfigError, problem
+
+# Features of tokens: ``[..., D]`` to ``[..., F]``.
+FeatureMap = Callable[[Tensor], Tensor]
 
 
 class LinearState(NamedTuple):
@@ -73,4 +79,26 @@ class ExponentialResult(NamedTuple):
 
 def has_weight(normaliser: Tensor) -> Tensor:
     """Where a sum of weights is positive and far enough from underflow to be divided by."""
-    return normaliser > torch.finfo(normaliser.dtype).tiny ** 0.8
+    return normaliser > least_weight(normaliser.dtype)
+
+
+def least_weight(dtype: torch.dtype) -> float:
+    """The largest sum of weights that counts as none."""
+    return float(torch.finfo(dtype).tiny ** 0.8)
+
+
+def check_own_chunk(own_chunk: bool, causal: bool) -> None:
+    """Refuses queries that see no chunk of their own where there is no order of chunks.
+
+    Raises:
+        ConfigError: ``own_chunk=False`` without causal order.
+    """
+    if not causal and not own_chunk:
+        raise ConfigError(
+            problem(
+                "own_chunk",
+                expected="causal=True with own_chunk=False",
+                got="causal=False",
+                fix="Bidirectional queries see every chunk.",
+            )
+        )

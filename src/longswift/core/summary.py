@@ -33,6 +33,37 @@ def group_sums(x: Tensor, size: int) -> Tensor:
     return out
 
 
+class PoolSums:
+    """Sums over pools of pages, kept while a cache grows: a token completes a pool rarely."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, summary: KeySummary, factor: int) -> tuple[Tensor, Tensor]:
+        """Key and value sums ``[B, Hkv, P // factor, *]`` of every ``factor`` complete pages."""
+        wanted = summary.k_sum.shape[2] // factor
+        known = self._known.get(factor)
+        done = 0 if known is None else known[0].shape[2]
+        if known is None or done < wanted:
+            pages = slice(done * factor, wanted * factor)
+            sums = (x[:, :, pages] for x in (summary.k_sum, summary.v_sum))
+            k, v = (x.unflatten(2, (wanted - done, factor)).sum(3) for x in sums)
+            if known is not None:
+                k, v = torch.cat([known[0], k], 2), torch.cat([known[1], v], 2)
+            self._known[factor] = known = k, v
+        return known[0][:, :, :wanted], known[1][:, :, :wanted]
+
+    def crop(self, pages: int) -> None:
+        """Forget what reaches beyond the first ``pages`` pages."""
+        for factor, (k, v) in self._known.items():
+            kept = pages // factor
+            self._known[factor] = k[:, :, :kept], v[:, :, :kept]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._known.clear()
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeySummary:
     """Per-page extremes of the keys and sums of keys and values.
@@ -47,6 +78,7 @@ class KeySummary:
         k_max: ``[B, Hkv, P, D]`` channel-wise maximum.
         k_sum: ``[B, Hkv, P, D]`` fp32 (fp64 for fp64 keys).
         v_sum: ``[B, Hkv, P, Dv]`` likewise.
+        pools: Sums over pools that a cache remembers for exactly these pages, or None.
     """
 
     page: int
@@ -55,6 +87,7 @@ class KeySummary:
     k_max: Tensor
     k_sum: Tensor
     v_sum: Tensor
+    pools: PoolSums | None = None
 
     @classmethod
     def build(cls, k: Tensor, v: Tensor, page: int) -> KeySummary:
@@ -93,11 +126,16 @@ class KeySummary:
         """Summary of some KV heads."""
         return replace(
             self,
+            pools=None,
             k_min=self.k_min[:, heads],
             k_max=self.k_max[:, heads],
             k_sum=self.k_sum[:, heads],
             v_sum=self.v_sum[:, heads],
         )
+
+    def pool_sums(self, factor: int) -> tuple[Tensor, Tensor]:
+        """Key and value sums ``[B, Hkv, P // factor, *]`` of every ``factor`` complete pages."""
+        return (self.pools or PoolSums()).of(self, factor)
 
     def coarsen(self, factor: int) -> KeySummary:
         """Summaries of pages ``factor`` times as long; a last incomplete one is dropped."""

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.pattern import Band, BlockPattern
-from longswift.kernels import eager, flex, reference, triton
+from longswift.kernels import eager, flex, native, reference, triton
+from longswift.kernels.checks import CHECKS
 
-# What "auto" tries on a GPU before the eager kernel, best first.
-_ON_GPU = ("triton", "flex")
+# What "auto" tries before the eager kernel, best first.
+_PREFERRED = {"cpu": ("native",), "cuda": ("triton", "flex")}
 
 BACKENDS: dict[str, ModuleType] = {
     "eager": eager,
     "flex": flex,
+    "native": native,
     "reference": reference,
     "triton": triton,
 }
@@ -48,8 +49,8 @@ def resolve(
         backend: ``"auto"`` or a name.
         device: Where the tensors are.
         inputs: q, k and v. Without them ``"auto"`` is the eager kernel, which computes anything.
-        kernel: The function that will be called: ``"attend"`` for a pattern, ``"attend_linear"``
-            or ``"attend_landmarks"``.
+        kernel: The function that will be called: ``"attend"`` for a pattern, ``"attend_linear"``,
+            ``"attend_exponential"`` or ``"attend_landmarks"``.
         bias: Additions to the scores, which only some backends know.
 
     Raises:
@@ -57,7 +58,7 @@ def resolve(
         UnsupportedError: An explicit backend without this family of kernel.
     """
     if backend == "auto":
-        name = _automatic(device, inputs, bias)
+        name = _automatic(device, inputs, bias, kernel)
         return name, BACKENDS[name]
     if backend not in BACKENDS:
         raise ConfigError(
@@ -88,60 +89,42 @@ def resolve(
     return backend, BACKENDS[backend]
 
 
-def _automatic(device: torch.device, inputs: tuple[Tensor, ...], bias: ScoreBias | None) -> str:
-    """Eager on a CPU; on a GPU the first backend that is right there and takes these inputs."""
-    if device.type == "cuda" and inputs:
-        for name in _ON_GPU:
-            if BACKENDS[name].refusal(*inputs, bias) is None and trusted(name, device):
-                return name
+def _automatic(
+    device: torch.device, inputs: tuple[Tensor, ...], bias: ScoreBias | None, kernel: str
+) -> str:
+    """The first preferred backend that is right there and takes these inputs, or eager."""
+    preferred = _PREFERRED.get(device.type, ()) if inputs else ()
+    for name in preferred:
+        refused = BACKENDS[name].refusal(*inputs, bias, kernel)
+        asked = kernel if bias is None else f"{kernel} with a bias"
+        if refused is None and trusted(name, device, asked):
+            return name
     return "eager"
 
 
 @functools.cache
-def trusted(name: str, device: torch.device) -> bool:
-    """Whether a backend is usable on ``device`` and right there; warns once if it is not."""
+def trusted(name: str, device: torch.device, asked: str = "attend") -> bool:
+    """Whether a backend does one of ``CHECKS`` right on ``device``; warns once if it does not."""
     usable, reason = BACKENDS[name].verify(device)
     if usable:
-        reason = disagreement(BACKENDS[name], device)
+        reason = disagreement(BACKENDS[name], device, asked)
     if not usable or reason:
-        warnings.warn(f"backend {name!r} is not used on {device}: {reason}", stacklevel=2)
+        what = f"backend {name!r} is not used on {device} for {asked}"
+        warnings.warn(f"{what}: {reason}", stacklevel=2)
         return False
     return True
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def disagreement(module: ModuleType, device: torch.device) -> str:
-    """How a backend differs from the reference on a small problem, or nothing.
-
-    Covers bands, gathered tokens row by row, the remainder, grouped heads and every gradient.
-    """
-    generator = torch.Generator("cpu").manual_seed(0)
-    shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32)
-    q, k, v = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
-    tokens = torch.tensor([[-1, -1, -1], [1, 6, -1], [2, 30, 8]], dtype=torch.int32, device=device)
-    since = torch.tensor([[0, 0, 0], [40, 0, 0], [64, 70, 89]], dtype=torch.int32, device=device)
-    pattern = BlockPattern(
-        causal=True,
-        bands=(Band(tile=32, left=0), Band(tile=32, left=16)),
-        block=32,
-        tokens=tokens.expand(1, 2, -1, -1),
-        visible_from=since.expand(1, 2, -1, -1),
-        pool=32,
-        pool_grain=16,
-    )
-    results = []
+def disagreement(module: ModuleType, device: torch.device, asked: str = "attend") -> str:
+    """How a backend differs from the reference on the small problem of ``CHECKS``, or nothing."""
     try:
-        for backend in (module, reference):
-            leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
-            out, lse = backend.attend(*leaves, pattern, 0.2)
-            grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
-            results.append([out.detach(), lse.detach(), *grads])
+        found, expected = (CHECKS[asked](x, device) for x in (module, reference))
     except Exception as error:  # whatever a compiler raises: the point is to learn of it
         return f"{type(error).__name__}: {error}"
-    names = ("output", "log-sum-exp", "dq", "dk", "dv")
-    for name, got, expected in zip(names, *results, strict=True):
-        if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3):
-            worst = float((got - expected).abs().max())
+    for name, right in expected.items():
+        if not torch.allclose(found[name], right, rtol=1e-3, atol=1e-3):
+            worst = float((found[name] - right).abs().max())
             return f"its {name} differs from the reference by {worst:.1e}"
     return ""

@@ -34,6 +34,7 @@ class Efficient(Recurrent):
     """
 
     name: ClassVar[str] = "efficient"
+    kernel: ClassVar[str] = "attend_exponential"
 
     def feature_count(self, head_dim: int) -> int:
         return head_dim

@@ -52,6 +52,7 @@ class Linear(Recurrent):
     """
 
     name: ClassVar[str] = "linear"
+    kernel: ClassVar[str] = "attend_linear"
 
     feature_map: str = "elu1"
     normalise: bool = True

@@ -353,6 +353,7 @@ class MSSwift(Mechanism):
             summary=call.summary,
             bias=call.bias,
             best_blocks=getattr(backend, "best_blocks", None),
+            choose_by_bounds=getattr(backend, "choose_by_bounds", None),
         )
         found: Selection = self._selector.select(request)
         since = found.visible_from

@@ -48,6 +48,7 @@ class Performer(Recurrent):
     """
 
     name: ClassVar[str] = "performer"
+    kernel: ClassVar[str] = "attend_exponential"
 
     features: int = 256
     hyperbolic: bool = False

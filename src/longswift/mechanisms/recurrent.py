@@ -49,6 +49,8 @@ class Recurrent(Mechanism):
     """
 
     supports_cross: ClassVar[bool] = True
+    # The function of a backend that ``_attend`` calls.
+    kernel: ClassVar[str]
 
     chunk: int = 128
 
@@ -122,7 +124,7 @@ class Recurrent(Mechanism):
             )
         check_finite(q=q, k=k, v=v)
         call = Call(causal=True, scale=check_scale(scale, q.shape[3]))
-        module = dispatch.resolve(backend, q.device, kernel="attend_linear")[1]
+        module = dispatch.resolve(backend, q.device, q, k, v, kernel=self.kernel)[1]
         with torch.autocast(q.device.type, enabled=False):
             out, lse, after = self._attend(module, q, k, v, call, state, key_mask)
         if key_mask is not None:
@@ -132,7 +134,7 @@ class Recurrent(Mechanism):
         return StepResult(out.to(q.dtype), lse, after)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
-        name, module = dispatch.resolve(call.backend, q.device, kernel="attend_linear")
+        name, module = dispatch.resolve(call.backend, q.device, q, k, v, kernel=self.kernel)
         out, lse, _ = self._attend(module, q, k, v, call)
         return AttentionResult(out.to(q.dtype), lse, self._stats(name, q, k, v, call.causal))
 

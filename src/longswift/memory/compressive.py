@@ -28,7 +28,6 @@ rule without one, on features of length one, which reads ``s(q) M / |s(q)|``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import ClassVar
 
 import torch
@@ -162,7 +161,7 @@ class InfiniAttention(MemoryAttention):
         out = backend.attend(*turned, v, pattern, scale).out
         matrix = state.sums["matrix"]
         sums = LinearState(matrix, state.sums.get("norm", matrix[..., :0, 0]))
-        memory, sums = self._memory(backend, tokens.q, k, v, sums, past)
+        memory, sums = self._memory(tokens.q, k, v, sums, past)
         # The queries of the text's first segment find an empty memory.
         first = 0 if past else min(segment - held, tokens.q.shape[2])
         gate = torch.sigmoid(self.gate_bias.to(memory.dtype)).view(1, -1, 1, 1)
@@ -176,12 +175,11 @@ class InfiniAttention(MemoryAttention):
         return out, State(seen, {name: after[name].clone() for name in state.sums}, rest)
 
     def _memory(
-        self, backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
+        self, q: Tensor, k: Tensor, v: Tensor, sums: LinearState, past: int
     ) -> tuple[Tensor, LinearState]:
         """What each query reads from the complete segments before its own, and all of them.
 
         Args:
-            backend: Kernels.
             q: The last ``Lq`` positions, not rotated.
             k: From the start of an unfinished segment on, not rotated.
             v: Like ``k``.
@@ -190,9 +188,10 @@ class InfiniAttention(MemoryAttention):
         """
         segment, length, held = self.config.segment, k.shape[2], k.shape[2] - q.shape[2]
         linear, every = self.config.update == "linear", self.config.detach_every
-        # The linear rule needs a border only where gradients stop.
         rule = RULES[self.config.update]
+        # The linear rule needs a border only where gradients stop.
         size = segment if not linear else None if every is None else every * segment
+        _, backend = dispatch.resolve("auto", k.device, q, k, v, kernel="attend_linear")
         start, parts = 0, []
         while start < length:
             at = past + start // segment

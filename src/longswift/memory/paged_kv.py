@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longswift.core.errors import InputError, problem
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.summary import PAGE, KeySummary
+from longswift.core.summary import PAGE, KeySummary, PoolSums
 
 _SLACK = 256
 
@@ -36,6 +36,7 @@ class PagedKV:
         self._pages: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._starts: list[int] = []
         self._done: list[int] = []
+        self._pools = PoolSums()
 
     @property
     def keys(self) -> Tensor | None:
@@ -85,6 +86,7 @@ class PagedKV:
             min(done, max(0, self.length - start) // self.page)
             for start, done in zip(self._starts, self._done, strict=True)
         ]
+        self._pools.crop(min(self._done, default=0))
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows ``rows`` (int64 or bool), in that order; repeats are allowed."""
@@ -92,6 +94,7 @@ class PagedKV:
             return
         index = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         index = index.to(self._k.device)
+        self._pools.clear()
         self._k = self._k.index_select(0, index)
         self._v = self._v.index_select(0, index)
         if self._pages is None:
@@ -118,6 +121,7 @@ class PagedKV:
         self.length = 0
         self._k = self._v = self._pages = None
         self._starts, self._done = [], []
+        self._pools.clear()
 
     def summary(self, starts: Sequence[int] | None = None) -> KeySummary | None:
         """Summaries of the complete pages, brought up to date.
@@ -145,9 +149,11 @@ class PagedKV:
             )
         if len(self._starts) != batch:
             self._starts, self._done = wanted, [0] * batch
+            self._pools.clear()
         for row, start in enumerate(wanted):
             if self._starts[row] != start:
                 self._starts[row], self._done[row] = start, 0
+                self._pools.clear()
         total = [max(0, self.length - start) // self.page for start in wanted]
         with torch.no_grad():
             pages = self._extend_pages(self._k, self._v, total)
@@ -160,6 +166,8 @@ class PagedKV:
             k_max=k_max,
             k_sum=k_sum,
             v_sum=v_sum,
+            # Rows that start elsewhere complete their pools at other times.
+            pools=self._pools if len(set(wanted)) == 1 else None,
         )
 
     def _extend_pages(

@@ -9,8 +9,7 @@ from torch import Tensor
 from longswift.core.bias import ScoreBias
 from longswift.core.pattern import BlockPattern
 from longswift.core.products import bmm, factor_dtype
-from longswift.core.softmax import accumulator_dtype
-from longswift.kernels.eager.jobs import (
+from longswift.core.rectangles import (
     Job,
     band_heads,
     by_keys,
@@ -20,6 +19,7 @@ from longswift.kernels.eager.jobs import (
     jobs,
     tiles,
 )
+from longswift.core.softmax import accumulator_dtype
 
 # Score elements per step: 8 MiB in fp32.
 _SCORES = 1 << 21

@@ -13,10 +13,7 @@ from longswift.core.hardware import onednn_beats_blas
 from longswift.core.parallel import for_each
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.products import factor_dtype
-from longswift.core.softmax import accumulator_dtype
-from longswift.core.types import Partial
-from longswift.kernels.eager import fused, unfused
-from longswift.kernels.eager.jobs import (
+from longswift.core.rectangles import (
     Job,
     band_heads,
     by_rows,
@@ -25,6 +22,9 @@ from longswift.kernels.eager.jobs import (
     jobs,
     tiles,
 )
+from longswift.core.softmax import accumulator_dtype
+from longswift.core.types import Partial
+from longswift.kernels.eager import fused, unfused
 
 # Query rows per fused call: enough to fill two cores, few enough to keep temporaries in cache.
 _ROWS = 4096

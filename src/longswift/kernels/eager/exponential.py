@@ -15,8 +15,8 @@ from torch import Tensor
 
 from longswift.core.blocks import BlockRun, stack_queries, unstack_queries
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.states import ExponentialResult, ExponentialState
-from longswift.kernels.eager.linear import FeatureMap, attend_run, chunk_bytes, divide
+from longswift.core.states import ExponentialResult, ExponentialState, FeatureMap
+from longswift.kernels.eager.linear import attend_run, chunk_bytes, divide
 from longswift.kernels.eager.scan import Piece, Step, plan, scan
 
 # exp(40) times the longest run times the number of features is far from the largest fp32.

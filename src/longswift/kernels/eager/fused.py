@@ -7,9 +7,9 @@ from torch import Tensor
 
 from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band
+from longswift.core.rectangles import Job, allowed_mask, empty_rows, hidden_scores
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import Partial
-from longswift.kernels.eager.jobs import Job, allowed_mask, empty_rows, hidden_scores
 
 # Elements of a dense bias held at once: 8 MiB in fp32.
 _BIASES = 1 << 21

@@ -7,18 +7,19 @@ backward. Katharopoulos et al., 2020, arXiv 2006.16236.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun, stack_queries, unstack_queries
-from longswift.core.errors import ConfigError, problem
 from longswift.core.softmax import accumulator_dtype
-from longswift.core.states import LinearResult, LinearState, has_weight
+from longswift.core.states import (
+    FeatureMap,
+    LinearResult,
+    LinearState,
+    check_own_chunk,
+    has_weight,
+)
 from longswift.kernels.eager.scan import Piece, Step, plan, scan
-
-FeatureMap = Callable[[Tensor], Tensor]
 
 
 def attend_linear(
@@ -60,15 +61,7 @@ def attend_linear(
     Raises:
         ConfigError: ``own_chunk=False`` without causal order.
     """
-    if not causal and not own_chunk:
-        raise ConfigError(
-            problem(
-                "own_chunk",
-                expected="causal=True with own_chunk=False",
-                got="causal=False",
-                fix="Bidirectional queries see every chunk.",
-            )
-        )
+    check_own_chunk(own_chunk, causal)
     step = _LinearStep(k.shape[1], q_map, k_map, own_chunk, normalise)
     if key_mask is not None:
         step.hide(key_mask)

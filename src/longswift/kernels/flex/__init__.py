@@ -41,8 +41,12 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "FlexAttention, compiled"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
-    """Why these inputs cannot be computed here, or None."""
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None, kernel: str = "attend"
+) -> str | None:
+    """Why a function of this backend cannot compute these inputs, or None."""
+    if kernel != "attend":
+        return f"{kernel}: FlexAttention is softmax attention"
     if bias is not None:
         return "a position bias: no kernel of this backend adds one"
     if q.device.type == "cpu":

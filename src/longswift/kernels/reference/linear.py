@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,11 @@ from longswift.core.softmax import accumulator_dtype
 from longswift.core.states import (
     ExponentialResult,
     ExponentialState,
+    FeatureMap,
     LinearResult,
     LinearState,
     has_weight,
 )
-
-FeatureMap = Callable[[Tensor], Tensor]
 
 
 def attend_linear(

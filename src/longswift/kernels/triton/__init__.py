@@ -1,8 +1,8 @@
 """Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
 
 ``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
-is computed by torch and merged. ``scoring`` holds the selection's first stage. On a CPU the kernels
-run in Triton's interpreter, for tests.
+is computed by torch and merged. ``scoring`` holds the selection's first stage, ``linear`` and
+``sums`` linear attention. On a CPU the kernels run in Triton's interpreter, for tests.
 Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
 """
 
@@ -17,15 +17,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
-from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
 from longswift.core.remainder import attend_remainder
 from longswift.core.softmax import merge
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.triton.limits import checked, refusal
+from longswift.kernels.triton.linear import attend_linear
 from longswift.kernels.triton.tables import Tables, tables
 
-_WIDEST = 256
+__all__ = [
+    "attend",
+    "attend_bands",
+    "attend_linear",
+    "best_blocks",
+    "refusal",
+    "verify",
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -48,19 +56,6 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None) -> str | None:
-    """Why these inputs cannot be computed here, or None."""
-    if bias is not None:
-        return "a position bias: no kernel of this backend adds one"
-    if q.dtype == torch.float64 and q.device.type != "cpu":
-        return "fp64: the kernels are for fp32 and 16-bit inputs"
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return "bf16 on a CPU: Triton's interpreter cannot multiply it"
-    if max(q.shape[3], v.shape[3]) > _WIDEST:
-        return f"heads of {max(q.shape[3], v.shape[3])}: at most {_WIDEST} channels fit a tile"
-    return None
-
-
 @torch.no_grad()
 def attend_bands(
     q: Tensor,
@@ -71,9 +66,9 @@ def attend_bands(
     bias: ScoreBias | None = None,
 ) -> Partial:
     """Attention over the pattern's bands alone, without gradients."""
-    q, k, v = _checked(q, k, v, bias)
+    q, k, v = checked(q, k, v, bias)
     bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
-    return _forward(q, k, v, _tables(bare, q, k), scale)
+    return _forward(q, k, v, _tables(bare, q, k), scale, bias)
 
 
 def attend(
@@ -97,23 +92,25 @@ def attend(
         scale: Factor on the scores.
         bands: The result of ``attend_bands``; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
-        bias: Refused unless None.
+        bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
     Raises:
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
-    q, k, v = _checked(q, k, v, bias)
+    q, k, v = checked(q, k, v, bias)
     table = _tables(pattern, q, k)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        parts = [Partial(*_Attend.apply(q, k, v, table, scale))]
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if tracked or bias is not None and bias.requires_grad:
+        values = None if bias is None else bias.values
+        parts = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))]
     elif bands is None:
-        parts = [_forward(q, k, v, table, scale)]
+        parts = [_forward(q, k, v, table, scale, bias)]
     else:
         parts = [bands]
         if table.tokens.shape[3]:
-            parts.append(_forward(q, k, v, table, scale, band=False))
+            parts.append(_forward(q, k, v, table, scale, bias, band=False))
     if pattern.pool is not None:
-        parts.append(attend_remainder(q, k, v, pattern, scale, summary))
+        parts.append(attend_remainder(q, k, v, pattern, scale, summary, bias))
     out, lse = merge(*parts)
     return Partial(out.to(q.dtype), lse)
 
@@ -127,34 +124,23 @@ def best_blocks(
     return scoring.best_blocks(rows, keys, outside, skip, most)
 
 
-def _checked(
-    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The inputs as the kernels read them, or an error."""
-    reason = refusal(q, k, v, bias)
-    if reason is not None:
-        raise UnsupportedError(
-            problem(
-                "backend 'triton'",
-                expected="inputs its kernels compute on this device",
-                got=reason,
-                fix="Use backend='eager'.",
-            )
-        )
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return q, k, v
-
-
 def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:
     return tables(pattern, q.shape[0], q.shape[2], k.shape[2], q.device)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float, *, band: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tables,
+    scale: float,
+    bias: ScoreBias | None,
+    *,
+    band: bool = True,
 ) -> Partial:
     from longswift.kernels.triton.forward import forward
 
-    return forward(q, k, v, table, scale, band=band)
+    return forward(q, k, v, table, scale, bias, band=band)
 
 
 class _Attend(torch.autograd.Function):
@@ -162,11 +148,20 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        values: Tensor | None,
+        table: Tables,
+        scale: float,
+        bias: ScoreBias | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, table, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        """``values`` are those of ``bias``, named once more so that gradients reach them."""
+        out, lse = _forward(q, k, v, table, scale, bias)
+        ctx.save_for_backward(q, k, v, values, out, lse)
         ctx.table, ctx.scale = table, scale
+        ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
         return out, lse
 
     @staticmethod
@@ -174,8 +169,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from longswift.kernels.triton.backward import backward
 
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, values, out, lse = ctx.saved_tensors
         d_out, d_lse = grad_outputs
-        grads = backward(q, k, v, ctx.table, ctx.scale, out, lse, d_out, d_lse)
+        bias = d_values = None
+        if values is not None:
+            bias = ScoreBias(values=values, zero=ctx.place[0], step=ctx.place[1])
+            if ctx.needs_input_grad[3]:
+                d_values = torch.zeros(values.shape, dtype=values.dtype, device=values.device)
+        grads = backward(q, k, v, ctx.table, ctx.scale, bias, out, lse, d_out, d_lse, d_values)
         d_q, d_k, d_v = (grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
-        return d_q, d_k, d_v, None, None
+        return d_q, d_k, d_v, d_values, None, None, None

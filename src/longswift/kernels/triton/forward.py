@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import Partial
-from longswift.kernels.triton.launch import LENGTHS, Shape
+from longswift.kernels.triton.launch import LENGTHS, TABLE, Shape, bias_arguments, bias_options
 from longswift.kernels.triton.tables import Tables
 
 
@@ -40,7 +41,7 @@ def load_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def load_heads(X, row, group, exists, stride_h, stride_l, D: tl.constexpr, D_PAD: tl.constexpr):
+def load_heads(X, row, group, exists, stride_h, stride_l, D, D_PAD: tl.constexpr):
     """Lines of several heads of ``[H, L, D]``."""
     column = tl.arange(0, D_PAD)
     at = group.to(tl.int64) * stride_h + row.to(tl.int64) * stride_l
@@ -55,9 +56,26 @@ def shown(since, until, position):
 
 
 @triton.jit
-def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: tl.constexpr):
+def bias_places(head, key, position, span, zero, step):
+    """Where in the table of the bias every pair lies, ``[M, N]``."""
+    column = zero + step * key[None, :] - position[:, None]
+    # Keys that nobody sees may lie beyond the table.
+    column = tl.minimum(tl.maximum(column, 0), span - 1)
+    return head[:, None].to(tl.int64) * span + column
+
+
+@triton.jit
+def biased(scores, seen, BIAS, head, key, position, span, zero, step, BIASED: tl.constexpr):
+    """Scores with the bias of the pairs that are seen."""
+    if BIASED:
+        places = bias_places(head, key, position, span, zero, step)
+        scores += tl.load(BIAS + places, mask=seen, other=0.0)
+    return scores
+
+
+@triton.jit
+def _accumulate(scores, v, seen, top, mass, acc, ACC: tl.constexpr, EXACT: tl.constexpr):
     """Online softmax over one more tile of keys."""
-    scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * scale
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen nothing yet would subtract infinity from infinity.
@@ -69,7 +87,7 @@ def _accumulate(q, k, v, seen, scale, top, mass, acc, ACC: tl.constexpr, EXACT: 
     return new_top, mass, acc * kept[:, None] + part
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS + TABLE)
 def _forward(
     Q,
     K,
@@ -81,6 +99,10 @@ def _forward(
     TOKENS,
     SINCE,
     UNTIL,
+    BIAS,
+    span,
+    zero,
+    step,
     scale,
     q_len,
     k_len,
@@ -109,6 +131,7 @@ def _forward(
     ACC: tl.constexpr,
     EXACT: tl.constexpr,
     BAND: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     tile = tl.program_id(0)
     batch = (tl.program_id(1) // HKV).to(tl.int64)
@@ -119,6 +142,8 @@ def _forward(
     q = load_heads(
         Q + batch * q_b + head.to(tl.int64) * G * q_h, row, group, exists, q_h, q_l, D, D_PAD
     )
+    q_head = head * G + group
+    position = row + (k_len - q_len)
     top = tl.full([M], float("-inf"), ACC)
     mass = tl.zeros([M], ACC)
     acc = tl.zeros([M, DV_PAD], ACC)
@@ -131,8 +156,9 @@ def _forward(
             k = load_rows(K, key, key < last, k_l, D, D_PAD)
             v = load_rows(V, key, key < last, v_l, DV, DV_PAD)
             seen = (key[None, :] >= first[:, None]) & (key[None, :] < end[:, None])
-            top, mass, acc = _accumulate(q, k, v, seen, scale, top, mass, acc, ACC, EXACT)
-    position = row + (k_len - q_len)
+            scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * scale
+            scores = biased(scores, seen, BIAS, q_head, key, position, span, zero, step, BIASED)
+            top, mass, acc = _accumulate(scores, v, seen, top, mass, acc, ACC, EXACT)
     index = tile // tl.cdiv(block, ROWS)
     lists = (tl.program_id(1).to(tl.int64) * blocks + index) * slots
     for start in range(0, slots, N):
@@ -142,8 +168,10 @@ def _forward(
         until = tl.load(UNTIL + lists + slot, mask=slot < slots, other=0)
         k = load_rows(K, token, since < until, k_l, D, D_PAD)
         v = load_rows(V, token, since < until, v_l, DV, DV_PAD)
-        seen = shown(since, until, position)
-        top, mass, acc = _accumulate(q, k, v, seen, scale, top, mass, acc, ACC, EXACT)
+        seen = shown(since, until, position) & exists[:, None]
+        scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * scale
+        scores = biased(scores, seen, BIAS, q_head, token, position, span, zero, step, BIASED)
+        top, mass, acc = _accumulate(scores, v, seen, top, mass, acc, ACC, EXACT)
     nothing = mass == 0.0
     acc = acc / tl.where(nothing, 1.0, mass)[:, None]
     lse = tl.where(nothing, float("-inf"), top + tl.log(tl.where(nothing, 1.0, mass)))
@@ -155,7 +183,14 @@ def _forward(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, table: Tables, scale: float, *, band: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tables,
+    scale: float,
+    bias: ScoreBias | None = None,
+    *,
+    band: bool = True,
 ) -> Partial:
     """Attention over the gathered tokens and, with ``band``, over the bands.
 
@@ -165,6 +200,7 @@ def forward(
         v: ``[B, Hkv, Lk, Dv]``.
         table: The pattern.
         scale: Factor on the scores.
+        bias: Additions to the scaled scores.
         band: Whether the bands are seen.
 
     Returns:
@@ -181,6 +217,7 @@ def forward(
         out,
         lse,
         *table[:5],
+        *bias_arguments(bias),
         scale,
         *shape.sizes(),
         *q.stride()[:3],
@@ -188,6 +225,7 @@ def forward(
         *v.stride()[:3],
         **shape.constants(),
         BAND=band,
+        **bias_options(bias),
         num_warps=shape.warps,
     )
     return Partial(out, lse)

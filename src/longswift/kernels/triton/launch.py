@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.triton.tables import Tables
 
 # Lengths are plain numbers to a kernel: Triton would compile again for 1 and for multiples of 16.
 LENGTHS = ("q_len", "k_len", "block", "before", "blocks", "slots", "entries")
+# Of a bias: columns, the one of distance 0, and positions from key to key.
+TABLE = ("span", "zero", "step")
 
 # tl.dot multiplies nothing smaller.
 _LEAST = 16
@@ -55,12 +58,10 @@ class Shape(NamedTuple):
     def of(cls, q: Tensor, k: Tensor, v: Tensor, table: Tables) -> Shape:
         """Tiles that fill a multiprocessor and waste few lines on short blocks."""
         groups = q.shape[1] // k.shape[1]
-        padded = triton.next_power_of_2(groups)
-        width = _padded(max(q.shape[3], v.shape[3])) * q.dtype.itemsize
+        width = padded(max(q.shape[3], v.shape[3])) * q.dtype.itemsize
         # fp32 products are split into three of lower precision, which need the space again.
         fitting = max(_LEAST, _BYTES // (width if q.dtype.itemsize == 2 else 2 * width))
-        rows = min(_LINES, fitting) // padded
-        rows = max(1, _LEAST // padded, min(rows, triton.next_power_of_2(table.block)))
+        rows = rows_of_tile(min(_LINES, fitting), groups, table.block)
         return cls(
             batch=q.shape[0],
             kv_heads=k.shape[1],
@@ -69,7 +70,7 @@ class Shape(NamedTuple):
             dim=q.shape[3],
             v_dim=v.shape[3],
             rows=rows,
-            lines=rows * padded,
+            lines=rows * triton.next_power_of_2(groups),
             keys=min(_KEYS, fitting),
             dtype=q.dtype,
             table=table,
@@ -113,14 +114,29 @@ class Shape(NamedTuple):
             "G": self.groups,
             "D": self.dim,
             "DV": self.v_dim,
-            "D_PAD": _padded(self.dim),
-            "DV_PAD": _padded(self.v_dim),
+            "D_PAD": padded(self.dim),
+            "DV_PAD": padded(self.v_dim),
             "ROWS": self.rows,
             "M": self.lines,
             "N": self.keys,
-            "ACC": tl.float64 if accumulator_dtype(self.dtype) == torch.float64 else tl.float32,
+            "ACC": accumulator(self.dtype),
             "EXACT": precision(),
         }
+
+
+def bias_arguments(bias: ScoreBias | None) -> tuple[Any, ...]:
+    """Table, columns, zero and step of a bias, as the kernels take them."""
+    if bias is None:
+        return None, 1, 0, 1
+    return bias.values.contiguous(), bias.values.shape[1], bias.zero, bias.step
+
+
+def bias_options(bias: ScoreBias | None) -> dict[str, Any]:
+    """Options of a kernel with or without a bias."""
+    if bias is None:
+        return {"BIASED": False}
+    # Values that are looked up in advance would take the shared memory of a tile of scores each.
+    return {"BIASED": True, "num_stages": 1}
 
 
 def precision() -> str:
@@ -128,5 +144,20 @@ def precision() -> str:
     return "ieee" if torch.version.hip else "tf32x3"
 
 
-def _padded(dim: int) -> int:
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What sums over inputs of a dtype are kept in."""
+    return tl.float64 if accumulator_dtype(dtype) == torch.float64 else tl.float32
+
+
+def rows_of_tile(lines: int, groups: int, length: int) -> int:
+    """Rows of ``groups`` heads that fill at most ``lines`` lines, a power of two.
+
+    No more than ``length`` needs, but enough for a product.
+    """
+    stacked = triton.next_power_of_2(groups)
+    return int(max(1, _LEAST // stacked, min(lines // stacked, triton.next_power_of_2(length))))
+
+
+def padded(dim: int) -> int:
+    """Columns of the tile that holds ``dim`` channels."""
     return max(_LEAST, int(triton.next_power_of_2(dim)))

@@ -93,14 +93,16 @@ def _rank(
     # Rows that do not exist, or have no candidate, weigh nothing.
     counted = (row < rows) & (mass > 0.0)
     pivot = tl.where(counted, top, 0.0)
-    share = tl.where(counted, 1.0 / tl.where(counted, mass, 1.0), 0.0)
+    pivot += tl.log(tl.where(counted, mass, 1.0))
     RANK += ((problem * runs + index) * tl.num_programs(1) + piece) * width
     for start in range(0, width, N):
         block = start + tl.arange(0, N)
         candidate = tl.load(OUTSIDE + block, mask=block < width, other=0) != 0
         bound = _bounds(ROWS, KEYS, row, block, rows, width, F, BF, R, N, EXACT)
         bound = tl.where(candidate[None, :] & counted[:, None], bound, float("-inf"))
-        largest = tl.max(tl.exp(bound - pivot[:, None]) * share[:, None], 0)
+        # Shares of huge scores underflow; this keeps the order of their logarithms, and is not
+        # negative.
+        largest = 1.0 / (1.0 - tl.minimum(tl.max(bound - pivot[:, None], 0), 0.0))
         largest = tl.where(candidate & (block >= skip), largest, -1.0)
         tl.store(RANK + block, largest, mask=block < width)
 

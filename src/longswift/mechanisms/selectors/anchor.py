@@ -111,7 +111,7 @@ class _Pass:
         allowed[..., : request.sinks] = False
         if request.strict:
             return self._in_turn(run, rows, probs, allowed)
-        rank = probs[..., :-1].amax(3).masked_fill_(~allowed, float(EMPTY))
+        rank = probs[..., :-1].amax(3).masked_fill_(~allowed, float("-inf"))
         best, taken = best_of(rank, request.budget, ordered=request.coverage is not None)
         chosen = best.masked_fill(~taken, EMPTY)
         if request.coverage is not None:

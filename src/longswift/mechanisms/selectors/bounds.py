@@ -26,7 +26,7 @@ query bounds these themselves, and so does strict mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -41,9 +41,9 @@ from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
-from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 from longswift.mechanisms.selectors.box_tree import descend, enclose, levels_above
-from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks
+from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
 # Boxes of key blocks described at once.
 _BOXES = 2048
@@ -144,7 +144,34 @@ class Bounds(Selector):
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
-        return _Pass(self, request).run()
+        plain = request.coverage is None and request.bias is None and self.tree is None
+        if request.choose_by_bounds is None or not plain:
+            return _Pass(self, request).run()
+        return self._select_at_once(request, request.choose_by_bounds)
+
+    def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
+        """The same by the backend's kernel."""
+        batch, kv_heads = request.k.shape[:2]
+        shape = (batch, kv_heads, request.edges.shape[1], request.budget)
+        tokens = torch.full(shape, EMPTY, dtype=torch.int32, device=request.k.device)
+        since = torch.zeros_like(tokens) if request.strict else None
+        choose(
+            request.q,
+            request.k,
+            request.band_lse,
+            request.pattern,
+            tokens,
+            scale=request.scale,
+            key_block=request.key_block,
+            row_group=self.row_group,
+            key_radius=self.key_radius,
+            row_radius=self.row_radius,
+            proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
+            sinks=request.sinks,
+            extremes=lambda: _key_extremes(request, request.key_block),
+            since=since,
+        )
+        return Selection(tokens, since)
 
 
 class _Pass(TwoStage):
@@ -264,8 +291,8 @@ class _Pass(TwoStage):
     def _propose_from_all(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> tuple[Tensor, Tensor]:
-        """The best blocks of all."""
-        if self._request.best_blocks is None:
+        """The best blocks of all; the backend's kernel for it adds no bias."""
+        if self._request.best_blocks is None or self._request.bias is not None:
             return super()._propose(q, run, outside, width, space)
         rows = torch.cat(self._row_factors(q, run), -1)
         keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
@@ -331,7 +358,9 @@ class _Pass(TwoStage):
         bound = bound.view(batch, kv_heads, count, rows, width)
         if self._request.bias is not None:
             bound += self._largest_bias(run, width)
-        return share_among_blocks(bound, outside, self._request.pattern.causal)
+        return share_among_blocks(
+            bound, outside, self._request.pattern.causal, self._request.strict
+        )
 
 
 def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

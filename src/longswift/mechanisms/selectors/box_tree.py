@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longswift.core.products import bmm
-from longswift.mechanisms.selectors.base import EMPTY
+
+_HIDDEN = float("-inf")
 
 
 def levels_above(leaves: int, branch: int, most: int) -> int:
@@ -72,12 +73,12 @@ def descend(
         whole = end if leaves is None else end.clamp(max=leaves)
         known = (found == whole - first) & (found > 0)
         bound = _bounds(rows, levels[level], nodes)
-        bound.masked_fill_(~known.unsqueeze(3), float("-inf"))
-        rank = torch.softmax(bound, -1).amax(3)
-        rank = torch.where(known, rank, torch.where(found > 0, float("inf"), float(EMPTY)))
-        rank.masked_fill_(end <= sinks, float(EMPTY))
+        bound.masked_fill_(~known.unsqueeze(3), _HIDDEN)
+        rank = torch.log_softmax(bound, -1).amax(3)
+        rank = torch.where(known, rank, torch.where(found > 0, float("inf"), _HIDDEN))
+        rank.masked_fill_(end <= sinks, _HIDDEN)
         value, index = rank.topk(min(kept if level else most, rank.shape[3]), dim=3, sorted=False)
-        nodes, real = nodes.gather(3, index), value > EMPTY
+        nodes, real = nodes.gather(3, index), value > _HIDDEN
         if level:
             # Behind the last key block nothing is found.
             nodes = nodes.masked_fill(~real, width)

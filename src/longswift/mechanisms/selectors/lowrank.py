@@ -145,7 +145,9 @@ class _Pass(TwoStage):
                 rows = rows @ self._bases[prefix].unsqueeze(2)
             self._largest_scores(rows, self._projected[prefix], scores[:, :, part], space)
         band = stack_queries(self._request.band_lse, run, q.shape[1])
-        return share_among_blocks(scores, outside, self._request.pattern.causal, band)
+        return share_among_blocks(
+            scores, outside, self._request.pattern.causal, self._request.strict, band
+        )
 
     def _largest_scores(self, rows: Tensor, keys: Tensor, out: Tensor, space: Workspace) -> None:
         """Largest score in every key block, a stretch of ``keys [B * Hkv, W, size, *]`` at a time.

@@ -103,7 +103,9 @@ class _Pass(TwoStage):
         scores = space.get("estimates", (*rows.shape[:2], width), self._acc)
         bmm(rows, self._moments[:, :width].transpose(1, 2), out=scores)
         scores = scores.view(*q.shape[:4], width)
-        return share_among_blocks(scores, outside, self._request.pattern.causal)
+        return share_among_blocks(
+            scores, outside, self._request.pattern.causal, self._request.strict
+        )
 
 
 def _has_tail(request: Request, size: int) -> bool:

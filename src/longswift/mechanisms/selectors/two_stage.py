@@ -1,7 +1,8 @@
 """Two stages: something cheap proposes key blocks, exact probabilities choose tokens inside them.
 
 Inside the proposals every row scores every key. Probabilities, normalised together with the window
-and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win.
+and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win. Ranks are
+logarithms of probabilities: those of large scores underflow, and would be told apart by chance.
 
 Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they
 are (sums in fp32, each score rounded once): it decides between near ties only. Probabilities and
@@ -56,7 +57,9 @@ class TwoStage(ABC):
     def _block_scores(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
-        """Weights of the candidate blocks, ``[B, Hkv, N, rows or groups, W]``, summing to 1.
+        """Shares of the candidate blocks, ``[B, Hkv, N, rows or groups, W]``, summing to 1.
+
+        Their logarithms unless the choice is strictly causal.
 
         Args:
             q: Scaled queries ``[B, Hkv, N, G * rows, D]``.
@@ -75,18 +78,14 @@ class TwoStage(ABC):
         rows = self._request.pattern.block
         blocks = min(self._wanted_blocks(rows) + self._sink_blocks, self._blocks)
         width = max(blocks * self._key_block + 1, self._scored())
-        return by_run(self._request, width, self._strict if self._request.strict else self._shared)
+        return by_run(self._request, width, self._strict if self._request.strict else self.choose)
 
     def _wanted_blocks(self, rows: int) -> int:
         """Blocks proposed to a block of ``rows`` query rows."""
-        proposals = self._proposals
-        if not self._request.strict:
-            as_costly = proposals * self._request.pattern.block // rows
-            proposals = max(proposals, min(self._most_proposals, as_costly))
-        return -(-proposals * self._request.budget // self._key_block)
+        return wanted_blocks(self._request, self._proposals, self._most_proposals, rows)
 
-    def _shared(self, run: BlockRun, space: Workspace) -> Selection:
-        """At most ``budget`` tokens a block."""
+    def choose(self, run: BlockRun, space: Workspace) -> Selection:
+        """At most ``budget`` tokens for every block of a run, not strictly causal."""
         request = self._request
         batch, kv_heads = request.k.shape[:2]
         outside, width = candidate_blocks(request, run, self._key_block)
@@ -99,10 +98,11 @@ class TwoStage(ABC):
         if request.coverage is None and q.device.type == "cpu":
             rank = self._largest_probabilities(q, run, proposed, valid, space)
         else:
-            probs = self._probabilities(q, run, proposed, valid, space)
-            rank = probs[..., :-1].amax(1)
+            scores = self._scores(q, run, proposed, valid, space)
+            rank = torch.log_softmax(scores, -1)[..., :-1].amax(1)
+            probs = torch.softmax(scores, -1, out=scores)
         rank = rank.view(*proposed.shape[:3], -1)
-        rank.masked_fill_(self._barred(tokens, valid), float(EMPTY))
+        rank.masked_fill_(self._barred(tokens, valid), _HIDDEN)
         best, taken = best_of(rank, request.budget, ordered=request.coverage is not None)
         chosen = tokens.gather(3, best).masked_fill_(~taken, EMPTY)
         if request.coverage is not None:
@@ -115,8 +115,8 @@ class TwoStage(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Blocks worth most, and whether each is a real choice, ``[B, Hkv, N, M]``."""
         scores = self._block_scores(q, run, outside, width, space)
-        rank = scores.amax(3).masked_fill_(~outside, float(EMPTY))
-        rank[..., : self._sink_blocks] = float(EMPTY)
+        rank = scores.amax(3).masked_fill_(~outside, _HIDDEN)
+        rank[..., : self._sink_blocks] = _HIDDEN
         return best_of(rank, self._wanted_blocks(run.rows))
 
     def _nothing(self, run: BlockRun) -> Tensor:
@@ -178,16 +178,10 @@ class TwoStage(ABC):
         bias.masked_fill_(hidden, _HIDDEN)
         return torch.nn.functional.pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
 
-    def _probabilities(
-        self,
-        q: Tensor,
-        run: BlockRun,
-        proposed: Tensor,
-        valid: Tensor,
-        space: Workspace,
-        visible: Tensor | None = None,
+    def _scores(
+        self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
     ) -> Tensor:
-        """Exact probabilities of proposed tokens and, last, the band, ``[Z, G * rows, M + 1]``."""
+        """Exact scores of proposed tokens and, last, the band's lse, ``[Z, G * rows, M + 1]``."""
         keys = self._keys(proposed, space, self._acc)
         hidden = self._hidden(proposed, valid)
         q = q.flatten(0, 2)
@@ -198,16 +192,12 @@ class TwoStage(ABC):
         bias = self._bias(proposed, run)
         if bias is not None:
             scores[..., :-1] += bias
-        if hidden is not None:
-            scores += hidden
-        if visible is not None:
-            hide_(scores[..., :-1], visible)
-        return torch.softmax(scores, -1, out=scores)
+        return scores if hidden is None else scores.add_(hidden)
 
     def _largest_probabilities(
         self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
     ) -> Tensor:
-        """Largest probability of each proposed token over the rows, ``[Z, M]``.
+        """Logarithm of each proposed token's largest probability over the rows, ``[Z, M]``.
 
         One problem at a time, so that its scores never leave the cache.
         """
@@ -227,7 +217,7 @@ class TwoStage(ABC):
                 scores[:, :-1] += bias[index]
             if hidden is not None:
                 scores += hidden[index]
-            torch.amax(torch.softmax(scores, -1, out=scores), 0, out=largest[index])
+            torch.amax(torch.log_softmax(scores, -1, out=scores), 0, out=largest[index])
         return largest[:, :-1]
 
     def _strict(self, run: BlockRun, space: Workspace) -> Selection:
@@ -252,7 +242,9 @@ class TwoStage(ABC):
         rows = torch.arange(run.rows, device=q.device).repeat(request.groups)
         visible = owner[:, None] <= rows[:, None]
         tokens = self._tokens(proposed)
-        probs = self._probabilities(q, run, proposed, valid, space, visible)
+        scores = self._scores(q, run, proposed, valid, space)
+        hide_(scores[..., :-1], visible)
+        probs = torch.softmax(scores, -1, out=scores)
         if request.coverage is not None:
             probs = needed_by_row(probs, request.coverage)
         probs = probs[..., :-1].view(*q.shape[:4], -1)
@@ -269,10 +261,20 @@ class TwoStage(ABC):
         return weights.unflatten(3, (self._request.groups, -1)).amax(3)
 
 
+def wanted_blocks(request: Request, proposals: int, most: int, rows: int) -> int:
+    """Key blocks proposed to a block of ``rows`` query rows; see ``TwoStage`` for the others."""
+    if not request.strict:
+        as_costly = proposals * request.pattern.block // rows
+        proposals = max(proposals, min(most, as_costly))
+    return -(-proposals * request.budget // request.key_block)
+
+
 def share_among_blocks(
-    scores: Tensor, outside: Tensor, causal: bool, band_lse: Tensor | None = None
+    scores: Tensor, outside: Tensor, causal: bool, strict: bool, band_lse: Tensor | None = None
 ) -> Tensor:
     """Softmax over candidate blocks of ``scores [B, Hkv, N, rows, W]``, in place.
+
+    Its logarithm unless ``strict``.
 
     Args:
         scores: Scores of key blocks; what blocks that are no candidates hold does not matter.
@@ -285,17 +287,17 @@ def share_among_blocks(
     bias = torch.zeros(rest.shape, dtype=scores.dtype, device=scores.device)
     scores[..., common:] += bias.masked_fill_(~rest, _HIDDEN).unsqueeze(2)
     if band_lse is None:
-        return torch.softmax(scores, -1, out=scores)
-    highest = torch.maximum(scores.amax(-1), band_lse)
-    scores.sub_(highest.unsqueeze(-1)).exp_()
-    total = scores.sum(-1) + torch.exp(band_lse - highest)
-    return scores.div_(total.unsqueeze(-1))
+        normalise = torch.softmax if strict else torch.log_softmax
+        return normalise(scores, -1, out=scores)
+    total = torch.logaddexp(scores.logsumexp(-1), band_lse)
+    scores.sub_(total.unsqueeze(-1))
+    return scores.exp_() if strict else scores
 
 
 def best_of(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices of the largest ``rank [..., M]`` and whether each is a real choice."""
+    """Indices of the largest ``rank [..., M]`` and whether each is a real choice, not ``-inf``."""
     value, index = rank.topk(min(most, rank.shape[-1]), dim=-1, sorted=ordered)
-    return index, value > EMPTY
+    return index, value > _HIDDEN
 
 
 def drop_needless(

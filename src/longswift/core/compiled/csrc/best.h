@@ -1,0 +1,149 @@
+// The largest of many numbers.
+#pragma once
+
+#include "common.h"
+
+namespace longswift {
+
+class Best {
+ public:
+  // Writes the indices of the `most` largest numbers above minus infinity, ascending; of equal ones
+  // the first are taken. Returns how many there are.
+  int64_t find(const float* x, int64_t n, int64_t most, int32_t* index) {
+    if (most <= 0 || n <= 0) {
+      return 0;
+    }
+    float limit = kHidden;
+    const int64_t kept = above(x, n, n > kFew ? guess(x, n, most) : kHidden);
+    int64_t ties = 0;
+    if (kept >= most) {
+      limit = largest(keys_.get(0), kept, most, &ties);
+    } else if (n > kFew) {
+      // The guess was too high, or there are fewer numbers than wanted.
+      const int64_t all = above(x, n, kHidden);
+      if (all > most) {
+        limit = largest(keys_.get(0), all, most, &ties);
+      }
+    }
+    return indices(x, n, limit, ties, index);
+  }
+
+ private:
+  static constexpr int64_t kFew = 4096, kSample = 512;
+
+  // Signed integers in the order of the numbers they are made of.
+  static int32_t key_of(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+  }
+
+  static float number_of(int32_t key) {
+    const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+
+  // A little less than the `most`-th largest, judged by a sample: leaves few numbers to rank.
+  float guess(const float* x, int64_t n, int64_t most) {
+    int32_t* sample = keys_.get(kSample);
+    const int64_t step = n / kSample;
+    for (int64_t i = 0; i < kSample; ++i) {
+      sample[i] = key_of(x[i * step]);
+    }
+    const int64_t place = std::min(kSample, most * 3 / 2 * kSample / n + 5);
+    int64_t ties;
+    return largest(sample, kSample, place, &ties);
+  }
+
+  // The `k`-th largest by bisection of its bits, and how many numbers equal to it belong to the `k`
+  // largest.
+  static float largest(const int32_t* keys, int64_t n, int64_t k, int64_t* ties) {
+    int64_t low = std::numeric_limits<int32_t>::min();
+    int64_t high = std::numeric_limits<int32_t>::max();
+    // The invariant: at least `k` keys are >= low, fewer are > high.
+    int64_t more = 0;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      const int64_t count = count_above(keys, n, static_cast<int32_t>(middle));
+      if (count >= k) {
+        low = middle + 1;
+      } else {
+        high = middle;
+        more = count;
+      }
+    }
+    *ties = k - more;
+    return number_of(static_cast<int32_t>(low));
+  }
+
+  static int64_t count_above(const int32_t* keys, int64_t n, int32_t limit) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      count += keys[i] > limit;
+    }
+    return count;
+  }
+
+  // Keeps the keys of the numbers above a limit.
+  int64_t above(const float* x, int64_t n, float limit) {
+    int32_t* kept = keys_.get(std::max(n, kSample));
+    int64_t count = 0, i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 edge = _mm512_set1_ps(limit);
+    const __m512i positive = _mm512_set1_epi32(0x7fffffff);
+    for (; i + 16 <= n; i += 16) {
+      const __m512 values = _mm512_loadu_ps(x + i);
+      const __mmask16 larger = _mm512_cmp_ps_mask(values, edge, _CMP_GT_OQ);
+      if (larger) {
+        const __m512i bits = _mm512_castps_si512(values);
+        const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), positive);
+        _mm512_mask_compressstoreu_epi32(kept + count, larger, _mm512_xor_si512(bits, flip));
+        count += __builtin_popcount(larger);
+      }
+    }
+#endif
+    for (; i < n; ++i) {
+      if (x[i] > limit) {
+        kept[count++] = key_of(x[i]);
+      }
+    }
+    return count;
+  }
+
+  static int64_t indices(const float* x, int64_t n, float limit, int64_t ties, int32_t* index) {
+    int64_t count = 0, i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 edge = _mm512_set1_ps(limit);
+    __m512i place = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= n; i += 16) {
+      const __m512 values = _mm512_loadu_ps(x + i);
+      __mmask16 taken = _mm512_cmp_ps_mask(values, edge, _CMP_GT_OQ);
+      if (ties > 0) {
+        __mmask16 equal = _mm512_cmp_ps_mask(values, edge, _CMP_EQ_OQ);
+        for (; equal && ties > 0; equal &= equal - 1, --ties) {
+          taken |= equal & -equal;
+        }
+      }
+      if (taken) {
+        _mm512_mask_compressstoreu_epi32(index + count, taken, place);
+        count += __builtin_popcount(taken);
+      }
+      place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    }
+#endif
+    for (; i < n; ++i) {
+      const bool tie = ties > 0 && x[i] == limit;
+      ties -= tie;
+      if (x[i] > limit || tie) {
+        index[count++] = static_cast<int32_t>(i);
+      }
+    }
+    return count;
+  }
+
+  Buffer<int32_t> keys_;
+};
+
+}  // namespace longswift

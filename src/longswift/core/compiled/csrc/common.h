@@ -1,0 +1,246 @@
+// What the kernels share: buffers of a thread, matrix products, packing, reductions.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+namespace longswift {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+inline int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+// Memory that a thread keeps: fresh large temporaries cost page faults.
+template <typename T>
+class Buffer {
+ public:
+  // At least `count` elements, aligned to a cache line; what was there is lost.
+  T* get(int64_t count) {
+    if (count > capacity_) {
+      const size_t bytes = round_up(count * sizeof(T), 64);
+      memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      TORCH_CHECK(memory_ != nullptr, "expected ", bytes, " bytes of memory, got none");
+      capacity_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  int64_t capacity_ = 0;
+};
+
+// Rows of one head: `row(i)` is contiguous.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t step;
+  T* row(int64_t i) const { return data + i * step; }
+};
+
+template <typename T>
+Rows<T> rows_of(const at::Tensor& x, int64_t batch, int64_t head) {
+  auto* data = static_cast<T*>(x.data_ptr<std::remove_const_t<T>>());
+  return {data + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
+}
+
+// Calls `work` with every place, `size` numbers each, on torch's own threads; they take the next one
+// when they are done, so that the longest should come first.
+template <typename Work>
+void for_each_place(at::IntArrayRef places, int64_t size, const Work& work) {
+  const int64_t count = static_cast<int64_t>(places.size()) / size;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) {
+      work(places.slice(i * size, size));
+    }
+    // Some processors keep a tile unit switched on for products.
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// c [m, n] (+)= a [m, k] @ b, where b is [k, n], and for 16-bit factors [k / 2, n, 2].
+template <typename F>
+void multiply(int64_t m, int64_t n, int64_t k, const F* a, int64_t lda, const F* b, int64_t ldb,
+              float* c, int64_t ldc, bool add = false) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<F, float>);
+}
+
+template <typename To, typename From>
+void convert(To* out, const From* in, int64_t n) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(out, in, n * sizeof(To));
+  } else {
+    at::vec::convert(in, out, n);
+  }
+}
+
+// [rows, k] to `rows` columns of [k, columns] (in pairs along k for 16-bit factors).
+template <typename F>
+void pack_transposed(const F* in, int64_t step, int64_t rows, int64_t k, F* out, int64_t columns) {
+  // A pair of 16-bit numbers moves as one of 32 bits.
+  const int64_t units = k * sizeof(F) / sizeof(float), unit_step = step * sizeof(F) / sizeof(float);
+  const auto* from = reinterpret_cast<const float*>(in);
+  auto* to = reinterpret_cast<float*>(out);
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t tall = std::min<int64_t>(16, rows - r);
+    for (int64_t u = 0; u < units; u += 16) {
+      at::vec::transpose_mxn<float>(from + r * unit_step + u, unit_step, to + u * columns + r,
+                                    columns, static_cast<int>(tall),
+                                    static_cast<int>(std::min<int64_t>(16, units - u)));
+    }
+  }
+}
+
+// Zeroes the columns from `first` on.
+template <typename F>
+void clear_columns(F* packed, int64_t k, int64_t columns, int64_t first) {
+  const int64_t units = k * sizeof(F) / sizeof(float);
+  auto* to = reinterpret_cast<float*>(packed);
+  for (int64_t u = 0; u < units && first < columns; ++u) {
+    std::fill(to + u * columns + first, to + (u + 1) * columns, 0.0f);
+  }
+}
+
+// Calls with values of the inputs' type and of that in which they are multiplied: their own if
+// `narrow`, else fp32.
+template <typename Call>
+void by_types(at::ScalarType type, bool narrow, Call&& call) {
+  if (type == at::kFloat) {
+    call(float{}, float{});
+  } else if (type == at::kBFloat16) {
+    narrow ? call(at::BFloat16{}, at::BFloat16{}) : call(at::BFloat16{}, float{});
+  } else {
+    TORCH_CHECK(type == at::kHalf, "expected fp32, bf16 or fp16, got ", type);
+    narrow ? call(at::Half{}, at::Half{}) : call(at::Half{}, float{});
+  }
+}
+
+inline float sum_of(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
+}
+
+inline float max_of(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_reduce_max_ps(x);
+#else
+  return at::vec::vec_reduce_all<float>(
+      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, x);
+#endif
+}
+
+inline float max_over(const float* x, int64_t n) {
+  Vec best(kHidden);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    best = at::vec::maximum(best, Vec::loadu(x + i));
+  }
+  float top = max_of(best);
+  for (; i < n; ++i) {
+    top = std::max(top, x[i]);
+  }
+  return top;
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 2 ** x for x <= 0, with a relative error of 4e-6: for ranks, where half the work buys more.
+inline Vec quick_exp2(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  const __m512 whole = _mm512_roundscale_ps(bounded, 0);
+  const __m512 rest = _mm512_sub_ps(bounded, whole);
+  __m512 y = _mm512_set1_ps(0.009676037f);
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.055922035f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.24022107f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.693121f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0000001f));
+  return _mm512_scalef_ps(y, whole);
+#else
+  return (x * Vec(1.0f / kLog2e)).exp_u20();
+#endif
+}
+
+// probs = exp(x * scale - top), and their sum before they are rounded; `n` a multiple of the lanes.
+template <typename F>
+float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
+  Vec total(0.0f);
+  const Vec by(scale), shift(top);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Vec shifted = at::vec::fmsub(Vec::loadu(x + i), by, shift);
+    if constexpr (std::is_same_v<F, float>) {
+      const Vec e = shifted.exp();
+      total += e;
+      e.store(probs + i);
+    } else {
+      // 20 units in the last place of fp32 are nothing in 16 bits.
+      const Vec e = shifted.exp_u20();
+      total += e;
+      e.store(x + i);
+    }
+  }
+  if constexpr (!std::is_same_v<F, float>) {
+    convert(probs, x, n);
+  }
+  return sum_of(total);
+}
+
+// [rows, width] as the right factor of a product, `padded` rows of it: as it is, or rows in pairs
+// for 16-bit factors; rows that are not there become zero.
+template <typename F>
+void pack_pairs(const F* in, int64_t step, int64_t rows, int64_t width, F* out, int64_t padded) {
+  if constexpr (std::is_same_v<F, float>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(out + r * width, in + r * step, width * sizeof(F));
+    }
+    std::fill(out + rows * width, out + padded * width, 0.0f);
+  } else {
+    const F zero(0.0f);
+    for (int64_t r = 0; r < padded; r += 2) {
+      const F *even = in + r * step, *odd = even + step;
+      const bool has_even = r < rows, has_odd = r + 1 < rows;
+      F* to = out + r * width;
+      for (int64_t c = 0; c < width; ++c) {
+        to[2 * c] = has_even ? even[c] : zero;
+        to[2 * c + 1] = has_odd ? odd[c] : zero;
+      }
+    }
+  }
+}
+
+// Sum of exp(x - top), nearly.
+inline float sum_of_exponentials(const float* x, int64_t n, float top) {
+  Vec total(0.0f);
+  const Vec shift(top), by(kLog2e);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    total += quick_exp2((Vec::loadu(x + i) - shift) * by);
+  }
+  float sum = sum_of(total);
+  for (; i < n; ++i) {
+    sum += std::exp(x[i] - top);
+  }
+  return sum;
+}
+
+}  // namespace longswift

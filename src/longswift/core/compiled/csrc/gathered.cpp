@@ -1,0 +1,291 @@
+// Attention of blocks of queries to gathered tokens and pooled means, merged into their windows'.
+#include "common.h"
+#include "kernels.h"
+
+namespace longswift {
+
+namespace {
+
+// Keys of a panel: the columns of one product.
+constexpr int64_t kPanel = 512;
+
+template <typename F>
+struct Space {
+  Buffer<F> keys, values, packed_keys, packed_values, queries, probs;
+  Buffer<float> scores, bias, part, mean_keys, mean_values, counts;
+  Buffer<int32_t> tokens;
+};
+
+template <typename F>
+Space<F>& space() {
+  static thread_local Space<F> mine;
+  return mine;
+}
+
+// T: the inputs, F: factors of products.
+template <typename T, typename F>
+class Merger {
+ public:
+  Merger(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
+         const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
+         const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor& out, at::Tensor& lse,
+         int64_t batch, int64_t head, const Gather& how)
+      : how_(how),
+        dim_(q.size(3)),
+        value_dim_(v.size(3)),
+        q_len_(q.size(2)),
+        k_len_(k.size(2)),
+        heads_(q.size(1) / k.size(1)),
+        slots_(tokens.size(3)),
+        k_(rows_of<const T>(k, batch, head)),
+        v_(rows_of<const T>(v, batch, head)),
+        tokens_(tokens.data_ptr<int32_t>() + (tokens.size(0) > 1 ? batch : 0) * tokens.stride(0) +
+                head * tokens.stride(1)),
+        token_step_(tokens.stride(2)),
+        edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
+        mine_(space<F>()) {
+    for (int64_t g = 0; g < heads_; ++g) {
+      const int64_t own = head * heads_ + g;
+      q_.push_back(rows_of<const T>(q, batch, own));
+      out_.push_back(rows_of<T>(out, batch, own));
+      lse_.push_back(lse.data_ptr<float>() + batch * lse.stride(0) + own * lse.stride(1));
+    }
+    if (how.pool > 0) {
+      pools_ = k_sum.size(2);
+      key_grains_ = rows_of<const float>(k_grain, batch, head);
+      value_grains_ = rows_of<const float>(v_grain, batch, head);
+      key_sums_ = rows_of<const float>(k_sum, batch, head);
+      value_sums_ = rows_of<const float>(v_sum, batch, head);
+    }
+  }
+
+  void run(int64_t first, int64_t count) {
+    const int64_t offset = k_len_ - q_len_, base = offset / how_.block;
+    for (int64_t n = first; n < first + count; ++n) {
+      const int64_t start = std::max(offset, (base + n) * how_.block);
+      const int64_t end = std::min(k_len_, (base + n + 1) * how_.block);
+      const int64_t keys = load(n);
+      if (keys > 0) {
+        attend(start - offset, end - start, keys);
+      }
+    }
+  }
+
+ private:
+  // What a block sees beside its window, as keys, values and biases; returns how many.
+  int64_t load(int64_t block) {
+    const int32_t* slots = tokens_ + block * token_step_;
+    int32_t* tokens = mine_.tokens.get(slots_);
+    int64_t count = 0;
+    for (int64_t c = 0; c < slots_; ++c) {
+      tokens[count] = slots[c];
+      count += slots[c] >= 0;
+    }
+    const int64_t start = edges_[2 * block], end = edges_[2 * block + 1];
+    const int64_t columns = how_.pool > 0 ? pool_columns(tokens, count, start, end) : 0;
+    const int64_t width = round_up(count + columns, 64);
+    if (count + columns == 0) {
+      return 0;
+    }
+    F* keys = mine_.keys.get(width * dim_);
+    F* values = mine_.values.get(width * value_dim_);
+    float* bias = mine_.bias.get(width);
+    for (int64_t t = 0; t < count; ++t) {
+      convert(keys + t * dim_, k_.row(tokens[t]), dim_);
+      convert(values + t * value_dim_, v_.row(tokens[t]), value_dim_);
+    }
+    std::fill(bias, bias + count, 0.0f);
+    int64_t at = count;
+    const float* counts = mine_.counts.get(0);
+    float* mean_keys = mine_.mean_keys.get(0);
+    float* mean_values = mine_.mean_values.get(0);
+    for (int64_t c = 0; c < columns; ++c) {
+      if (counts[c] <= 0.0f) {
+        continue;
+      }
+      scaled_row(keys + at * dim_, mean_keys + c * dim_, dim_, 1.0f / counts[c]);
+      scaled_row(values + at * value_dim_, mean_values + c * value_dim_, value_dim_,
+                 1.0f / counts[c]);
+      bias[at++] = std::log(counts[c]);
+    }
+    std::fill(bias + at, bias + width, kHidden);
+    std::memset(static_cast<void*>(keys + at * dim_), 0, (width - at) * dim_ * sizeof(F));
+    std::memset(static_cast<void*>(values + at * value_dim_), 0,
+                (width - at) * value_dim_ * sizeof(F));
+    if (at == 0) {
+      return 0;
+    }
+    F* packed_keys = mine_.packed_keys.get(width * dim_);
+    F* packed_values = mine_.packed_values.get(width * value_dim_);
+    for (int64_t p = 0; p < width; p += kPanel) {
+      const int64_t some = std::min(kPanel, width - p);
+      pack_transposed<F>(keys + p * dim_, dim_, some, dim_, packed_keys + p * dim_, some);
+    }
+    pack_pairs<F>(values, value_dim_, width, value_dim_, packed_values, width);
+    return width;
+  }
+
+  static void scaled_row(F* out, float* row, int64_t n, float by) {
+    for (int64_t d = 0; d < n; ++d) {
+      row[d] *= by;
+    }
+    convert(out, row, n);
+  }
+
+  // Sums and counts of the pools outside the window, without the gathered tokens.
+  int64_t pool_columns(const int32_t* tokens, int64_t count, int64_t start, int64_t end) {
+    const int64_t size = how_.pool, left = start / size;
+    const bool right = !how_.causal && end < k_len_;
+    // Whole pools before the window, the cut one, the cut one after it, whole pools.
+    const int64_t after = right ? end / size + (end % size > 0) : pools_;
+    const int64_t columns = left + 2 + (pools_ - after);
+    float* counts = mine_.counts.get(columns);
+    float* keys = mine_.mean_keys.get(columns * dim_);
+    float* values = mine_.mean_values.get(columns * value_dim_);
+    for (int64_t p = 0; p < left; ++p) {
+      whole(p, p, counts, keys, values);
+    }
+    cut(left, left * size, start, counts, keys, values);
+    const int64_t right_end = right ? std::min((end / size + 1) * size, k_len_) : end;
+    const bool cuts = right && end % size > 0;
+    cut(left + 1, end, cuts ? right_end : end, counts, keys, values);
+    for (int64_t p = after; p < pools_; ++p) {
+      whole(p, left + 2 + p - after, counts, keys, values);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t token = tokens[t], pool = token / size;
+      int64_t column = pool;
+      if (token >= end) {
+        column = cuts && token < right_end ? left + 1 : left + 2 + pool - after;
+      }
+      counts[column] -= 1.0f;
+      subtract(keys + column * dim_, k_.row(token), dim_);
+      subtract(values + column * value_dim_, v_.row(token), value_dim_);
+    }
+    return columns;
+  }
+
+  void whole(int64_t pool, int64_t column, float* counts, float* keys, float* values) {
+    counts[column] = static_cast<float>(std::min(how_.pool, k_len_ - pool * how_.pool));
+    std::memcpy(keys + column * dim_, key_sums_.row(pool), dim_ * sizeof(float));
+    std::memcpy(values + column * value_dim_, value_sums_.row(pool), value_dim_ * sizeof(float));
+  }
+
+  void cut(int64_t column, int64_t from, int64_t to, float* counts, float* keys, float* values) {
+    counts[column] = static_cast<float>(to - from);
+    float *key = keys + column * dim_, *value = values + column * value_dim_;
+    std::fill(key, key + dim_, 0.0f);
+    std::fill(value, value + value_dim_, 0.0f);
+    for (int64_t g = from / how_.grain; g * how_.grain < to; ++g) {
+      const float *more_key = key_grains_.row(g), *more_value = value_grains_.row(g);
+      for (int64_t d = 0; d < dim_; ++d) {
+        key[d] += more_key[d];
+      }
+      for (int64_t d = 0; d < value_dim_; ++d) {
+        value[d] += more_value[d];
+      }
+    }
+  }
+
+  static void subtract(float* from, const T* row, int64_t n) {
+    for (int64_t d = 0; d < n; ++d) {
+      from[d] -= static_cast<float>(row[d]);
+    }
+  }
+
+  void attend(int64_t row, int64_t rows, int64_t width) {
+    float* scores = mine_.scores.get(rows * width);
+    F* probs = mine_.probs.get(rows * width);
+    float* part = mine_.part.get(rows * value_dim_);
+    const F* keys = mine_.packed_keys.get(0);
+    const F* values = mine_.packed_values.get(0);
+    for (int64_t g = 0; g < heads_; ++g) {
+      const F* queries;
+      int64_t step;
+      if constexpr (std::is_same_v<T, F>) {
+        queries = q_[g].row(row);
+        step = q_[g].step;
+      } else {
+        F* wide = mine_.queries.get(rows * dim_);
+        for (int64_t i = 0; i < rows; ++i) {
+          convert(wide + i * dim_, q_[g].row(row + i), dim_);
+        }
+        queries = wide;
+        step = dim_;
+      }
+      for (int64_t p = 0; p < width; p += kPanel) {
+        const int64_t some = std::min(kPanel, width - p);
+        multiply<F>(rows, some, dim_, queries, step, keys + p * dim_, some, scores + p, width);
+      }
+      float sums[rows], tops[rows];
+      for (int64_t i = 0; i < rows; ++i) {
+        weigh(scores + i * width, width, probs + i * width, tops + i, sums + i);
+      }
+      for (int64_t p = 0; p < width; p += kPanel) {
+        const int64_t some = std::min(kPanel, width - p);
+        multiply<F>(rows, value_dim_, some, probs + p, width, values + p * value_dim_, value_dim_,
+                    part, value_dim_, p > 0);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        merge(out_[g].row(row + i), lse_[g] + row + i, part + i * value_dim_, tops[i], sums[i]);
+      }
+    }
+  }
+
+  // Adds the biases to the scaled scores and turns them into unnormalised probabilities.
+  void weigh(float* scores, int64_t width, F* probs, float* top, float* sum) {
+    const float* bias = mine_.bias.get(0);
+    const Vec scale(static_cast<float>(how_.scale));
+    Vec highest(kHidden);
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Vec x = at::vec::fmadd(Vec::loadu(scores + i), scale, Vec::loadu(bias + i));
+      x.store(scores + i);
+      highest = at::vec::maximum(highest, x);
+    }
+    *top = max_of(highest);
+    *sum = exponentials(scores, width, 1.0f, *top, probs);
+  }
+
+  void merge(T* out, float* lse, const float* part, float top, float sum) {
+    const float mine = top + std::log(sum), band = *lse, high = std::max(mine, band);
+    const float total = high + std::log(std::exp(mine - high) + std::exp(band - high));
+    const float keep = std::exp(band - total), add = std::exp(mine - total) / sum;
+    float line[value_dim_];
+    convert(line, out, value_dim_);
+    for (int64_t d = 0; d < value_dim_; ++d) {
+      line[d] = line[d] * keep + part[d] * add;
+    }
+    convert(out, line, value_dim_);
+    *lse = total;
+  }
+
+  const Gather& how_;
+  const int64_t dim_, value_dim_, q_len_, k_len_, heads_, slots_;
+  const Rows<const T> k_, v_;
+  const int32_t* tokens_;
+  const int64_t token_step_;
+  const int64_t* edges_;
+  Space<F>& mine_;
+  int64_t pools_ = 0;
+  Rows<const float> key_grains_{}, value_grains_{}, key_sums_{}, value_sums_{};
+  std::vector<Rows<const T>> q_;
+  std::vector<Rows<T>> out_;
+  std::vector<float*> lse_;
+};
+
+}  // namespace
+
+void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
+                    const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
+                    at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how) {
+  by_types(q.scalar_type(), how.narrow, [&](auto in, auto factor) {
+    for_each_place(places, 4, [&](at::IntArrayRef at) {
+      Merger<decltype(in), decltype(factor)>(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges,
+                                             out, lse, at[0], at[1], how)
+          .run(at[2], at[3]);
+    });
+  });
+}
+
+}  // namespace longswift

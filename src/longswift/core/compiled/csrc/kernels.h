@@ -1,0 +1,66 @@
+// The kernels. What they take is checked in Python; `places` lists pieces of work, some numbers
+// each: a batch row and a KV head, then what the comment says.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+namespace longswift {
+
+struct Choice {
+  int64_t block, key_block, row_group, proposed, budget, sinks, sink_blocks;
+  float scale, key_radius, row_radius;
+  bool causal;
+};
+
+struct Gather {
+  int64_t block, pool, grain;
+  double scale;
+  bool causal, narrow;
+};
+
+// `count` rectangles, each `step` further along queries and keys: rows [row, +rows) meet keys
+// [key, +width). The first row sits `shift` after the first key; a row sees `behind` keys before
+// itself and `ahead` after.
+struct Rectangle {
+  int64_t row, key, step, count, rows, width, shift, behind, ahead;
+};
+
+// Sums of every `size` rows of `x [B, H, L, D]`, fp32 `[B, H, L / size, D]`.
+void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size);
+
+// A panel of boxes.
+void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
+                    int64_t key_block);
+
+// The first of some complete blocks of queries, how many, the first row.
+void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                      const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                      at::IntArrayRef places, const Choice& choice);
+
+// A block of queries, its first row, how many rows.
+void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                    at::Tensor tokens, at::IntArrayRef places, const Choice& choice, bool narrow);
+
+// A block of queries, its first row, how many rows, the position of the first among the keys.
+void choose_in_turn(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                    at::Tensor since, at::IntArrayRef places, const Choice& choice);
+
+// The first of some blocks of queries, how many.
+void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
+                    const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
+                    at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how);
+
+// The fields of a rectangle.
+void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
+                  at::Tensor lse, at::IntArrayRef places, double scale, bool narrow);
+
+// The index of the first of some `[B, H, L, D]` that holds NaN or infinity, or -1; the last
+// dimension is contiguous.
+int64_t first_not_finite(at::TensorList tensors);
+
+}  // namespace longswift

@@ -1,0 +1,102 @@
+// How Python calls the kernels.
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace longswift {
+
+namespace {
+
+// Whether 16-bit factors in pairs, as the kernels lay them out, can be multiplied here.
+bool multiplies(const at::Tensor& like) {
+  return at::native::cpublas::could_pack(like.scalar_type());
+}
+
+void describe(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places, int64_t key_block) {
+  describe_boxes(k, boxes, places, key_block);
+}
+
+Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii, bool causal) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+          static_cast<float>(scale), static_cast<float>(radii[0]), static_cast<float>(radii[1]),
+          causal};
+}
+
+void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+            const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+            at::IntArrayRef places, at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii,
+            bool causal) {
+  choose_by_bounds(q, k, band_lse, boxes, edges, tokens, places,
+                   choice_of(sizes, scale, radii, causal));
+}
+
+void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
+                at::Tensor tokens, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
+                at::ArrayRef<double> radii, bool causal, bool narrow) {
+  choose_for_few(q, k, band_lse, low, high, edges, tokens, places,
+                 choice_of(sizes, scale, radii, causal), narrow);
+}
+
+void choose_strict(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                   const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                   at::Tensor since, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
+                   at::ArrayRef<double> radii) {
+  choose_in_turn(q, k, band_lse, boxes, edges, tokens, since, places,
+                 choice_of(sizes, scale, radii, true));
+}
+
+void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
+           const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
+           const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
+           at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal, bool narrow) {
+  const Gather how{sizes[0], sizes[1], sizes[2], scale, causal, narrow};
+  merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
+}
+
+void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
+           at::Tensor lse, at::IntArrayRef places, double scale, bool narrow) {
+  attend_tiles(q, k, v, out, lse, places, scale, narrow);
+}
+
+}  // namespace
+
+}  // namespace longswift
+
+TORCH_LIBRARY(longswift, m) {
+  m.def("sum_groups(Tensor x, Tensor(a!) out, int size) -> ()");
+  m.def("describe(Tensor k, Tensor(a!) boxes, int[] places, int key_block) -> ()");
+  m.def(
+      "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
+      "int[] places, int[] sizes, float scale, float[] radii, bool causal) -> ()");
+  m.def(
+      "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
+      "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
+      "bool narrow) -> ()");
+  m.def(
+      "choose_strict(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, "
+      "Tensor(a!) tokens, Tensor(b!) since, int[] places, int[] sizes, float scale, float[] radii) "
+      "-> ()");
+  m.def(
+      "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
+      "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] places, "
+      "int[] sizes, float scale, bool causal, bool narrow) -> ()");
+  m.def(
+      "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
+      "float scale, bool narrow) -> ()");
+  m.def("multiplies(Tensor like) -> bool");
+  m.def("first_not_finite(Tensor[] tensors) -> int");
+}
+
+TORCH_LIBRARY_IMPL(longswift, CPU, m) {
+  m.impl("sum_groups", longswift::sum_groups);
+  m.impl("describe", longswift::describe);
+  m.impl("choose", longswift::choose);
+  m.impl("choose_few", longswift::choose_few);
+  m.impl("choose_strict", longswift::choose_strict);
+  m.impl("merge", longswift::merge);
+  m.impl("tiles", longswift::tiles);
+  m.impl("multiplies", longswift::multiplies);
+  m.impl("first_not_finite", longswift::first_not_finite);
+}

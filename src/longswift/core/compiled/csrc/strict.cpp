@@ -1,0 +1,308 @@
+// Key tokens by bounds for strictly causal attention: a row sees what it and earlier rows asked for.
+#include "best.h"
+#include "common.h"
+#include "kernels.h"
+
+namespace longswift {
+
+namespace {
+
+constexpr int64_t kWidth = 64;
+
+// A budget that rows fill in turn.
+class Turns {
+ public:
+  // Row 0 takes a quarter of the budget, the rest is spread evenly over the rows of a complete block;
+  // each row takes the keys it wants most among those not taken yet, if it wants them at all.
+  // `wanted` is [rows, keys], a row every `step` numbers. Returns how many were taken.
+  int64_t take(const float* wanted, int64_t step, int64_t rows, int64_t keys, int64_t budget,
+               int64_t block, int32_t* index, int32_t* owner) {
+    float* free = free_.get(keys);
+    std::fill(free, free + keys, 1.0f);
+    const int64_t head_start = std::max<int64_t>(1, budget / 4);
+    int64_t given = 0, count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t due = head_start + (budget - head_start) * (r + 1) / block;
+      const int64_t quota = std::min(due - given, keys);
+      given = due;
+      if (quota <= 0) {
+        continue;
+      }
+      const int64_t taken = best(wanted + r * step, free, keys, quota, index + count);
+      for (int64_t i = count; i < count + taken; ++i) {
+        free[index[i]] = 0.0f;
+        owner[i] = static_cast<int32_t>(r);
+      }
+      count += taken;
+    }
+    return count;
+  }
+
+ private:
+  // Rows after the first take few keys, which are kept in order.
+  static constexpr int64_t kFew = 8;
+
+  int64_t best(const float* wanted, const float* free, int64_t keys, int64_t quota,
+               int32_t* index) {
+    if (quota > kFew) {
+      float* left = left_.get(keys);
+      for (int64_t k = 0; k < keys; ++k) {
+        const float x = wanted[k] * free[k];
+        left[k] = x > 0.0f ? x : kHidden;
+      }
+      return order_.find(left, keys, quota, index);
+    }
+    float values[kFew];
+    int64_t count = 0;
+    // What a key must exceed to be among the best so far.
+    float limit = 0.0f;
+    int64_t k = 0;
+    for (; k + kLanes <= keys; k += kLanes) {
+      const Vec x = Vec::loadu(wanted + k) * Vec::loadu(free + k);
+      if (max_of(x) > limit) {
+        for (int64_t i = k; i < k + kLanes; ++i) {
+          limit = insert(wanted[i] * free[i], i, quota, limit, values, index, &count);
+        }
+      }
+    }
+    for (; k < keys; ++k) {
+      limit = insert(wanted[k] * free[k], k, quota, limit, values, index, &count);
+    }
+    return count;
+  }
+
+  static float insert(float x, int64_t key, int64_t quota, float limit, float* values,
+                      int32_t* index, int64_t* count) {
+    if (!(x > limit)) {
+      return limit;
+    }
+    int64_t place = *count < quota ? (*count)++ : quota - 1;
+    for (; place > 0 && values[place - 1] < x; --place) {
+      values[place] = values[place - 1];
+      index[place] = index[place - 1];
+    }
+    values[place] = x;
+    index[place] = static_cast<int32_t>(key);
+    return *count < quota ? 0.0f : values[quota - 1];
+  }
+
+  Buffer<float> free_, left_;
+  Best order_;
+};
+
+template <typename F>
+struct Space {
+  Buffer<F> rows, wide, keys, packed;
+  Buffer<float> scores, wanted;
+  Buffer<int32_t> blocks, block_owner, tokens, token_owner, index, owner;
+  Turns turns;
+};
+
+template <typename F>
+Space<F>& space() {
+  static thread_local Space<F> mine;
+  return mine;
+}
+
+template <typename T, typename F>
+class Strict {
+ public:
+  Strict(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+         const at::Tensor& boxes, const at::Tensor& edges, at::Tensor& tokens, at::Tensor& since,
+         int64_t batch, int64_t head, const Choice& choice)
+      : choice_(choice),
+        dim_(q.size(3)),
+        heads_(q.size(1) / k.size(1)),
+        blocks_(k.size(2) / choice.key_block),
+        k_(rows_of<const T>(k, batch, head)),
+        panels_(boxes.data_ptr<F>() + (batch * k.size(1) + head) * boxes.stride(0)),
+        edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
+        tokens_(rows_of<int32_t>(tokens, batch, head)),
+        since_(rows_of<int32_t>(since, batch, head)),
+        mine_(space<F>()) {
+    for (int64_t g = 0; g < heads_; ++g) {
+      q_.push_back(rows_of<const T>(q, batch, head * heads_ + g));
+      lse_.push_back(band_lse.data_ptr<float>() + batch * band_lse.stride(0) +
+                     (head * heads_ + g) * band_lse.stride(1));
+    }
+  }
+
+  // `rows` rows of a block, the first of which is `row`, at `position` among the keys.
+  void run(int64_t block, int64_t row, int64_t rows, int64_t position) {
+    const int64_t candidates = std::min(edges_[2 * block] / choice_.key_block, blocks_);
+    if (candidates == 0) {
+      return;
+    }
+    const int64_t count = propose(row, rows, candidates);
+    const int64_t taken = choose(row, rows, count);
+    const int32_t *index = mine_.index.get(0), *owner = mine_.owner.get(0);
+    const int32_t* tokens = mine_.tokens.get(0);
+    for (int64_t i = 0; i < taken; ++i) {
+      tokens_.row(block)[i] = tokens[index[i]];
+      since_.row(block)[i] = static_cast<int32_t>(position + owner[i]);
+    }
+  }
+
+ private:
+  // Blocks of keys for every row in turn; writes their tokens and the rows that asked for them.
+  int64_t propose(int64_t row, int64_t rows, int64_t candidates) {
+    const int64_t step = round_up(candidates, kWidth), inner = 2 * dim_;
+    float* scores = mine_.scores.get(rows * step);
+    float* wanted = mine_.wanted.get(rows * step);
+    std::fill(wanted, wanted + rows * step, 0.0f);
+    for (int64_t g = 0; g < heads_; ++g) {
+      const F* factors = describe(g, row, rows);
+      for (int64_t column = 0; column < step; column += kWidth) {
+        multiply<F>(rows, kWidth, inner, factors, inner, panels_ + column * inner, kWidth,
+                    scores + column, step);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float* of_row = scores + r * step;
+        raise(of_row, candidates, max_over(of_row, candidates), 0.0f, wanted + r * step);
+      }
+    }
+    const int64_t sinks = std::min(choice_.sink_blocks, candidates);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::fill(wanted + r * step, wanted + r * step + sinks, 0.0f);
+    }
+    int32_t* blocks = mine_.blocks.get(sinks + choice_.proposed);
+    int32_t* owner = mine_.block_owner.get(sinks + choice_.proposed);
+    // Sinks are seen by every row, and so belong to every row's sum.
+    for (int64_t j = 0; j < sinks; ++j) {
+      blocks[j] = static_cast<int32_t>(j);
+      owner[j] = 0;
+    }
+    const int64_t count = sinks +
+        mine_.turns.take(wanted, step, rows, candidates, choice_.proposed, choice_.block,
+                         blocks + sinks, owner + sinks);
+    const int64_t size = choice_.key_block;
+    int32_t* tokens = mine_.tokens.get(count * size);
+    int32_t* token_owner = mine_.token_owner.get(count * size);
+    for (int64_t i = 0; i < count * size; ++i) {
+      tokens[i] = static_cast<int32_t>(blocks[i / size] * size + i % size);
+      token_owner[i] = owner[i / size];
+    }
+    return count * size;
+  }
+
+  // What rows meet the largest and the smallest keys of a block with, [rows, 2 * dim].
+  const F* describe(int64_t g, int64_t row, int64_t rows) {
+    const float share = (1.0f + choice_.key_radius) / 2.0f;
+    F* out = mine_.rows.get(rows * 2 * dim_);
+    float line[2 * dim_];
+    for (int64_t r = 0; r < rows; ++r) {
+      convert(line, q_[g].row(row + r), dim_);
+      for (int64_t d = 0; d < dim_; ++d) {
+        const float x = line[d] * choice_.scale;
+        const float up = std::max(x, 0.0f), down = std::min(x, 0.0f);
+        line[d] = down + share * (up - down);
+        line[dim_ + d] = up + share * (down - up);
+      }
+      convert(out + r * 2 * dim_, line, 2 * dim_);
+    }
+    return out;
+  }
+
+  // Tokens of the proposed blocks for every row in turn, by their exact probabilities.
+  int64_t choose(int64_t row, int64_t rows, int64_t count) {
+    const int32_t *tokens = mine_.tokens.get(0), *asked = mine_.token_owner.get(0);
+    const int64_t step = round_up(count, kWidth);
+    F* keys = mine_.keys.get(step * dim_);
+    for (int64_t t = 0; t < count; ++t) {
+      convert(keys + t * dim_, k_.row(tokens[t]), dim_);
+    }
+    F* packed = mine_.packed.get(step * dim_);
+    pack_transposed<F>(keys, dim_, count, dim_, packed, step);
+    clear_columns<F>(packed, dim_, step, count);
+    float* scores = mine_.scores.get(rows * step);
+    float* wanted = mine_.wanted.get(rows * step);
+    std::fill(wanted, wanted + rows * step, 0.0f);
+    for (int64_t g = 0; g < heads_; ++g) {
+      int64_t q_step;
+      const F* queries = factors(q_[g], row, rows, &q_step);
+      multiply<F>(rows, step, dim_, queries, q_step, packed, step, scores, step);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* of_row = scores + r * step;
+        for (int64_t t = 0; t < count; ++t) {
+          of_row[t] = asked[t] <= r ? of_row[t] * choice_.scale : kHidden;
+        }
+        const float band = lse_[g][row + r], top = std::max(band, max_over(of_row, count));
+        raise(of_row, count, top, std::exp(band - top), wanted + r * step);
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      if (tokens[t] < choice_.sinks) {
+        for (int64_t r = 0; r < rows; ++r) {
+          wanted[r * step + t] = 0.0f;
+        }
+      }
+    }
+    return mine_.turns.take(wanted, step, rows, count, choice_.budget, choice_.block,
+                            mine_.index.get(choice_.budget), mine_.owner.get(choice_.budget));
+  }
+
+  // wanted = max(wanted, exp(scores - top) / (their sum + more))
+  static void raise(float* scores, int64_t n, float top, float more, float* wanted) {
+    Vec total(0.0f);
+    const Vec shift(top);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vec x = (Vec::loadu(scores + i) - shift).exp_u20();
+      x.store(scores + i);
+      total += x;
+    }
+    float sum = sum_of(total) + more;
+    for (int64_t j = i; j < n; ++j) {
+      scores[j] = std::exp(scores[j] - top);
+      sum += scores[j];
+    }
+    const Vec by(1.0f / sum);
+    for (i = 0; i + kLanes <= n; i += kLanes) {
+      at::vec::maximum(Vec::loadu(wanted + i), Vec::loadu(scores + i) * by).store(wanted + i);
+    }
+    for (; i < n; ++i) {
+      wanted[i] = std::max(wanted[i], scores[i] / sum);
+    }
+  }
+
+  const F* factors(const Rows<const T>& x, int64_t first, int64_t count, int64_t* step) {
+    if constexpr (std::is_same_v<T, F>) {
+      *step = x.step;
+      return x.row(first);
+    } else {
+      F* wide = mine_.wide.get(count * dim_);
+      for (int64_t i = 0; i < count; ++i) {
+        convert(wide + i * dim_, x.row(first + i), dim_);
+      }
+      *step = dim_;
+      return wide;
+    }
+  }
+
+  const Choice& choice_;
+  const int64_t dim_, heads_, blocks_;
+  const Rows<const T> k_;
+  const F* panels_;
+  const int64_t* edges_;
+  const Rows<int32_t> tokens_, since_;
+  Space<F>& mine_;
+  std::vector<Rows<const T>> q_;
+  std::vector<const float*> lse_;
+};
+
+}  // namespace
+
+void choose_in_turn(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
+                    at::Tensor since, at::IntArrayRef places, const Choice& choice) {
+  TORCH_CHECK(boxes.size(3) == kWidth, "expected panels of ", kWidth, ", got ", boxes.size(3));
+  by_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+    for_each_place(places, 6, [&](at::IntArrayRef at) {
+      Strict<decltype(in), decltype(factor)>(q, k, band_lse, boxes, edges, tokens, since, at[0],
+                                             at[1], choice)
+          .run(at[2], at[3], at[4], at[5]);
+    });
+  });
+}
+
+}  // namespace longswift

@@ -1,0 +1,150 @@
+"""MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
+
+Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
+leave the cache; torch's threads take blocks. Full attention, gradients, position biases, lists
+that differ from row to row and fp64 are the eager kernel's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longswift.core import compiled
+from longswift.core.bias import ScoreBias
+from longswift.core.errors import UnsupportedError, problem
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import block_edges, build_pools
+from longswift.core.summary import KeySummary
+from longswift.core.types import Partial
+from longswift.kernels import eager
+from longswift.kernels.native.choosing import choose_by_bounds
+from longswift.kernels.native.factors import factors_of, in_pairs
+from longswift.kernels.native.pieces import batches, pieces
+from longswift.kernels.native.windows import attend_windows
+
+__all__ = ["attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels are packed in vectors of 16.
+_CHANNELS = 16
+
+
+def verify(device: torch.device) -> tuple[bool, str]:
+    """Usable on a CPU for which the kernels have been compiled."""
+    if device.type != "cpu":
+        return False, f"the compiled kernels run on a CPU, not on {device.type}"
+    if compiled.operators() is None:
+        return False, compiled.reason() or "the compiled kernels do not load"
+    return True, "C++ compiled for this processor"
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None, kernel: str = "attend"
+) -> str | None:
+    """Why these inputs cannot be computed here, or None."""
+    if kernel != "attend":
+        return f"{kernel}: the compiled kernels are those of softmax attention"
+    if compiled.operators() is None:
+        return compiled.reason() or "the compiled kernels do not load"
+    if q.dtype not in _DTYPES:
+        return f"{q.dtype}: the compiled kernels know fp32, bf16 and fp16"
+    if q.shape[3] % _CHANNELS or v.shape[3] % _CHANNELS:
+        return f"heads of {q.shape[3]} and {v.shape[3]}: both must be multiples of {_CHANNELS}"
+    return None
+
+
+def attend_bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+) -> Partial:
+    """Attention over the pattern's bands alone, without gradients."""
+    _refuse(q, k, v)
+    found = None
+    if bias is None and scale > 0.0 and q.numel() and k.numel():
+        with torch.no_grad():
+            found = attend_windows(q, k, v, pattern, scale)
+    return found or eager.attend_bands(q, k, v, pattern, scale, bias)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    *,
+    bands: Partial | None = None,
+    summary: KeySummary | None = None,
+    bias: ScoreBias | None = None,
+) -> Partial:
+    """Attention of an unpadded batch under ``pattern``; see ``kernels.eager.attend``."""
+    _refuse(q, k, v)
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    gathers = pattern.tokens is not None or pattern.pool is not None
+    if tracked or bias is not None:
+        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
+    if bands is None:
+        bands = attend_bands(q, k, v, pattern, scale)
+    if pattern.by_row or not gathers:
+        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
+    with torch.no_grad():
+        out, lse = bands.out.to(q.dtype).contiguous(), bands.lse.to(torch.float32).contiguous()
+        _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
+        return Partial(out, lse)
+
+
+def _merge_gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    summary: KeySummary | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Adds gathered tokens and the remainder to ``out`` and ``lse`` of the bands, in place."""
+    operators = compiled.operators()
+    assert operators is not None
+    q_len, k_len = q.shape[2], k.shape[2]
+    edges = block_edges(pattern, q_len, k_len)
+    tokens = pattern.tokens
+    if tokens is None:
+        tokens = torch.empty(1, *edges.shape[:2], 0, dtype=torch.int32)
+    tokens = tokens.to(torch.int32).contiguous()
+    sums = [torch.empty(1, k.shape[1], 0, 1)] * 4
+    if pattern.pool is not None:
+        pools = build_pools(k, v, pattern, summary, _group_sums)
+        sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
+    narrow = factors_of(q) != torch.float32
+    sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
+    q = in_pairs(q)
+    for places in batches(pieces(k, edges.shape[1])):
+        operators.merge(
+            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
+        )
+
+
+def _group_sums(x: Tensor, size: int) -> Tensor:
+    """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
+    operators = compiled.operators()
+    assert operators is not None
+    batch, heads, length, dim = x.shape
+    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
+    operators.sum_groups(x, out, size)
+    return out
+
+
+def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:
+    reason = refusal(q, k, v)
+    if reason is not None:
+        raise UnsupportedError(
+            problem(
+                "backend 'native'", expected="inputs it can compute", got=reason, fix="Use 'auto'."
+            )
+        )

@@ -1,0 +1,131 @@
+"""Key tokens by bounds: complete blocks of queries, and the few rows of cut ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longswift.core import compiled
+from longswift.core.blocks import block_runs
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import block_edges
+from longswift.kernels.native.factors import factors_of, in_pairs
+from longswift.kernels.native.pieces import batches, pieces
+
+# Boxes of a panel: the columns of one product.
+_WIDTH = 64
+
+
+def choose_by_bounds(
+    q: Tensor,
+    k: Tensor,
+    band_lse: Tensor,
+    pattern: BlockPattern,
+    tokens: Tensor,
+    *,
+    scale: float,
+    key_block: int,
+    row_group: int,
+    key_radius: float,
+    row_radius: float,
+    proposed: Callable[[int], int],
+    sinks: int,
+    extremes: Callable[[], tuple[Tensor, Tensor]],
+    since: Tensor | None = None,
+) -> None:
+    """Chooses what ``Bounds`` describes for every block of queries.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        band_lse: fp32 ``[B, Hq, Lq]``.
+        pattern: Bands and blocks.
+        tokens: int32 ``[B, Hkv, N, budget]`` filled with -1, written to.
+        scale: Factor on the scores.
+        key_block: Keys per box.
+        row_group: Query rows per box.
+        key_radius: Share of a key box's radius that counts.
+        row_radius: Share of a row box's radius that counts.
+        proposed: Key blocks proposed to a block of so many query rows.
+        sinks: Leading tokens never chosen.
+        extremes: Minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``; asked for
+            if a block of queries is cut, unless the choice is strictly causal.
+        since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
+            position that sees each.
+    """
+    operators = compiled.operators()
+    assert operators is not None
+    q = in_pairs(q)
+    block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
+    edges = block_edges(pattern, q_len, k_len)
+    band_lse = band_lse.contiguous()
+    blocks = k_len // key_block if pattern.causal else -(-k_len // key_block)
+    rest = (tokens.shape[3], sinks, min(-(-sinks // key_block), blocks))
+    how = (scale, (key_radius, row_radius), pattern.causal)
+    runs = list(block_runs(q_len, k_len, block, q_len))
+
+    if since is not None:
+        boxes = _boxes(k, min(int(edges[..., 0].max()) // key_block, blocks), key_block, 2)
+        sizes = (block, key_block, row_group, proposed(block), *rest)
+        turns = [
+            (b, h, run.first + i, run.row + i * block, run.rows, run.position + i * block)
+            for run in reversed(runs)
+            for i in reversed(range(run.count))
+            for b in range(k.shape[0])
+            for h in range(k.shape[1])
+        ]
+        for places in batches(turns):
+            operators.choose_strict(
+                q, k, band_lse, boxes, edges, tokens, since, places, sizes, scale, how[1]
+            )
+        return
+
+    complete = [run for run in runs if run.rows == block and block > 1]
+    if complete:
+        reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
+        boxes = _boxes(k, min(reach, blocks), key_block, 3)
+        sizes = (block, key_block, row_group, proposed(block), *rest)
+        work = [
+            (*piece, run.row + (piece[2] - run.first) * block)
+            for run in complete
+            for piece in pieces(k, run.count, run.first)
+        ]
+        for places in batches(work):
+            operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
+
+    cut = [run for run in runs if run.rows < block or block == 1]
+    if not cut:
+        return
+    low, high = extremes()
+    narrow = factors_of(q) != torch.float32
+    for run in cut:
+        sizes = (block, key_block, row_group, proposed(run.rows), *rest)
+        few = [
+            (b, head, run.first + index, run.row + index * run.rows, run.rows)
+            for index in range(run.count)
+            for b in range(k.shape[0])
+            for head in range(k.shape[1])
+        ]
+        for places in batches(few):
+            operators.choose_few(
+                q, k, band_lse, low, high, edges, tokens, places, sizes, *how, narrow
+            )
+
+
+def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
+    """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, *, width]``.
+
+    Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).
+    """
+    operators = compiled.operators()
+    assert operators is not None
+    batch, kv_heads, _, dim = k.shape
+    panels = -(-count // _WIDTH)
+    shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)
+    boxes = torch.empty(shape, dtype=factors_of(k), device=k.device)
+    work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
+    for places in batches(work):
+        operators.describe(k, boxes, places, key_block)
+    return boxes

@@ -1,0 +1,28 @@
+"""In which dtype the compiled kernels multiply."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from longswift.core import compiled
+
+
+def factors_of(x: Tensor) -> torch.dtype:
+    """The dtype of ``x`` where the processor has a unit for it, else fp32."""
+    return x.dtype if x.dtype == torch.float32 or _multiplies(x.dtype) else torch.float32
+
+
+def in_pairs(x: Tensor) -> Tensor:
+    """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
+    return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    operators = compiled.operators()
+    assert operators is not None
+    able: bool = operators.multiplies(torch.empty(0, dtype=dtype, device="cpu"))
+    return able

@@ -1,0 +1,29 @@
+"""Pieces of work for torch's threads, in batches short enough to be interrupted between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+# Blocks of a piece: enough to be worth a turn, few enough to share out evenly.
+_BLOCKS = 16
+# Pieces of a call.
+_PIECES = 64
+
+
+def pieces(k: Tensor, blocks: int, first: int = 0) -> list[tuple[int, int, int, int]]:
+    """Batch row, KV head, first block and count of every piece, the longest contexts first."""
+    batch, kv_heads = k.shape[:2]
+    return [
+        (b, head, start, min(_BLOCKS, first + blocks - start))
+        for start in reversed(range(first, first + blocks, _BLOCKS))
+        for b in range(batch)
+        for head in range(kv_heads)
+    ]
+
+
+def batches(work: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+    """The pieces one after the other as the kernels take them, some at a time."""
+    for first in range(0, len(work), _PIECES):
+        yield [number for piece in work[first : first + _PIECES] for number in piece]

@@ -1,0 +1,408 @@
+"""The compiled kernels against the dense reference and against the eager backend's choices."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longswift import ConfigError, Full, InputError, MSSwift, SlidingWindow, UnsupportedError
+from longswift.core import compiled
+from longswift.core.pattern import Band, BlockPattern
+from longswift.core.types import Partial
+from longswift.kernels import dispatch, eager, native, reference
+from longswift.mechanisms.selectors.base import Request, Selection
+from longswift.mechanisms.selectors.bounds import Bounds
+from tests.kernels.test_flex import gradients
+from tests.kernels.test_patterns import Problem, problems
+
+CPU = torch.device("cpu")
+RUNS, WHY = native.verify(CPU)
+needs_them = pytest.mark.skipif(not RUNS, reason=WHY)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def wide_problems(draw: st.DrawFn) -> Problem:
+    """Patterns as wild as ever, and heads that these kernels take, next to each other or not."""
+    found = draw(problems(longest=150))
+    dim, value_dim = draw(st.sampled_from([(16, 16), (64, 32), (48, 80)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    layout = draw(st.sampled_from(["dense", "by token", "cut"]))
+
+    def new(x: Tensor, width: int) -> Tensor:
+        batch, heads, length = x.shape[:3]
+        if layout == "cut":
+            # Rows a whole, but not an even, number of values apart.
+            return torch.randn(batch, heads, length, width + 1, generator=generator)[..., :width]
+        if layout == "by token":
+            return torch.randn(batch, length, heads, width, generator=generator).transpose(1, 2)
+        return torch.randn(batch, heads, length, width, generator=generator)
+
+    widths = (dim, dim, value_dim)
+    q, k, v = (new(x, width) for x, width in zip(found.tensors, widths, strict=True))
+    return replace(found, q=q, k=k, v=v)
+
+
+def of(dtype: torch.dtype, problem: Problem) -> Problem:
+    def converted(x: Tensor) -> Tensor:
+        if x.stride(2) == x.shape[3] + 1:
+            wide = torch.empty(*x.shape[:3], x.shape[3] + 1, dtype=dtype)
+            wide[..., :-1] = x
+            return wide[..., :-1]
+        return x.to(dtype)
+
+    return replace(problem, **{name: converted(getattr(problem, name)) for name in "qkv"})
+
+
+def error(got: Partial, exact: Partial) -> tuple[float, float]:
+    seen = exact.lse.isfinite()
+    assert torch.equal(got.lse.isfinite(), seen)
+    out = (got.out.double() - exact.out).abs().amax()
+    lse = (got.lse[seen].double() - exact.lse[seen]).abs().amax() if seen.any() else out
+    return float(out), float(lse)
+
+
+@needs_them
+@settings(max_examples=150)
+@given(wide_problems(), st.sampled_from(DTYPES))
+def test_forward(problem: Problem, dtype: torch.dtype) -> None:
+    """At most twice as far from fp64 as the eager kernel, for the same rounded inputs."""
+    problem = of(dtype, problem)
+    arguments = (problem.pattern, problem.scale)
+    exact = reference.attend(*of(torch.float64, problem).tensors, *arguments)
+    plain = error(eager.attend(*problem.tensors, *arguments), exact)
+    fast = native.attend(*problem.tensors, *arguments)
+    assert fast.out.dtype == dtype and fast.lse.dtype == torch.float32
+    # Few rows may be luckier than a rounding of their largest score allows.
+    longest = [float(x.float().norm(dim=3).max()) for x in (problem.q, problem.k)]
+    unit = torch.finfo(dtype).eps * (1 + abs(problem.scale) * longest[0] * longest[1])
+    for ours, theirs in zip(error(fast, exact), plain, strict=True):
+        assert ours <= 2 * theirs + unit
+    bands = native.attend_bands(*problem.tensors, *arguments)
+    again = native.attend(*problem.tensors, *arguments, bands=bands)
+    assert torch.equal(again.out, fast.out) and torch.equal(again.lse, fast.lse)
+
+
+@needs_them
+@settings(max_examples=30)
+@given(wide_problems())
+def test_bands(problem: Problem) -> None:
+    pattern = replace(problem.pattern, tokens=None, visible_from=None, visible_until=None)
+    pattern = replace(pattern, pool=None)
+    exact = reference.attend(*of(torch.float64, problem).tensors, pattern, problem.scale)
+    fast = native.attend_bands(*problem.tensors, pattern, problem.scale)
+    torch.testing.assert_close(fast.out.double(), exact.out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.lse.double(), exact.lse, rtol=1e-5, atol=1e-5)
+
+
+@needs_them
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_keys_than_a_panel(dtype: torch.dtype) -> None:
+    """Windows and remainders wider than one product, of rows that come in several pieces."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, length, 32, generator=generator).to(dtype)
+        for heads, length in ((4, 900), (2, 1100), (2, 1100))
+    )
+    bands = (Band(tile=256, left=640), Band(tile=128, left=0, reach=(70, 0)))
+    windows = BlockPattern(causal=True, bands=bands)
+    pooled = BlockPattern(
+        causal=True, bands=(bands[0], replace(bands[1], reach=None)), block=64, pool=1
+    )
+    for pattern in (windows, pooled):
+        # The reference holds every pair of a token and a pool.
+        exact = eager.attend(*(x.double() for x in (q, k, v)), pattern, 0.2)
+        plain = error(eager.attend(q, k, v, pattern, 0.2), exact)
+        ours = error(native.attend(q, k, v, pattern, 0.2), exact)
+        for mine, theirs in zip(ours, plain, strict=True):
+            assert mine <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@needs_them
+def test_gradients_are_the_eager_kernels() -> None:
+    pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),), block=16)
+    q, k, v = torch.randn(3, 1, 1, 50, 16)
+    problem = Problem(pattern=pattern, q=q, k=k, v=v, scale=0.25)
+    weights = torch.randn(1, 1, 50, 16)
+    for ours, theirs in zip(
+        gradients(native, problem, weights), gradients(eager, problem, weights), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[Bounds, Request]:
+    causal = draw(st.booleans())
+    block = draw(st.sampled_from([16, 32, 64]))
+    key_block = draw(st.sampled_from([1, 4, 8]))
+    row_group = draw(st.sampled_from([4, 16, 32]))
+    batch, kv_heads, groups = (draw(st.integers(1, 2)) for _ in range(3))
+    k_len = draw(st.integers(block + 1, 400))
+    q_len = draw(st.integers(1, k_len)) if causal else k_len
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    left = draw(st.integers(0, 8)) * 8
+    bands = tuple(
+        Band(tile=block * (1 + h), left=left, right=0 if causal else left) for h in range(kv_heads)
+    )
+    pattern = BlockPattern(causal=causal, bands=bands, block=block)
+    heads = kv_heads * groups
+    q = torch.randn(batch, q_len, heads, 32, generator=generator).transpose(1, 2)
+    k = 2 * torch.randn(batch, kv_heads, k_len, 32, generator=generator)
+    scale = 32**-0.5
+    request = Request(
+        q=q,
+        k=k,
+        scale=scale,
+        key_block=key_block,
+        pattern=pattern,
+        band_lse=eager.attend_bands(q, k, k, pattern, scale).lse,
+        sinks=draw(st.integers(0, 9)),
+        budget=draw(st.sampled_from([1, 7, 16, 64])),
+        coverage=None,
+        strict=causal and draw(st.booleans()),
+    )
+    proposals = draw(st.sampled_from([1, 2, 3, 100]))
+    selector = Bounds(key_block=key_block, row_group=row_group, proposals=proposals)
+    return selector, request
+
+
+@needs_them
+@settings(max_examples=200)
+@given(requests())
+def test_choices(drawn: tuple[Bounds, Request]) -> None:
+    """The tokens that the eager backend chooses, block by block, whatever the order."""
+    selector, request = drawn
+    slow = ordered(selector.select(request))
+    fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))
+    assert fast.shape == slow.shape
+    different = int((fast != slow).any(-1).sum())
+    # Sums in another order may turn a near tie around, in one block of a thousand.
+    assert different == 0 or (different == 1 and slow.numel() > 0 and overlap(fast, slow) > 0.9)
+
+
+def ordered(found: Selection) -> Tensor:
+    """Each block's tokens, and from where each is seen, as numbers in ascending order."""
+    assert found.tokens.dtype == torch.int32
+    tokens = found.tokens.long()
+    if found.visible_from is not None:
+        seen_from = torch.where(tokens < 0, 0, found.visible_from.long())
+        tokens = tokens * 1000 + seen_from
+    return tokens.sort(-1).values
+
+
+def overlap(a: Tensor, b: Tensor) -> float:
+    same = total = 0
+    for x, y in zip(a.flatten(0, 2).tolist(), b.flatten(0, 2).tolist(), strict=True):
+        same += len(set(x) & set(y))
+        total += len(set(y))
+    return same / total
+
+
+@needs_them
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(1, 4, 1200, 64, generator=generator).to(dtype)
+    k, v = (torch.randn(1, 2, 1200, 64, generator=generator).to(dtype) for _ in range(2))
+    attention = MSSwift(windows=(128,), key_tokens=32, dense_below=128, remainder=None)
+    everything = Full()(2 * q, k, v).lse
+    mass = {
+        backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
+        for backend in ("native", "eager")
+    }
+    assert mass["native"] > mass["eager"] - 1e-3
+
+
+@needs_them
+@settings(max_examples=25)
+@given(
+    st.booleans(),
+    st.integers(150, 700),
+    st.sampled_from([None, 64]),
+    st.sampled_from([(1, 1), (4, 2)]),
+    st.integers(0, 2**31),
+)
+def test_ms_swift_is_softmax_over_what_it_saw(
+    causal: bool, length: int, remainder: int | None, heads: tuple[int, int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, h, length, 32, generator=generator) for h in (heads[0], heads[1], heads[1])
+    )
+    attention = MSSwift(
+        windows=(32, 96), block=32, sinks=3, key_tokens=16, dense_below=64, remainder=remainder
+    )
+    result = attention(q, k, v, causal=causal, backend="native")
+    assert result.stats.backend == "native"
+    if remainder is not None:
+        expected = attention(q, k, v, causal=causal, backend="eager")
+        torch.testing.assert_close(result.out, expected.out, rtol=1e-4, atol=1e-5)
+        return
+    # `visible` goes through the same kernels, which are what "auto" means here.
+    seen = attention.visible(q, k, causal=causal)
+    group = heads[0] // heads[1]
+    keys, values = (x.repeat_interleave(group, 1).double() for x in (k, v))
+    scores = q.double() @ keys.mT * 32**-0.5
+    probs = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    torch.testing.assert_close(result.out.double(), probs @ values, rtol=1e-4, atol=1e-5)
+
+
+@needs_them
+def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour() -> None:
+    attention = MSSwift(windows=(32, 96), block=32, key_tokens=16, dense_below=64)
+    q, k, v = torch.randn(3, 2, 2, 512, 32)
+    whole = attention(q, k, v)
+    assert whole.stats.backend == "native"
+    for row in range(2):
+        alone = attention(*(x[row : row + 1] for x in (q, k, v)))
+        assert torch.equal(alone.out[0], whole.out[row])
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[:, :, 320:] = torch.randn_like(x[:, :, 320:])
+    assert torch.equal(attention(*changed).out[:, :, :320], whole.out[:, :, :320])
+    chunks = [
+        attention(q[:, :, a : a + 128], k[:, :, : a + 128], v[:, :, : a + 128])
+        for a in range(0, 512, 128)
+    ]
+    together = torch.cat([chunk.out for chunk in chunks], 2)
+    torch.testing.assert_close(together, whole.out, rtol=1e-4, atol=1e-5)
+    mask = torch.ones(2, 600, dtype=torch.bool)
+    mask[0, :88], mask[1, 512:] = False, False
+    padded = torch.randn(3, 2, 2, 600, 32)
+    padded[:, 0, :, 88:], padded[:, 1, :, :512] = (
+        torch.stack([x[row] for x in (q, k, v)]) for row in range(2)
+    )
+    out = attention(*padded, key_mask=mask).out
+    assert torch.equal(out[0, :, 88:], whole.out[0]) and torch.equal(out[1, :, :512], whole.out[1])
+
+
+@needs_them
+@pytest.mark.parametrize(
+    "options",
+    [{"coverage": 0.9}, {"causality": "strict"}, {"selector": Bounds(tree=4)}, {"delta": 8}],
+    ids=lambda o: next(iter(o)),
+)
+def test_rarer_settings_give_the_same(options: dict[str, Any]) -> None:
+    attention = MSSwift(windows=(32,), block=32, key_tokens=16, dense_below=64, **options)
+    q, k, v = torch.randn(3, 1, 2, 400, 32)
+    fast, slow = (attention(q, k, v, backend=b) for b in ("native", "eager"))
+    torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-5, atol=1e-5)
+
+
+@needs_them
+def test_large_scores_stay_finite() -> None:
+    attention = MSSwift(windows=(32,), block=32, key_tokens=16, dense_below=64)
+    q, k, v = torch.randn(3, 1, 2, 400, 32)
+    result = attention(60 * q, 60 * k, v, backend="native")
+    assert result.out.isfinite().all() and result.lse.isfinite().all()
+    # The tokens a query needs most are found whatever the scale: nothing underflows in the choice.
+    everything = Full()(60 * q, 60 * k, v).lse
+    assert ((result.lse - everything).abs() < 1.0).float().mean() > 0.5
+
+
+@needs_them
+def test_scales_of_any_sign() -> None:
+    attention = SlidingWindow(window=20)
+    q, k, v = torch.randn(3, 1, 2, 60, 16)
+    for scale in (0.0, -0.4, 3.0):
+        fast, slow = (attention(q, k, v, scale=scale, backend=b) for b in ("native", "reference"))
+        torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-5)
+
+
+@needs_them
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, bad: float) -> None:
+    q, k, v = torch.randn(3, 1, 2, 33, 24).to(dtype)
+    k = torch.cat([k, k], 3)[..., :24]
+    for place in ((0, 0, 0, 0), (0, 1, 32, 23), (0, 0, 17, 5)):
+        broken = k.clone()
+        broken[place] = bad
+        with pytest.raises(InputError, match="k: expected finite"):
+            SlidingWindow(window=8)(q, broken, v)
+    SlidingWindow(window=8)(q, k, v)
+
+
+@needs_them
+def test_what_it_cannot_compute_is_refused_by_name_and_left_to_eager_by_auto() -> None:
+    odd = torch.randn(1, 1, 4, 24)
+    wide = torch.randn(1, 1, 4, 16, dtype=torch.float64)
+    for x, reason in ((odd, "multiples of 16"), (wide, "float64")):
+        with pytest.raises(UnsupportedError, match=reason):
+            SlidingWindow(window=2)(x, x, x, backend="native")
+        assert SlidingWindow(window=2)(x, x, x).stats.backend == "eager"
+    even = torch.randn(1, 1, 4, 16)
+    assert SlidingWindow(window=2)(even, even, even).stats.backend == "native"
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    for remembered in (compiled.operators, compiled.library, dispatch.trusted):
+        remembered.cache_clear()
+    yield
+    for remembered in (compiled.operators, compiled.library, dispatch.trusted):
+        remembered.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_without_them_everything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    even = torch.randn(1, 1, 4, 16)
+    monkeypatch.setenv("LONGSWIFT_NATIVE", "0")
+    assert SlidingWindow(window=2)(even, even, even).stats.backend == "eager"
+    with pytest.raises(ConfigError, match="LONGSWIFT_NATIVE=0"):
+        SlidingWindow(window=2)(even, even, even, backend="native")
+    monkeypatch.delenv("LONGSWIFT_NATIVE")
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
+    compiled.library.cache_clear()
+    if compiled.reason() is not None:
+        assert SlidingWindow(window=2)(even, even, even).stats.backend == "eager"
+        assert "longswift build" in str(compiled.reason()) or "kernels" in str(compiled.reason())
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_library_that_does_not_load_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if compiled.supported() is not None:
+        pytest.skip(str(compiled.supported()))
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
+    compiled.library.cache_clear()
+    compiled.library().parent.mkdir(parents=True)
+    compiled.library().write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="are not used"):
+        assert compiled.operators() is None
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_cache_that_cannot_be_written_to_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if compiled.supported() is not None or shutil.which("c++") is None:
+        pytest.skip("nothing could be built here")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path / "file" / "below"))
+    compiled.library.cache_clear()
+    with pytest.raises(UnsupportedError, match="LONGSWIFT_CACHE"):
+        compiled.build()
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_building_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if compiled.supported() is not None:
+        pytest.skip(str(compiled.supported()))
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    compiled.library.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"expected c\+\+ on the PATH"):
+        compiled.build()
+    assert not list(tmp_path.rglob("*.so"))
