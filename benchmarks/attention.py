@@ -6,15 +6,25 @@ import subprocess
 import sys
 
 RIVALS = ["--mechanism", "ms_swift,sliding_window"]
+WIDE = ["--heads", "8", "--kv-heads", "2", "--head-dim", "128"]
 CASES = {
     "attention-bf16": [*RIVALS, "--dtype", "bfloat16", "--lengths", "4096,32768,131072"],
     "attention-fp32": [*RIVALS, "--dtype", "float32", "--lengths", "4096,32768,131072"],
-    "attention-bf16-training": [
+    "attention-bf16-wide": [
         *RIVALS,
+        *WIDE,
         "--dtype",
         "bfloat16",
         "--lengths",
-        "4096,16384",
+        "4096,32768,131072",
+    ],
+    "attention-fp32-wide": [*RIVALS, *WIDE, "--dtype", "float32", "--lengths", "4096,32768"],
+    "attention-fp32-training": [
+        *RIVALS,
+        "--dtype",
+        "float32",
+        "--lengths",
+        "4096,16384,32768",
         "--backward",
     ],
     "all-fp32": [

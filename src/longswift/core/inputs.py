@@ -154,7 +154,7 @@ def check_finite(**tensors: Tensor) -> None:
         for name, x in tensors.items()
         if x.device.type == "cpu" and x.numel()
     }
-    name = _first_not_finite(read)
+    name = _first_not_finite(read) if read else None
     if name is not None:
         raise InputError(
             problem(
