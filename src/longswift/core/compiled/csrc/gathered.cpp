@@ -249,7 +249,8 @@ class Merger {
   void merge(T* out, float* lse, const float* part, float top, float sum) {
     const float mine = top + std::log(sum), band = *lse, high = std::max(mine, band);
     const float total = high + std::log(std::exp(mine - high) + std::exp(band - high));
-    const float keep = std::exp(band - total), add = std::exp(mine - total) / sum;
+    const float keep = band - total > kNegligible ? std::exp(band - total) : 0.0f;
+    const float add = mine - total > kNegligible ? std::exp(mine - total) / sum : 0.0f;
     float line[value_dim_];
     convert(line, out, value_dim_);
     for (int64_t d = 0; d < value_dim_; ++d) {

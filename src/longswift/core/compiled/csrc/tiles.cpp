@@ -150,7 +150,7 @@ class Tiles {
     if (highest <= *top) {
       highest = *top;
     } else if (*total > 0.0f) {
-      const float shrink = std::exp(*top - highest);
+      const float shrink = *top - highest > kNegligible ? std::exp(*top - highest) : 0.0f;
       *total *= shrink;
       for (int64_t d = 0; d < value_dim_; ++d) {
         part[d] *= shrink;
