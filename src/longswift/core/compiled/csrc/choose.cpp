@@ -94,7 +94,7 @@ class Chooser {
       int64_t some = 1;
       while (done + some < count && rows_of_block_ * (some + 1) <= kMostRows) {
         const int64_t wider = std::max(needed, reach(first + done + some));
-        if (rows_of_block_ * (some + 1) * round_up(wider, 64) > kScores) {
+        if (rows_of_block_ * (some + 1) * row_step(wider) > kScores) {
           break;
         }
         needed = wider;
@@ -137,7 +137,7 @@ class Chooser {
 
   void propose_and_choose(int64_t first, int64_t count, int64_t row, int64_t needed) {
     const int64_t rows = count * rows_of_block_, inner = 3 * dim_;
-    const int64_t step = round_up(needed, 64);
+    const int64_t width = round_up(needed, width_), step = row_step(width);
     F* groups = mine_.groups.get(rows * inner);
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t g = 0; g < heads_; ++g) {
@@ -146,9 +146,9 @@ class Chooser {
       }
     }
     float* bounds = mine_.bounds.get(rows * step);
-    for (int64_t column = 0; column < step; column += width_) {
-      multiply<F>(rows, std::min(width_, step - column), inner, groups, inner,
-                  panels_ + column * inner, width_, bounds + column, step);
+    for (int64_t column = 0; column < width; column += width_) {
+      multiply<F>(rows, width_, inner, groups, inner, panels_ + column * inner, width_,
+                  bounds + column, step);
     }
     for (int64_t n = 0; n < count; ++n) {
       const int64_t block = first + n;
@@ -191,7 +191,7 @@ class Chooser {
       pack_transposed<F>(others, dim_, some * rows, dim_, down, columns);
       clear_columns<F>(up, dim_, columns, some * rows);
       clear_columns<F>(down, dim_, columns, some * rows);
-      float* scores = mine_.bounds.get(blocks_ * columns);
+      float* scores = mine_.bounds.get((blocks_ + kKeys) * columns);
       mine_.columns.begin(some * rows, columns);
       const int64_t stretches[2][2] = {{0, start}, {end, last}};
       for (const auto& stretch : stretches) {
@@ -199,10 +199,11 @@ class Chooser {
           const int64_t tall = std::min(kKeys, stretch[1] - j);
           int64_t step;
           float* part = scores + j * columns;
-          const F* box = factors(high, j, tall, mine_.highest, &step);
-          multiply<F>(tall, columns, dim_, box, step, up, columns, part, columns);
-          box = factors(low, j, tall, mine_.lowest, &step);
-          multiply<F>(tall, columns, dim_, box, step, down, columns, part, columns, true);
+          // Always as many rows; the scores of those that are not there are written over or unread.
+          const F* box = boxes_of(high, j, tall, mine_.highest, &step);
+          multiply<F>(kKeys, columns, dim_, box, step, up, columns, part, columns);
+          box = boxes_of(low, j, tall, mine_.lowest, &step);
+          multiply<F>(kKeys, columns, dim_, box, step, down, columns, part, columns, true);
           mine_.columns.add(part, tall, 1.0f);
         }
       }
@@ -213,6 +214,21 @@ class Chooser {
       }
     });
     return take(start, end, last);
+  }
+
+  // `kKeys` rows, of which `count` are there.
+  const F* boxes_of(const Rows<const T>& x, int64_t first, int64_t count, Buffer<F>& buffer,
+                    int64_t* step) const {
+    if (count == kKeys) {
+      return factors(x, first, count, buffer, step);
+    }
+    F* copy = buffer.get(kKeys * dim_);
+    for (int64_t i = 0; i < count; ++i) {
+      convert(copy + i * dim_, x.row(first + i), dim_);
+    }
+    std::memset(static_cast<void*>(copy + count * dim_), 0, (kKeys - count) * dim_ * sizeof(F));
+    *step = dim_;
+    return copy;
   }
 
   // Rows in the type in which they are multiplied, where they are or copied.

@@ -29,6 +29,16 @@ inline int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
+// A distance between rows that hold `n` numbers, one of few: oneDNN compiles and keeps a product for
+// every shape and every distance it meets. No power of two, at which rows would share cache lines.
+inline int64_t row_step(int64_t n) {
+  int64_t step = 512;
+  while (step < n) {
+    step = step + step / 2 >= n ? step + step / 2 : 2 * step;
+  }
+  return step + 16;
+}
+
 // Memory that a thread keeps: fresh large temporaries cost page faults.
 template <typename T>
 class Buffer {

@@ -194,8 +194,9 @@ class Merger {
   }
 
   void attend(int64_t row, int64_t rows, int64_t width) {
-    float* scores = mine_.scores.get(rows * width);
-    F* probs = mine_.probs.get(rows * width);
+    const int64_t score_step = row_step(width);
+    float* scores = mine_.scores.get(rows * score_step);
+    F* probs = mine_.probs.get(rows * score_step);
     float* part = mine_.part.get(rows * value_dim_);
     const F* keys = mine_.packed_keys.get(0);
     const F* values = mine_.packed_values.get(0);
@@ -215,15 +216,16 @@ class Merger {
       }
       for (int64_t p = 0; p < width; p += kPanel) {
         const int64_t some = std::min(kPanel, width - p);
-        multiply<F>(rows, some, dim_, queries, step, keys + p * dim_, some, scores + p, width);
+        multiply<F>(rows, some, dim_, queries, step, keys + p * dim_, some, scores + p,
+                    score_step);
       }
       float sums[rows], tops[rows];
       for (int64_t i = 0; i < rows; ++i) {
-        weigh(scores + i * width, width, probs + i * width, tops + i, sums + i);
+        weigh(scores + i * score_step, width, probs + i * score_step, tops + i, sums + i);
       }
       for (int64_t p = 0; p < width; p += kPanel) {
         const int64_t some = std::min(kPanel, width - p);
-        multiply<F>(rows, value_dim_, some, probs + p, width, values + p * value_dim_, value_dim_,
+        multiply<F>(rows, value_dim_, some, probs + p, score_step, values + p * value_dim_, value_dim_,
                     part, value_dim_, p > 0);
       }
       for (int64_t i = 0; i < rows; ++i) {

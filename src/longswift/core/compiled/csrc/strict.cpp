@@ -146,13 +146,13 @@ class Strict {
  private:
   // Blocks of keys for every row in turn; writes their tokens and the rows that asked for them.
   int64_t propose(int64_t row, int64_t rows, int64_t candidates) {
-    const int64_t step = round_up(candidates, kWidth), inner = 2 * dim_;
+    const int64_t width = round_up(candidates, kWidth), step = row_step(width), inner = 2 * dim_;
     float* scores = mine_.scores.get(rows * step);
     float* wanted = mine_.wanted.get(rows * step);
     std::fill(wanted, wanted + rows * step, 0.0f);
     for (int64_t g = 0; g < heads_; ++g) {
       const F* factors = describe(g, row, rows);
-      for (int64_t column = 0; column < step; column += kWidth) {
+      for (int64_t column = 0; column < width; column += kWidth) {
         multiply<F>(rows, kWidth, inner, factors, inner, panels_ + column * inner, kWidth,
                     scores + column, step);
       }
@@ -206,21 +206,26 @@ class Strict {
   // Tokens of the proposed blocks for every row in turn, by their exact probabilities.
   int64_t choose(int64_t row, int64_t rows, int64_t count) {
     const int32_t *tokens = mine_.tokens.get(0), *asked = mine_.token_owner.get(0);
-    const int64_t step = round_up(count, kWidth);
-    F* keys = mine_.keys.get(step * dim_);
+    const int64_t width = round_up(count, kWidth), step = row_step(width);
+    F* keys = mine_.keys.get(width * dim_);
     for (int64_t t = 0; t < count; ++t) {
       convert(keys + t * dim_, k_.row(tokens[t]), dim_);
     }
-    F* packed = mine_.packed.get(step * dim_);
-    pack_transposed<F>(keys, dim_, count, dim_, packed, step);
-    clear_columns<F>(packed, dim_, step, count);
+    std::memset(static_cast<void*>(keys + count * dim_), 0, (width - count) * dim_ * sizeof(F));
+    F* packed = mine_.packed.get(width * dim_);
+    for (int64_t p = 0; p < width; p += kWidth) {
+      pack_transposed<F>(keys + p * dim_, dim_, kWidth, dim_, packed + p * dim_, kWidth);
+    }
     float* scores = mine_.scores.get(rows * step);
     float* wanted = mine_.wanted.get(rows * step);
     std::fill(wanted, wanted + rows * step, 0.0f);
     for (int64_t g = 0; g < heads_; ++g) {
       int64_t q_step;
       const F* queries = factors(q_[g], row, rows, &q_step);
-      multiply<F>(rows, step, dim_, queries, q_step, packed, step, scores, step);
+      for (int64_t p = 0; p < width; p += kWidth) {
+        multiply<F>(rows, kWidth, dim_, queries, q_step, packed + p * dim_, kWidth, scores + p,
+                    step);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         float* of_row = scores + r * step;
         for (int64_t t = 0; t < count; ++t) {

@@ -9,6 +9,9 @@ namespace {
 // Keys of a panel, and query rows whose scores of one are held at once.
 constexpr int64_t kPanel = 512;
 constexpr int64_t kRows = 128;
+// Of scores and packed keys: oneDNN compiles and keeps a product for every shape it meets.
+constexpr int64_t kStep = kPanel + 16;
+constexpr int64_t kWidths = 64;
 
 template <typename F>
 struct Space {
@@ -66,11 +69,11 @@ class Tiles {
   }
 
   void pack(int64_t key) {
-    const int64_t width = shape_.width, padded = round_up(width, kLanes);
+    const int64_t width = shape_.width, padded = round_up(width, kWidths);
     F* packed_keys = mine_.packed_keys.get(padded * dim_);
     F* packed_values = mine_.packed_values.get(padded * value_dim_);
     for (int64_t p = 0; p < width; p += kPanel) {
-      const int64_t some = std::min(kPanel, width - p), whole = round_up(some, kLanes);
+      const int64_t some = std::min(kPanel, width - p), whole = round_up(some, kWidths);
       int64_t step;
       const F* keys = factors(k_, key + p, some, dim_, mine_.keys, &step);
       pack_transposed<F>(keys, step, some, dim_, packed_keys + p * dim_, whole);
@@ -99,8 +102,8 @@ class Tiles {
   void attend(int64_t g, int64_t row, int64_t first, int64_t rows) {
     int64_t step;
     const F* queries = factors(q_[g], row + first, rows, dim_, mine_.queries, &step);
-    float* scores = mine_.scores.get(rows * kPanel);
-    F* probs = mine_.probs.get(rows * kPanel);
+    float* scores = mine_.scores.get(rows * kStep);
+    F* probs = mine_.probs.get(rows * kStep);
     float* part = mine_.part.get(rows * value_dim_);
     float *top = mine_.top.get(rows), *total = mine_.total.get(rows);
     std::fill(top, top + rows, kHidden);
@@ -108,18 +111,17 @@ class Tiles {
     const int64_t begin = first_key(first) / kPanel * kPanel, end = end_key(first + rows - 1);
     std::fill(part, part + rows * value_dim_, 0.0f);
     for (int64_t p = begin; p < end; p += kPanel) {
-      const int64_t whole = round_up(std::min(kPanel, shape_.width - p), kLanes);
-      // Few different shapes: a product is compiled for each.
-      const int64_t some = std::min(whole, round_up(end - p, 64));
+      const int64_t whole = round_up(std::min(kPanel, shape_.width - p), kWidths);
+      const int64_t some = std::min(whole, round_up(end - p, kWidths));
       multiply<F>(rows, some, dim_, queries, step, mine_.packed_keys.get(0) + p * dim_, whole,
-                  scores, some);
+                  scores, kStep);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t low = std::max<int64_t>(0, first_key(first + i) - p);
         const int64_t high = std::min(some, end_key(first + i) - p);
-        weigh(scores + i * some, some, low, high, probs + i * some, part + i * value_dim_, top + i,
-              total + i);
+        weigh(scores + i * kStep, some, low, high, probs + i * kStep, part + i * value_dim_,
+              top + i, total + i);
       }
-      multiply<F>(rows, value_dim_, some, probs, some,
+      multiply<F>(rows, value_dim_, some, probs, kStep,
                   mine_.packed_values.get(0) + p * value_dim_, value_dim_, part, value_dim_, true);
     }
     for (int64_t i = 0; i < rows; ++i) {
