@@ -26,7 +26,7 @@ help:
 	@echo "make compat   run the tests on the oldest and the newest torch and Transformers"
 	@echo "make clean    remove the environments and every cache"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(wildcard src/longswift/core/compiled/csrc/*)
 	@test -n "$(PYTHON)" || { echo "Python: expected >= 3.10 on the PATH, found none." \
 		"Install it or run: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "venv: expected" \

@@ -14,7 +14,7 @@ import torch
 
 from longswift.core.compiled.build import build, library, supported
 
-__all__ = ["build", "library", "operators", "reason"]
+__all__ = ["build", "library", "loaded", "operators", "reason"]
 
 
 @functools.cache
@@ -31,6 +31,13 @@ def operators() -> Any | None:
         warnings.warn(f"the compiled kernels in {library()} are not used: {error}", stacklevel=2)
         return None
     return torch.ops.longswift
+
+
+def loaded() -> Any:
+    """The compiled operators, where it is known that they can be used."""
+    found = operators()
+    assert found is not None
+    return found
 
 
 def reason() -> str | None:

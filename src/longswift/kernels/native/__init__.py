@@ -19,7 +19,7 @@ from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
-from longswift.kernels.native.factors import factors_of, in_pairs
+from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.windows import attend_windows
 
@@ -109,8 +109,7 @@ def _merge_gathered(
     lse: Tensor,
 ) -> None:
     """Adds gathered tokens and the remainder to ``out`` and ``lse`` of the bands, in place."""
-    operators = compiled.operators()
-    assert operators is not None
+    operators = compiled.loaded()
     q_len, k_len = q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
     tokens = pattern.tokens
@@ -121,7 +120,7 @@ def _merge_gathered(
     if pattern.pool is not None:
         pools = build_pools(k, v, pattern, summary, _group_sums)
         sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
-    narrow = factors_of(q) != torch.float32
+    narrow = is_narrow(q)
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
     q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
@@ -132,8 +131,7 @@ def _merge_gathered(
 
 def _group_sums(x: Tensor, size: int) -> Tensor:
     """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
-    operators = compiled.operators()
-    assert operators is not None
+    operators = compiled.loaded()
     batch, heads, length, dim = x.shape
     out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
     operators.sum_groups(x, out, size)

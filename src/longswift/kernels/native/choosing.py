@@ -11,7 +11,7 @@ from longswift.core import compiled
 from longswift.core.blocks import block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import factors_of, in_pairs
+from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -55,8 +55,7 @@ def choose_by_bounds(
         since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
             position that sees each.
     """
-    operators = compiled.operators()
-    assert operators is not None
+    operators = compiled.loaded()
     q = in_pairs(q)
     block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
@@ -99,7 +98,7 @@ def choose_by_bounds(
     if not cut:
         return
     low, high = extremes()
-    narrow = factors_of(q) != torch.float32
+    narrow = is_narrow(q)
     for run in cut:
         sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
@@ -119,8 +118,7 @@ def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
 
     Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).
     """
-    operators = compiled.operators()
-    assert operators is not None
+    operators = compiled.loaded()
     batch, kv_heads, _, dim = k.shape
     panels = -(-count // _WIDTH)
     shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)

@@ -15,6 +15,11 @@ def factors_of(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float32 or _multiplies(x.dtype) else torch.float32
 
 
+def is_narrow(x: Tensor) -> bool:
+    """Whether ``x`` is multiplied in 16 bits."""
+    return factors_of(x) != torch.float32
+
+
 def in_pairs(x: Tensor) -> Tensor:
     """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
     return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x
@@ -22,7 +27,6 @@ def in_pairs(x: Tensor) -> Tensor:
 
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    operators = compiled.operators()
-    assert operators is not None
+    operators = compiled.loaded()
     able: bool = operators.multiplies(torch.empty(0, dtype=dtype, device="cpu"))
     return able

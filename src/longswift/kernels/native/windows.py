@@ -9,7 +9,7 @@ from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.rectangles import Job, band_heads, by_rows, by_tiles, jobs
 from longswift.core.types import Partial
-from longswift.kernels.native.factors import factors_of, in_pairs
+from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches
 
 # Scores of one piece of work, and rows of a tile that share its packed keys.
@@ -44,9 +44,8 @@ def attend_windows(
     if holes:
         out.zero_()
         lse.fill_(float("-inf"))
-    operators = compiled.operators()
-    assert operators is not None
-    narrow = factors_of(q) != torch.float32
+    operators = compiled.loaded()
+    narrow = is_narrow(q)
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
     q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)

@@ -44,7 +44,7 @@ class Request:
         summary: Page summaries of ``k``, or None.
         best_blocks: The backend's kernel for scoring key blocks by bounds and keeping the best, or
             None; ``kernels.triton.scoring`` says what it takes.
-        choose_by_bounds: The backend's kernel that chooses for complete blocks of queries at once,
+        choose_by_bounds: The backend's kernel that makes the whole choice of ``Bounds`` at once,
             or None; ``kernels.native.choosing`` says what it takes.
         bias: Additions to the scaled scores, part of ``band_lse``, or None.
     """

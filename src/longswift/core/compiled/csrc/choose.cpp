@@ -167,23 +167,15 @@ class Chooser {
     const int64_t last = choice_.causal ? start : blocks_;
     float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
-    const float share = (1.0f + choice_.key_radius) / 2.0f;
     for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
-      // A positive channel meets the largest key, a negative one the smallest; mixed with the other
-      // in proportion, that is the bound of a box of a smaller radius.
       F* up = mine_.queries.get(2 * dim_ * columns);
       F* down = up + dim_ * columns;
       F* lines = mine_.wide.get(2 * some * rows * dim_);
       F* others = lines + some * rows * dim_;
       float line[dim_], other[dim_];
       for (int64_t c = 0; c < some * rows; ++c) {
-        convert(line, q_[first_head + c / rows].row(row + c % rows), dim_);
-        for (int64_t d = 0; d < dim_; ++d) {
-          const float x = line[d] * choice_.scale;
-          const float positive = std::max(x, 0.0f), negative = std::min(x, 0.0f);
-          line[d] = negative + share * (positive - negative);
-          other[d] = positive + share * (negative - positive);
-        }
+        bound_factors(q_[first_head + c / rows].row(row + c % rows), dim_, choice_.scale,
+                      choice_.key_radius, line, other);
         convert(lines + c * dim_, line, dim_);
         convert(others + c * dim_, other, dim_);
       }
@@ -220,7 +212,7 @@ class Chooser {
   const F* boxes_of(const Rows<const T>& x, int64_t first, int64_t count, Buffer<F>& buffer,
                     int64_t* step) const {
     if (count == kKeys) {
-      return factors(x, first, count, buffer, step);
+      return factors<T, F>(x, first, count, dim_, buffer, step);
     }
     F* copy = buffer.get(kKeys * dim_);
     for (int64_t i = 0; i < count; ++i) {
@@ -229,22 +221,6 @@ class Chooser {
     std::memset(static_cast<void*>(copy + count * dim_), 0, (kKeys - count) * dim_ * sizeof(F));
     *step = dim_;
     return copy;
-  }
-
-  // Rows in the type in which they are multiplied, where they are or copied.
-  const F* factors(const Rows<const T>& x, int64_t first, int64_t count, Buffer<F>& buffer,
-                   int64_t* step) const {
-    if constexpr (std::is_same_v<T, F>) {
-      *step = x.step;
-      return x.row(first);
-    } else {
-      F* wide = buffer.get(count * dim_);
-      for (int64_t i = 0; i < count; ++i) {
-        convert(wide + i * dim_, x.row(first + i), dim_);
-      }
-      *step = dim_;
-      return wide;
-    }
   }
 
   // As many heads at a time as fill the columns of a product: first, how many, columns.
@@ -325,7 +301,7 @@ class Chooser {
       mine_.columns.begin(some * rows, columns);
       for (int64_t g = 0; g < some; ++g) {
         int64_t step;
-        const F* queries = factors(q_[first_head + g], row, rows, mine_.wide, &step);
+        const F* queries = factors<T, F>(q_[first_head + g], row, rows, dim_, mine_.wide, &step);
         pack_transposed<F>(queries, step, rows, dim_, packed_at(packed, g * rows), columns);
         mine_.columns.start_with(lse_[first_head + g] + row, g * rows, rows);
       }

@@ -108,6 +108,39 @@ void convert(To* out, const From* in, int64_t n) {
   }
 }
 
+// `count` rows in the type in which they are multiplied: where they are, or copied to the buffer.
+template <typename T, typename F>
+const F* factors(const Rows<const T>& x, int64_t first, int64_t count, int64_t width,
+                 Buffer<F>& buffer, int64_t* step) {
+  if constexpr (std::is_same_v<T, F>) {
+    *step = x.step;
+    return x.row(first);
+  } else {
+    F* wide = buffer.get(count * width);
+    for (int64_t i = 0; i < count; ++i) {
+      convert(wide + i * width, x.row(first + i), width);
+    }
+    *step = width;
+    return wide;
+  }
+}
+
+// What a query row meets the largest keys of a box with, and what the smallest: a positive channel
+// the largest, a negative one the smallest; mixed with the other in proportion, their products add
+// up to the bound of a box whose radius is `key_radius` times as long.
+template <typename T>
+void bound_factors(const T* row, int64_t dim, float scale, float key_radius, float* largest,
+                   float* smallest) {
+  const float share = (1.0f + key_radius) / 2.0f;
+  convert(largest, row, dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    const float x = largest[d] * scale;
+    const float up = std::max(x, 0.0f), down = std::min(x, 0.0f);
+    largest[d] = down + share * (up - down);
+    smallest[d] = up + share * (down - up);
+  }
+}
+
 // [rows, k] to `rows` columns of [k, columns] (in pairs along k for 16-bit factors).
 template <typename F>
 void pack_transposed(const F* in, int64_t step, int64_t rows, int64_t k, F* out, int64_t columns) {

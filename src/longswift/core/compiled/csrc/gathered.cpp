@@ -201,19 +201,8 @@ class Merger {
     const F* keys = mine_.packed_keys.get(0);
     const F* values = mine_.packed_values.get(0);
     for (int64_t g = 0; g < heads_; ++g) {
-      const F* queries;
       int64_t step;
-      if constexpr (std::is_same_v<T, F>) {
-        queries = q_[g].row(row);
-        step = q_[g].step;
-      } else {
-        F* wide = mine_.queries.get(rows * dim_);
-        for (int64_t i = 0; i < rows; ++i) {
-          convert(wide + i * dim_, q_[g].row(row + i), dim_);
-        }
-        queries = wide;
-        step = dim_;
-      }
+      const F* queries = factors<T, F>(q_[g], row, rows, dim_, mine_.queries, &step);
       for (int64_t p = 0; p < width; p += kPanel) {
         const int64_t some = std::min(kPanel, width - p);
         multiply<F>(rows, some, dim_, queries, step, keys + p * dim_, some, scores + p,

@@ -13,10 +13,6 @@ bool multiplies(const at::Tensor& like) {
   return at::native::cpublas::could_pack(like.scalar_type());
 }
 
-void describe(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places, int64_t key_block) {
-  describe_boxes(k, boxes, places, key_block);
-}
-
 Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii, bool causal) {
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
           static_cast<float>(scale), static_cast<float>(radii[0]), static_cast<float>(radii[1]),
@@ -55,11 +51,6 @@ void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
 }
 
-void tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
-           at::Tensor lse, at::IntArrayRef places, double scale, bool narrow) {
-  attend_tiles(q, k, v, out, lse, places, scale, narrow);
-}
-
 }  // namespace
 
 }  // namespace longswift
@@ -91,12 +82,12 @@ TORCH_LIBRARY(longswift, m) {
 
 TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("sum_groups", longswift::sum_groups);
-  m.impl("describe", longswift::describe);
+  m.impl("describe", longswift::describe_boxes);
   m.impl("choose", longswift::choose);
   m.impl("choose_few", longswift::choose_few);
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
-  m.impl("tiles", longswift::tiles);
+  m.impl("tiles", longswift::attend_tiles);
   m.impl("multiplies", longswift::multiplies);
   m.impl("first_not_finite", longswift::first_not_finite);
 }

@@ -187,17 +187,11 @@ class Strict {
 
   // What rows meet the largest and the smallest keys of a block with, [rows, 2 * dim].
   const F* describe(int64_t g, int64_t row, int64_t rows) {
-    const float share = (1.0f + choice_.key_radius) / 2.0f;
     F* out = mine_.rows.get(rows * 2 * dim_);
     float line[2 * dim_];
     for (int64_t r = 0; r < rows; ++r) {
-      convert(line, q_[g].row(row + r), dim_);
-      for (int64_t d = 0; d < dim_; ++d) {
-        const float x = line[d] * choice_.scale;
-        const float up = std::max(x, 0.0f), down = std::min(x, 0.0f);
-        line[d] = down + share * (up - down);
-        line[dim_ + d] = up + share * (down - up);
-      }
+      bound_factors(q_[g].row(row + r), dim_, choice_.scale, choice_.key_radius, line,
+                    line + dim_);
       convert(out + r * 2 * dim_, line, 2 * dim_);
     }
     return out;
@@ -221,7 +215,7 @@ class Strict {
     std::fill(wanted, wanted + rows * step, 0.0f);
     for (int64_t g = 0; g < heads_; ++g) {
       int64_t q_step;
-      const F* queries = factors(q_[g], row, rows, &q_step);
+      const F* queries = factors<T, F>(q_[g], row, rows, dim_, mine_.wide, &q_step);
       for (int64_t p = 0; p < width; p += kWidth) {
         multiply<F>(rows, kWidth, dim_, queries, q_step, packed + p * dim_, kWidth, scores + p,
                     step);
@@ -267,20 +261,6 @@ class Strict {
     }
     for (; i < n; ++i) {
       wanted[i] = std::max(wanted[i], scores[i] / sum);
-    }
-  }
-
-  const F* factors(const Rows<const T>& x, int64_t first, int64_t count, int64_t* step) {
-    if constexpr (std::is_same_v<T, F>) {
-      *step = x.step;
-      return x.row(first);
-    } else {
-      F* wide = mine_.wide.get(count * dim_);
-      for (int64_t i = 0; i < count; ++i) {
-        convert(wide + i * dim_, x.row(first + i), dim_);
-      }
-      *step = dim_;
-      return wide;
     }
   }
 

@@ -75,33 +75,17 @@ class Tiles {
     for (int64_t p = 0; p < width; p += kPanel) {
       const int64_t some = std::min(kPanel, width - p), whole = round_up(some, kWidths);
       int64_t step;
-      const F* keys = factors(k_, key + p, some, dim_, mine_.keys, &step);
+      const F* keys = factors<T, F>(k_, key + p, some, dim_, mine_.keys, &step);
       pack_transposed<F>(keys, step, some, dim_, packed_keys + p * dim_, whole);
       clear_columns<F>(packed_keys + p * dim_, dim_, whole, some);
-      const F* values = factors(v_, key + p, some, value_dim_, mine_.values, &step);
+      const F* values = factors<T, F>(v_, key + p, some, value_dim_, mine_.values, &step);
       pack_pairs<F>(values, step, some, value_dim_, packed_values + p * value_dim_, whole);
-    }
-  }
-
-  // Rows in the type in which they are multiplied, where they are or copied.
-  static const F* factors(const Rows<const T>& x, int64_t first, int64_t count, int64_t width,
-                          Buffer<F>& buffer, int64_t* step) {
-    if constexpr (std::is_same_v<T, F>) {
-      *step = x.step;
-      return x.row(first);
-    } else {
-      F* wide = buffer.get(count * width);
-      for (int64_t i = 0; i < count; ++i) {
-        convert(wide + i * width, x.row(first + i), width);
-      }
-      *step = width;
-      return wide;
     }
   }
 
   void attend(int64_t g, int64_t row, int64_t first, int64_t rows) {
     int64_t step;
-    const F* queries = factors(q_[g], row + first, rows, dim_, mine_.queries, &step);
+    const F* queries = factors<T, F>(q_[g], row + first, rows, dim_, mine_.queries, &step);
     float* scores = mine_.scores.get(rows * kStep);
     F* probs = mine_.probs.get(rows * kStep);
     float* part = mine_.part.get(rows * value_dim_);
