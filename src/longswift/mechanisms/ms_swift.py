@@ -29,7 +29,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 43 + 12 key_tokens D) | O(n) |
+| selection (``centroids``) | O(n D / 4 + 16 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 
@@ -75,7 +75,7 @@ class MSSwift(Mechanism):
             each KV head its own budget.
         coverage: Stop choosing once every row of the block holds this share of the attention mass
             found (``key_tokens`` stays the cap), or None for a fixed budget.
-        selector: How key tokens are chosen: ``"bounds"``, another name of the table in
+        selector: How key tokens are chosen: ``"centroids"``, another name of the table in
             ``mechanisms.selectors``, or a configured one.
         remainder: Pool size of the coarse remainder, or None to drop what was not selected.
         block: Queries that share a choice.
@@ -105,9 +105,9 @@ class MSSwift(Mechanism):
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
     sinks: int = 16
-    key_tokens: int | tuple[int, ...] = 128
+    key_tokens: int | tuple[int, ...] = 256
     coverage: float | None = None
-    selector: str | dict[str, Any] | Selector = "bounds"
+    selector: str | dict[str, Any] | Selector = "centroids"
     remainder: int | None = 256
     block: int = 128
     scale_of_head: tuple[int, ...] | None = None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.blocks import block_runs
+from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow
+from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow, ranks_in_16_bits
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -34,8 +34,10 @@ def choose_by_bounds(
     sinks: int,
     extremes: Callable[[], tuple[Tensor, Tensor]],
     since: Tensor | None = None,
+    centroid_rows: int | None = None,
+    candidates: int = 0,
 ) -> None:
-    """Chooses what ``Bounds`` describes for every block of queries.
+    """Chooses what ``Bounds`` or ``Centroids`` describes for every block of queries.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
@@ -54,9 +56,14 @@ def choose_by_bounds(
             if a block of queries is cut, unless the choice is strictly causal.
         since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
             position that sees each.
+        centroid_rows: Most rows of a complete block that are scored as one, against single keys;
+            None bounds boxes of rows and keys.
+        candidates: Keys proposed to a complete block by centroids.
     """
     operators = compiled.loaded()
-    q = in_pairs(q)
+    if ranks_in_16_bits(q):
+        q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+    q, k = in_pairs(q), in_pairs(k)
     block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
     band_lse = band_lse.contiguous()
@@ -82,23 +89,34 @@ def choose_by_bounds(
         return
 
     complete = [run for run in runs if run.rows == block and block > 1]
-    if complete:
+    narrow = is_narrow(q)
+    if complete and centroid_rows is not None:
+        sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
+        for places in batches(_rows_of(complete, k, block)):
+            operators.choose_centroids(
+                q,
+                k,
+                band_lse,
+                edges,
+                tokens,
+                places,
+                sizes,
+                scale,
+                pattern.causal,
+                centroid_rows,
+                narrow,
+            )
+    elif complete:
         reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
         boxes = _boxes(k, min(reach, blocks), key_block, 3)
         sizes = (block, key_block, row_group, proposed(block), *rest)
-        work = [
-            (*piece, run.row + (piece[2] - run.first) * block)
-            for run in complete
-            for piece in pieces(k, run.count, run.first)
-        ]
-        for places in batches(work):
+        for places in batches(_rows_of(complete, k, block)):
             operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
 
     cut = [run for run in runs if run.rows < block or block == 1]
     if not cut:
         return
-    low, high = extremes()
-    narrow = is_narrow(q)
+    low, high = (x.to(k.dtype) for x in extremes())
     for run in cut:
         sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
@@ -111,6 +129,15 @@ def choose_by_bounds(
             operators.choose_few(
                 q, k, band_lse, low, high, edges, tokens, places, sizes, *how, narrow
             )
+
+
+def _rows_of(runs: list[BlockRun], k: Tensor, block: int) -> list[tuple[int, ...]]:
+    """Pieces of work of complete blocks, each with its first row."""
+    return [
+        (*piece, run.row + (piece[2] - run.first) * block)
+        for run in runs
+        for piece in pieces(k, run.count, run.first)
+    ]
 
 
 def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:

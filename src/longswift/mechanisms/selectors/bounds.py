@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -145,9 +145,21 @@ class Bounds(Selector):
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
         plain = request.coverage is None and request.bias is None and self.tree is None
+        plain = plain and request.scale > 0.0
         if request.choose_by_bounds is None or not plain:
-            return _Pass(self, request).run()
+            return self._select(request)
         return self._select_at_once(request, request.choose_by_bounds)
+
+    def _select(self, request: Request) -> Selection:
+        return BoundsPass(self, request).run()
+
+    def _options(self, request: Request) -> dict[str, Any]:
+        """What a backend's kernel is told beyond the request."""
+        return {
+            "row_group": self.row_group,
+            "key_radius": self.key_radius,
+            "row_radius": self.row_radius,
+        }
 
     def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
         """The same by the backend's kernel."""
@@ -163,18 +175,16 @@ class Bounds(Selector):
             tokens,
             scale=request.scale,
             key_block=request.key_block,
-            row_group=self.row_group,
-            key_radius=self.key_radius,
-            row_radius=self.row_radius,
             proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
             extremes=lambda: _key_extremes(request, request.key_block),
             since=since,
+            **self._options(request),
         )
         return Selection(tokens, since)
 
 
-class _Pass(TwoStage):
+class BoundsPass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
@@ -222,7 +232,7 @@ class _Pass(TwoStage):
         rows = 1 if self._row_boxes else self._selector.row_group
         return max(-(-boxes // rows), gathered)
 
-    def _by_row(self, run: BlockRun) -> bool:
+    def by_row(self, run: BlockRun) -> bool:
         """Whether rows are bounded alone: a cut block has few, and they may be what is decoded."""
         return self._request.strict or run.rows < self._request.pattern.block or run.rows == 1
 
@@ -276,7 +286,7 @@ class _Pass(TwoStage):
     ) -> tuple[Tensor, Tensor]:
         """The best blocks that the tree leads to from a level."""
         assert self._selector.tree is not None
-        levels = self._row_boxes if self._by_row(run) else self._group_boxes
+        levels = self._row_boxes if self.by_row(run) else self._group_boxes
         return descend(
             self._row_factors(q, run),
             levels[: level + 1],
@@ -303,11 +313,11 @@ class _Pass(TwoStage):
 
     def _boxes(self, run: BlockRun) -> list[Tensor]:
         """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
-        return (self._row_boxes if self._by_row(run) else self._group_boxes)[0]
+        return (self._row_boxes if self.by_row(run) else self._group_boxes)[0]
 
     def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
         """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
-        if not self._by_row(run):
+        if not self.by_row(run):
             return [self._group_features(q, run)]
         # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
         # with the smallest one in proportion, it is the bound of a box of a smaller radius.
@@ -333,7 +343,7 @@ class _Pass(TwoStage):
         """Maximum of the bias between rows (or groups) and blocks, ``[1, Hkv, N, rows, W]``."""
         request, group = self._request, 1
         position = row_positions(run, request.k.device)
-        if not self._by_row(run):
+        if not self.by_row(run):
             group = self._selector.row_group
             # The last row of a group is the farthest from the first key of a block.
             position = position[:, ::group] + (group - 1)

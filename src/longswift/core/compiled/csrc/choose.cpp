@@ -1,8 +1,11 @@
 // Key tokens by bounds: propose blocks of keys for a block of queries, re-rank their tokens exactly.
 #include "best.h"
+#include "centroids.h"
 #include "columns.h"
 #include "common.h"
 #include "kernels.h"
+#include "lines.h"
+#include "tile_products.h"
 
 namespace longswift {
 
@@ -10,17 +13,28 @@ namespace {
 
 // Scores of boxes a thread holds at once, and columns of a panel of them.
 constexpr int64_t kScores = 1 << 21;
+// Exact scores held at once.
+constexpr int64_t kExact = 1 << 18;
 constexpr int64_t kMostRows = 64;
 constexpr int64_t kKeys = 64;
 constexpr int64_t kColumns = 128;
+// Boxes whose scores are summed up while they are in the nearest caches.
+constexpr int64_t kStretch = 512;
+// Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
+// that only weigh groups of rows against each other.
+constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4;
+// Ranks of keys a thread holds at once.
+constexpr int64_t kRanks = 1 << 21;
 
 template <typename F>
 struct Space {
   Buffer<F> groups, queries, keys, wide, highest, lowest;
-  Buffer<float> bounds, rank, scores;
+  Buffer<float> bounds, rank, exact, scores;
   Buffer<int32_t> blocks, tokens, best;
   Best order;
   Columns columns;
+  Lines lines;
+  Centroids centroids;
 };
 
 template <typename F>
@@ -60,6 +74,8 @@ void describe_rows(const Rows<const T>& q, int64_t first, int64_t count, int64_t
 // One head of one batch row.
 template <typename T, typename F>
 class Chooser {
+  static constexpr bool kCoarse = !std::is_same_v<F, float>;
+
  public:
   Chooser(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
           const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
@@ -107,6 +123,32 @@ class Chooser {
     }
   }
 
+  // Complete blocks like those of `run`, whose rows are scored in groups of at most `most` similar
+  // ones, key by key.
+  void run_centroids(int64_t first, int64_t count, int64_t row, int64_t most) {
+    int64_t done = 0;
+    while (done < count) {
+      if (reach(first + done) == 0) {
+        ++done;
+        continue;
+      }
+      const int64_t at_row = row + done * choice_.block;
+      const int64_t groups =
+          mine_.centroids.find(q_, at_row, choice_.block, dim_, most);
+      const int64_t columns = round_up(groups, kLanes);
+      int64_t some = std::min(kColumns / columns, kRanks / std::max<int64_t>(blocks_, 1));
+      some = std::min(std::max<int64_t>(some, 1), count - done);
+      const bool many = has_many(first + done);
+      for (int64_t n = 1; n < some; ++n) {
+        if (has_many(first + done + n) != many) {
+          some = n;
+        }
+      }
+      propose_by_centroids(first + done, some, at_row, most, groups, columns);
+      done += some;
+    }
+  }
+
   // `rows` rows of one block, each bounded for itself; keys by their extremes `low` and `high`.
   void run_cut(const at::Tensor& low, const at::Tensor& high, int64_t batch, int64_t head,
                int64_t block, int64_t row, int64_t rows) {
@@ -135,6 +177,16 @@ class Chooser {
     return choice_.causal ? std::min(before(block), blocks_) : blocks_;
   }
 
+  // Calls with the stretches of blocks of keys that are candidates: first, end.
+  template <typename Call>
+  void for_candidates(int64_t block, Call&& call) const {
+    const int64_t start = std::min(before(block), blocks_);
+    call(int64_t{0}, start);
+    if (after(block) < blocks_) {
+      call(after(block), blocks_);
+    }
+  }
+
   void propose_and_choose(int64_t first, int64_t count, int64_t row, int64_t needed) {
     const int64_t rows = count * rows_of_block_, inner = 3 * dim_;
     const int64_t width = round_up(needed, width_), step = row_step(width);
@@ -146,15 +198,98 @@ class Chooser {
       }
     }
     float* bounds = mine_.bounds.get(rows * step);
-    for (int64_t column = 0; column < width; column += width_) {
-      multiply<F>(rows, width_, inner, groups, inner, panels_ + column * inner, width_,
-                  bounds + column, step);
+    mine_.lines.begin(rows);
+    for (int64_t column = 0; column < width; column += kStretch) {
+      const int64_t stretch_end = std::min(width, column + kStretch);
+      for (int64_t part = column; part < stretch_end; part += width_) {
+        multiply<F>(rows, width_, inner, groups, inner, panels_ + part * inner, width_,
+                    bounds + part, step);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t block = first + r / rows_of_block_;
+        const float* of_row = bounds + r * step;
+        for_candidates(block, [&](int64_t start, int64_t end) {
+          start = std::max(start, column), end = std::min(end, stretch_end);
+          mine_.lines.template add<kCoarse>(r, of_row + start, end - start);
+        });
+      }
     }
     for (int64_t n = 0; n < count; ++n) {
+      const int64_t found = propose(first + n, bounds + n * rows_of_block_ * step, step,
+                                    n * rows_of_block_);
+      if (found > 0) {
+        choose(found, row + n * choice_.block, choice_.block,
+               tokens_ + (first + n) * choice_.budget);
+      }
+    }
+  }
+
+  bool has_many(int64_t block) const {
+    return std::min(before(block), blocks_) + blocks_ - after(block) >= kMany;
+  }
+
+  // Scores are computed for their sums and once more, as they would fill more than a core's caches.
+  void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t most,
+                            int64_t groups, int64_t columns) {
+    const int64_t all = count * columns;
+    F* packed = mine_.queries.get(dim_ * all);
+    F* lines = mine_.groups.get(groups * dim_);
+    float line[dim_];
+    int64_t last = 0;
+    for (int64_t n = 0; n < count; ++n) {
+      if (n > 0) {
+        mine_.centroids.find(q_, row + n * choice_.block, choice_.block, dim_, most);
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        mine_.centroids.mean(g, line);
+        convert(lines + g * dim_, line, dim_);
+      }
+      F* own = packed_at(packed, n * columns);
+      pack_transposed<F>(lines, dim_, groups, dim_, own, all);
+      clear_columns<F>(own, dim_, all, groups, columns);
+      last = std::max(last, reach(first + n));
+    }
+    float* scores = mine_.bounds.get(kKeys * all);
+    float* rank = mine_.rank.get(count * last);
+    std::fill(rank, rank + count * last, kHidden);
+    mine_.columns.begin(all, all);
+    const auto each_tile = [&](int64_t first_tile, int64_t every, auto&& use) {
+      const TileProducts<F> products(dim_);
+      for (int64_t t = first_tile * kKeys; t < last; t += every * kKeys) {
+        const int64_t tall = std::min(kKeys, last - t), next = t + every * kKeys;
+        fetch(k_, next, std::min(kKeys, last - next), dim_);
+        int64_t step;
+        const F* keys = boxes_of(k_, t, tall, mine_.keys, &step);
+        products.multiply(keys, step, kKeys, packed, all, scores);
+        for (int64_t n = 0; n < count; ++n) {
+          const int64_t from = std::max(t, before(first + n));
+          const int64_t to = std::min(t + tall, choice_.causal ? last : after(first + n));
+          for (int64_t k = from; k < to; ++k) {
+            float* of_key = scores + (k - t) * all + n * columns;
+            std::fill(of_key, of_key + columns, kHidden);
+          }
+        }
+        use(t, tall);
+      }
+    };
+    const bool many = has_many(first);
+    each_tile(many ? kFirst : 0, many ? kEvery : 1, [&](int64_t, int64_t tall) {
+      mine_.columns.template add<kCoarse>(scores, tall, choice_.scale);
+    });
+    mine_.columns.finish();
+    for (int64_t n = 0; n < count; ++n) {
+      mine_.columns.drop(n * columns + groups, (n + 1) * columns);
+    }
+    each_tile(0, 1, [&](int64_t t, int64_t tall) {
+      for (int64_t n = 0; n < count; ++n) {
+        mine_.columns.raise(scores, tall, choice_.scale, rank + n * last + t, n * columns, columns);
+      }
+    });
+    for (int64_t n = 0; n < count; ++n) {
       const int64_t block = first + n;
-      const int64_t start = std::min(before(block), blocks_), end = after(block);
-      float* of_block = bounds + n * rows_of_block_ * step;
-      const int64_t found = propose(of_block, step, start, end);
+      const int64_t start = std::min(before(block), blocks_);
+      const int64_t end = choice_.causal ? start : blocks_;
+      const int64_t found = take(rank + n * last, start, after(block), end);
       if (found > 0) {
         choose(found, row + n * choice_.block, choice_.block, tokens_ + block * choice_.budget);
       }
@@ -167,24 +302,25 @@ class Chooser {
     const int64_t last = choice_.causal ? start : blocks_;
     float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
-    for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
+    for_rows(rows, kColumns, [&](int64_t first_row, int64_t some, int64_t columns) {
       F* up = mine_.queries.get(2 * dim_ * columns);
       F* down = up + dim_ * columns;
-      F* lines = mine_.wide.get(2 * some * rows * dim_);
-      F* others = lines + some * rows * dim_;
+      F* lines = mine_.wide.get(2 * some * dim_);
+      F* others = lines + some * dim_;
       float line[dim_], other[dim_];
-      for (int64_t c = 0; c < some * rows; ++c) {
-        bound_factors(q_[first_head + c / rows].row(row + c % rows), dim_, choice_.scale,
-                      choice_.key_radius, line, other);
+      for (int64_t c = 0; c < some; ++c) {
+        const int64_t at = first_row + c;
+        bound_factors(q_[at / rows].row(row + at % rows), dim_, choice_.scale, choice_.key_radius,
+                      line, other);
         convert(lines + c * dim_, line, dim_);
         convert(others + c * dim_, other, dim_);
       }
-      pack_transposed<F>(lines, dim_, some * rows, dim_, up, columns);
-      pack_transposed<F>(others, dim_, some * rows, dim_, down, columns);
-      clear_columns<F>(up, dim_, columns, some * rows);
-      clear_columns<F>(down, dim_, columns, some * rows);
+      pack_transposed<F>(lines, dim_, some, dim_, up, columns);
+      pack_transposed<F>(others, dim_, some, dim_, down, columns);
+      clear_columns<F>(up, dim_, columns, some, columns);
+      clear_columns<F>(down, dim_, columns, some, columns);
       float* scores = mine_.bounds.get((blocks_ + kKeys) * columns);
-      mine_.columns.begin(some * rows, columns);
+      mine_.columns.begin(some, columns);
       const int64_t stretches[2][2] = {{0, start}, {end, last}};
       for (const auto& stretch : stretches) {
         for (int64_t j = stretch[0]; j < stretch[1]; j += kKeys) {
@@ -196,16 +332,16 @@ class Chooser {
           multiply<F>(kKeys, columns, dim_, box, step, up, columns, part, columns);
           box = boxes_of(low, j, tall, mine_.lowest, &step);
           multiply<F>(kKeys, columns, dim_, box, step, down, columns, part, columns, true);
-          mine_.columns.add(part, tall, 1.0f);
+          mine_.columns.template add<kCoarse>(part, tall, 1.0f);
         }
       }
       mine_.columns.finish();
       for (const auto& stretch : stretches) {
-        mine_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0],
-                            rank + stretch[0]);
+        mine_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0], 1.0f,
+                            rank + stretch[0], 0, columns);
       }
     });
-    return take(start, end, last);
+    return take(rank, start, end, last);
   }
 
   // `kKeys` rows, of which `count` are there.
@@ -223,36 +359,33 @@ class Chooser {
     return copy;
   }
 
-  // As many heads at a time as fill the columns of a product: first, how many, columns.
+  // Some of the rows of all heads at a time, at most `most`: first, how many, columns.
   template <typename Call>
-  void for_heads(int64_t rows, Call&& call) const {
-    const int64_t most = std::max<int64_t>(1, kColumns / rows);
-    for (int64_t g = 0; g < heads_; g += most) {
-      const int64_t some = std::min(most, heads_ - g);
-      call(g, some, round_up(some * rows, kLanes));
+  void for_rows(int64_t rows, int64_t most, Call&& call) const {
+    for (int64_t first = 0; first < heads_ * rows; first += most) {
+      const int64_t some = std::min(most, heads_ * rows - first);
+      call(first, some, round_up(some, kLanes));
     }
   }
 
-  // Ranks blocks of keys by groups of rows.
-  int64_t propose(float* bounds, int64_t step, int64_t start, int64_t end) {
-    float* rank = mine_.rank.get(blocks_);
+  // Ranks blocks of keys by groups of rows, the first of which is line `line`.
+  int64_t propose(int64_t block, const float* bounds, int64_t step, int64_t line) {
+    const int64_t start = std::min(before(block), blocks_);
     const int64_t last = choice_.causal ? start : blocks_;
+    float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
+    float lse[rows_of_block_];
     for (int64_t r = 0; r < rows_of_block_; ++r) {
-      const float* of_row = bounds + r * step;
-      const float top = std::max(max_over(of_row, start), max_over(of_row + end, last - end));
-      float sum = sum_of_exponentials(of_row, start, top);
-      sum += sum_of_exponentials(of_row + end, last - end, top);
-      const float lse = top + std::log(sum);
-      raise(rank, of_row, start, lse);
-      raise(rank + end, of_row + end, last - end, lse);
+      lse[r] = mine_.lines.lse(line + r);
     }
-    return take(start, end, last);
+    for_candidates(block, [&](int64_t from, int64_t to) {
+      raise(rank, bounds, step, lse, from, to);
+    });
+    return take(rank, start, after(block), last);
   }
 
   // Writes the candidates, ascending, to `blocks`: those with sinks, then those of highest rank.
-  int64_t take(int64_t start, int64_t end, int64_t last) {
-    float* rank = mine_.rank.get(0);
+  int64_t take(float* rank, int64_t start, int64_t end, int64_t last) {
     int32_t* found = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
     int64_t count = 0;
     for (int64_t j = 0; j < std::min(choice_.sink_blocks, last); ++j) {
@@ -264,15 +397,21 @@ class Chooser {
     return count + mine_.order.find(rank, last, choice_.proposed, found + count);
   }
 
-  // rank = max(rank, scores - shift)
-  static void raise(float* rank, const float* scores, int64_t n, float shift) {
-    int64_t i = 0;
-    const Vec by(shift);
-    for (; i + kLanes <= n; i += kLanes) {
-      at::vec::maximum(Vec::loadu(rank + i), Vec::loadu(scores + i) - by).store(rank + i);
+  // The largest log-probability of the blocks [from, to) in any of the groups.
+  void raise(float* rank, const float* scores, int64_t step, const float* lse, int64_t from,
+             int64_t to) const {
+    int64_t i = from;
+    for (; i + kLanes <= to; i += kLanes) {
+      Vec best(kHidden);
+      for (int64_t r = 0; r < rows_of_block_; ++r) {
+        best = at::vec::maximum(best, Vec::loadu(scores + r * step + i) - Vec(lse[r]));
+      }
+      best.store(rank + i);
     }
-    for (; i < n; ++i) {
-      rank[i] = std::max(rank[i], scores[i] - shift);
+    for (; i < to; ++i) {
+      for (int64_t r = 0; r < rows_of_block_; ++r) {
+        rank[i] = std::max(rank[i], scores[r * step + i] - lse[r]);
+      }
     }
   }
 
@@ -293,27 +432,34 @@ class Chooser {
     F* keys = mine_.keys.get(tall * dim_);
     gather(tokens, count, keys);
     std::memset(static_cast<void*>(keys + count * dim_), 0, (tall - count) * dim_ * sizeof(F));
-    float* rank = mine_.rank.get(count);
+    float* rank = mine_.exact.get(count);
     std::fill(rank, rank + count, kHidden);
-    for_heads(rows, [&](int64_t first_head, int64_t some, int64_t columns) {
+    // As many rows at a time as leave scores in the cache of a core.
+    const int64_t most = std::clamp<int64_t>(kExact / tall / 32 * 32, 32, kColumns);
+    for_rows(rows, most, [&](int64_t first_row, int64_t some, int64_t columns) {
       float* scores = mine_.scores.get(tall * columns);
       F* packed = mine_.queries.get(dim_ * columns);
-      mine_.columns.begin(some * rows, columns);
-      for (int64_t g = 0; g < some; ++g) {
+      mine_.columns.begin(some, columns);
+      for (int64_t c = 0; c < some;) {
+        const int64_t head = (first_row + c) / rows, first = (first_row + c) % rows;
+        const int64_t count_here = std::min(rows - first, some - c);
         int64_t step;
-        const F* queries = factors<T, F>(q_[first_head + g], row, rows, dim_, mine_.wide, &step);
-        pack_transposed<F>(queries, step, rows, dim_, packed_at(packed, g * rows), columns);
-        mine_.columns.start_with(lse_[first_head + g] + row, g * rows, rows);
+        const F* queries =
+            factors<T, F>(q_[head], row + first, count_here, dim_, mine_.wide, &step);
+        pack_transposed<F>(queries, step, count_here, dim_, packed_at(packed, c), columns);
+        mine_.columns.start_with(lse_[head] + row + first, c, count_here);
+        c += count_here;
       }
-      clear_columns<F>(packed, dim_, columns, some * rows);
+      clear_columns<F>(packed, dim_, columns, some, columns);
+      const TileProducts<F> products(dim_);
       for (int64_t t = 0; t < tall; t += kKeys) {
         const int64_t more = std::min(kKeys, tall - t);
         float* part = scores + t * columns;
-        multiply<F>(more, columns, dim_, keys + t * dim_, dim_, packed, columns, part, columns);
-        mine_.columns.add(part, std::min(more, count - t), choice_.scale);
+        products.multiply(keys + t * dim_, dim_, more, packed, columns, part);
+        mine_.columns.template add<kCoarse>(part, std::min(more, count - t), choice_.scale);
       }
       mine_.columns.finish();
-      mine_.columns.raise(scores, count, rank);
+      mine_.columns.raise(scores, count, choice_.scale, rank, 0, columns);
     });
     for (int64_t t = 0; t < count && tokens[t] < choice_.sinks; ++t) {
       rank[t] = kHidden;
@@ -370,6 +516,17 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
       const F* panels = boxes.data_ptr<F>() + (at[0] * k.size(1) + at[1]) * boxes.stride(0);
       Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
           .run(panels, boxes.size(3), at[2], at[3], at[4]);
+    });
+  });
+}
+
+void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                         const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
+                         const Choice& choice, int64_t rows, bool narrow) {
+  by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
+    for_each_place(places, 5, [&](at::IntArrayRef at) {
+      Chooser<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
+          .run_centroids(at[2], at[3], at[4], rows);
     });
   });
 }

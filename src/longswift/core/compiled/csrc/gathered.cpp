@@ -188,8 +188,10 @@ class Merger {
   }
 
   static void subtract(float* from, const T* row, int64_t n) {
+    float wide[n];
+    convert(wide, row, n);
     for (int64_t d = 0; d < n; ++d) {
-      from[d] -= static_cast<float>(row[d]);
+      from[d] -= wide[d];
     }
   }
 

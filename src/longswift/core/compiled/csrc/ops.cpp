@@ -27,6 +27,13 @@ void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse
                    choice_of(sizes, scale, radii, causal));
 }
 
+void choose_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                      const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
+                      at::IntArrayRef sizes, double scale, bool causal, int64_t rows, bool narrow) {
+  choose_by_centroids(q, k, band_lse, edges, tokens, places,
+                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, narrow);
+}
+
 void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                 const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
                 at::Tensor tokens, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
@@ -62,6 +69,9 @@ TORCH_LIBRARY(longswift, m) {
       "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
       "int[] places, int[] sizes, float scale, float[] radii, bool causal) -> ()");
   m.def(
+      "choose_centroids(Tensor q, Tensor k, Tensor band_lse, Tensor edges, Tensor(a!) tokens, "
+      "int[] places, int[] sizes, float scale, bool causal, int rows, bool narrow) -> ()");
+  m.def(
       "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
       "bool narrow) -> ()");
@@ -84,6 +94,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("sum_groups", longswift::sum_groups);
   m.impl("describe", longswift::describe_boxes);
   m.impl("choose", longswift::choose);
+  m.impl("choose_centroids", longswift::choose_centroids);
   m.impl("choose_few", longswift::choose_few);
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
