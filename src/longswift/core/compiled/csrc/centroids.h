@@ -73,15 +73,20 @@ class Centroids {
       }
     }
     const int64_t widest = std::max_element(spread, spread + dim_) - spread;
-    const auto before = [&](int32_t a, int32_t b) {
-      const float of_a = x[a * dim_ + widest], of_b = x[b * dim_ + widest];
-      return of_a < of_b || (of_a == of_b && a < b);
-    };
-    std::nth_element(rows, rows + size_ / 2, rows + size_, before);
+    // Values and, where they are equal, rows in the order of integers.
+    int64_t* ranked = ranked_.get(size_);
+    for (int64_t i = 0; i < size_; ++i) {
+      ranked[i] = static_cast<int64_t>(ordered(x[rows[i] * dim_ + widest])) << 32 | rows[i];
+    }
+    std::nth_element(ranked, ranked + size_ / 2, ranked + size_);
+    for (int64_t i = 0; i < size_; ++i) {
+      rows[i] = static_cast<int32_t>(ranked[i]);
+    }
   }
 
   Buffer<float> rows_;
   Buffer<int32_t> order_;
+  Buffer<int64_t> ranked_;
   int64_t dim_ = 0, size_ = 0;
 };
 

@@ -14,7 +14,7 @@ namespace {
 // Scores of boxes a thread holds at once, and columns of a panel of them.
 constexpr int64_t kScores = 1 << 21;
 // Exact scores held at once.
-constexpr int64_t kExact = 1 << 18;
+constexpr int64_t kExact = 5 << 16;
 constexpr int64_t kMostRows = 64;
 constexpr int64_t kKeys = 64;
 constexpr int64_t kColumns = 128;

@@ -28,13 +28,16 @@ class Columns {
   // Adds the scores `[keys, padded]`, times `scale` (positive), while they are in the nearest cache.
   template <bool coarse>
   void add(const float* scores, int64_t keys, float scale) {
-    float *top = top_.get(0), *total = total_.get(0);
     int64_t c = 0;
     for (; c + 4 * kLanes <= padded_; c += 4 * kLanes) {
-      add_to<coarse, 4>(scores + c, keys, scale, top + c, total + c, padded_);
+      add_to<coarse, 4>(scores + c, keys, scale, c);
     }
-    for (; c < padded_; c += kLanes) {
-      add_to<coarse, 1>(scores + c, keys, scale, top + c, total + c, padded_);
+    if (c + 2 * kLanes <= padded_) {
+      add_to<coarse, 2>(scores + c, keys, scale, c);
+      c += 2 * kLanes;
+    }
+    if (c < padded_) {
+      add_to<coarse, 1>(scores + c, keys, scale, c);
     }
   }
 
@@ -100,36 +103,64 @@ class Columns {
     }
   }
 
+  // `parts` vectors of columns from `column` on; several keys at once, as one waits for its maximum
+  // and its sum.
   template <bool coarse, int parts>
-  static void add_to(const float* scores, int64_t keys, float scale, float* top, float* total,
-                     int64_t step) {
+  void add_to(const float* scores, int64_t keys, float scale, int64_t column) {
+    constexpr int ways = 4 / parts;
+    float *top = top_.get(0) + column, *total = total_.get(0) + column;
     const Vec by(scale * kLog2e);
-    Vec before[parts], high[parts], sum[parts];
-    for (int p = 0; p < parts; ++p) {
-      before[p] = Vec::loadu(top + p * kLanes);
-      high[p] = Vec(kHidden);
-    }
-    for (int64_t k = 0; k < keys; ++k) {
+    Vec high[ways][parts], sum[ways][parts];
+    for (int w = 0; w < ways; ++w) {
       for (int p = 0; p < parts; ++p) {
-        high[p] = at::vec::maximum(high[p], Vec::loadu(scores + k * step + p * kLanes));
+        high[w][p] = Vec(kHidden);
+        sum[w][p] = Vec(0.0f);
       }
     }
+    const int64_t even = keys / ways * ways;
+    const auto value = [&](int64_t k, int p) __attribute__((always_inline)) {
+      return Vec::loadu(scores + k * padded_ + p * kLanes);
+    };
+    for (int64_t k = 0; k < even; k += ways) {
+      for (int w = 0; w < ways; ++w) {
+        for (int p = 0; p < parts; ++p) {
+          high[w][p] = at::vec::maximum(high[w][p], value(k + w, p));
+        }
+      }
+    }
+    for (int64_t k = even; k < keys; ++k) {
+      for (int p = 0; p < parts; ++p) {
+        high[0][p] = at::vec::maximum(high[0][p], value(k, p));
+      }
+    }
+    Vec limit[parts];
     for (int p = 0; p < parts; ++p) {
+      for (int w = 1; w < ways; ++w) {
+        high[0][p] = at::vec::maximum(high[0][p], high[w][p]);
+      }
+      const Vec before = Vec::loadu(top + p * kLanes);
       // A column that has seen nothing is below everything.
-      high[p] = at::vec::maximum(at::vec::maximum(before[p], high[p] * by), Vec(kLowest));
+      limit[p] = at::vec::maximum(at::vec::maximum(before, high[0][p] * by), Vec(kLowest));
+      sum[0][p] = Vec::loadu(total + p * kLanes) * quick_exp2(before - limit[p]);
     }
-    for (int p = 0; p < parts; ++p) {
-      sum[p] = Vec::loadu(total + p * kLanes) * quick_exp2(before[p] - high[p]);
+    for (int64_t k = 0; k < even; k += ways) {
+      for (int w = 0; w < ways; ++w) {
+        for (int p = 0; p < parts; ++p) {
+          sum[w][p] += power<coarse>(at::vec::fmsub(value(k + w, p), by, limit[p]));
+        }
+      }
     }
-    for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t k = even; k < keys; ++k) {
       for (int p = 0; p < parts; ++p) {
-        const Vec x = Vec::loadu(scores + k * step + p * kLanes);
-        sum[p] += power<coarse>(at::vec::fmsub(x, by, high[p]));
+        sum[0][p] += power<coarse>(at::vec::fmsub(value(k, p), by, limit[p]));
       }
     }
     for (int p = 0; p < parts; ++p) {
-      high[p].store(top + p * kLanes);
-      sum[p].store(total + p * kLanes);
+      for (int w = 1; w < ways; ++w) {
+        sum[0][p] += sum[w][p];
+      }
+      limit[p].store(top + p * kLanes);
+      sum[0][p].store(total + p * kLanes);
     }
   }
 

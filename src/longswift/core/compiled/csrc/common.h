@@ -40,6 +40,13 @@ inline int64_t row_step(int64_t n) {
   return step + 16;
 }
 
+// Signed integers in the order of the numbers they are made of.
+inline int32_t ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
 // Memory that a thread keeps: fresh large temporaries cost page faults.
 template <typename T>
 class Buffer {
