@@ -11,8 +11,8 @@ import torch
 
 from longswift.core.errors import ConfigError, UnsupportedError
 from longswift.eval import mechanism_runs, mechanism_table, suite, tuning
+from longswift.eval.comparison_plot import plot_comparison
 from longswift.eval.models import load
-from longswift.eval.plots import plot_comparison
 from longswift.eval.tuning import Tuning, loss_of, rate_at, row, tune
 from longswift.mechanisms import get_mechanism
 from tests.eval.test_mechanism_runs import comparison

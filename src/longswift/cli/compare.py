@@ -55,7 +55,7 @@ def compare(
     from longswift.cli import render
     from longswift.eval import mechanism_runs, mechanism_table, options, suite
     from longswift.eval.attention import AttentionBench
-    from longswift.eval.plots import plot_comparison
+    from longswift.eval.comparison_plot import plot_comparison
     from longswift.eval.results import writable
     from longswift.eval.tuning import Tuning
 
