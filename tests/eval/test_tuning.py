@@ -169,5 +169,6 @@ def test_without_a_text_it_trains_on_what_is_not_held_out(tmp_path: Path) -> Non
 
     content = training_text(tmp_path).read_text()
     held_out = [body for _, body in corpus.documents("heldout") if len(body) > 500]
-    assert len(content) > 10**6 and held_out
+    assert len(content) > 10**6 and len(held_out) > 20
+    # Not even what topics of the documentation quote of each other.
     assert not any(body[200:500] in content for body in held_out)
