@@ -1,4 +1,4 @@
-"""Fixtures of every test: one thread, fixed seeds, and memory that is never zero by luck."""
+"""Fixtures of every test: one thread, fixed seeds, exact ranks, memory never zero by luck."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, register_random, settings
 
 from longswift.core.blocks import Workspace
+from longswift.kernels.native import choosing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports triton: its kernels run on a GPU or in the interpreter.
@@ -60,6 +61,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
     # A reused buffer is as unreliable as a new one.
     monkeypatch.setattr(Workspace, "get", _poisoned(Workspace.get))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_ranks() -> Iterator[None]:
+    """fp32 inputs are ranked in fp32 everywhere, so that backends choose the same keys."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "ranks_in_16_bits", lambda q: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

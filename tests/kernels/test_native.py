@@ -73,14 +73,6 @@ def error(got: Partial, exact: Partial) -> tuple[float, float]:
     return float(out), float(lse)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def exact_ranks() -> Iterator[None]:
-    """fp32 inputs are ranked in fp32, so that choices can be compared token by token."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "ranks_in_16_bits", lambda q: False)
-        yield
-
-
 @needs_them
 @settings(max_examples=150)
 @given(wide_problems(), st.sampled_from(DTYPES))
@@ -182,7 +174,11 @@ def requests(draw: st.DrawFn) -> tuple[Bounds, Request]:
     )
     options = {"key_block": key_block, "proposals": draw(st.sampled_from([1, 2, 3, 100]))}
     if draw(st.booleans()):
-        return Centroids(rows=draw(st.sampled_from([1, 3, 8, 64])), **options), request
+        return Centroids(
+            rows=draw(st.sampled_from([1, 3, 8, 64])),
+            far=draw(st.sampled_from([50, 1000])),
+            **options,
+        ), request
     return Bounds(row_group=row_group, **options), request
 
 

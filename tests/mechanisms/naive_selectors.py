@@ -174,6 +174,7 @@ class NaiveCentroids(NaiveSwift):
 
     selector: ClassVar[str] = "centroids"
     rows: int = 4
+    far: int = 60
     # Candidates from which on a sample of tiles weighs the groups: every so many, from the first.
     many: int = 4096
     tile: int = 64
@@ -187,7 +188,11 @@ class NaiveCentroids(NaiveSwift):
         complete = len(rows) == self.block and self.block > 1
         if not complete or self.bias is not None or self.strict and self.causal:
             return super().choose(q, k, rows, offset, start, end)
-        alone = replace(self, key_block=1, single=True)
+        position = offset + rows[0] if self.causal else len(k)
+        most, reach = self.rows, self.far
+        while reach < position:
+            most, reach = 2 * most, 2 * reach
+        alone = replace(self, key_block=1, single=True, rows=most)
         return NaiveSwift.choose(alone, q, k, rows, offset, start, end)
 
     def worth(self, asked: Asked) -> dict[int, float]:

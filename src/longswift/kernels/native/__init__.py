@@ -103,7 +103,11 @@ def attend(
     if pattern.by_row or not gathers:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
     with torch.no_grad():
-        out, lse = bands.out.to(q.dtype), bands.lse.to(torch.float32)
+        # Added to where they are; the fused kernel's sums do not lie next to each other.
+        out, lse = (
+            x if x.stride(-1) == 1 else x.contiguous()
+            for x in (bands.out.to(q.dtype), bands.lse.to(torch.float32))
+        )
         _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
         return Partial(out, lse)
 

@@ -35,6 +35,7 @@ def choose_by_bounds(
     extremes: Callable[[], tuple[Tensor, Tensor]],
     since: Tensor | None = None,
     centroid_rows: int | None = None,
+    far: int = 1,
     candidates: int = 0,
 ) -> None:
     """Chooses what ``Bounds`` or ``Centroids`` describes for every block of queries.
@@ -58,6 +59,8 @@ def choose_by_bounds(
             position that sees each.
         centroid_rows: Most rows of a complete block that are scored as one, against single keys;
             None bounds boxes of rows and keys.
+        far: Position from which on a centroid stands for twice as many rows; and again whenever
+            it doubles.
         candidates: Keys proposed to a complete block by centroids.
     """
     operators = compiled.loaded()
@@ -104,6 +107,7 @@ def choose_by_bounds(
                 scale,
                 pattern.causal,
                 centroid_rows,
+                far,
                 narrow,
             )
     elif complete:

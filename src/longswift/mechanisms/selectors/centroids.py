@@ -15,17 +15,19 @@ of the block, and only proposes.
 Blocks that are not complete, decoding, strict causality and position biases bound boxes of keys, as
 ``Bounds`` does, whose options these are.
 
-Cost per query and head: ``D n / rows`` multiply-adds for the means, and ``proposals * budget * D``
-for the exact stage.
+Cost per query and head: ``D n / rows`` multiply-adds for the means, which stand for twice as many
+rows whenever ``n`` has doubled beyond ``far``, and ``proposals * budget * D`` for the exact stage.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longswift.core.blocks import BlockRun, Workspace
 from longswift.core.mechanism import check_positive
@@ -46,24 +48,33 @@ class Centroids(Bounds):
 
     Attributes:
         rows: Most rows that are scored as one.
+        far: Positions beyond which twice as many rows are, four times as many beyond twice as far,
+            and so on: what a block costs then grows no further.
     """
 
     name: ClassVar[str] = "centroids"
 
     rows: int = 4
+    far: int = 65_536
     proposals: int = 16
     most_proposals: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("Centroids", rows=self.rows)
+        check_positive("Centroids", rows=self.rows, far=self.far)
 
     def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
         """A product for every group of rows and key."""
-        return (keys / self.rows + self.proposals * budget) / 2 if budget else 0.0
+        means = keys / self.rows_at(int(keys))
+        return (means + self.proposals * budget) / 2 if budget else 0.0
+
+    def rows_at(self, position: int) -> int:
+        """Most rows of a centroid, for a block at a position."""
+        return self.rows << max(0, -(-position // self.far) - 1).bit_length()
 
     def _options(self, request: Request) -> dict[str, Any]:
-        options = {"centroid_rows": self.rows, "candidates": self.proposals * request.budget}
+        candidates = self.proposals * request.budget
+        options = {"centroid_rows": self.rows, "far": self.far, "candidates": candidates}
         return super()._options(request) | options
 
     def _select(self, request: Request) -> Selection:
@@ -83,17 +94,41 @@ class _Pass(TwoStage):
 
     def __init__(self, selector: Centroids, request: Request) -> None:
         super().__init__(request, selector.proposals, request.k.shape[2], selector.proposals)
-        self._rows = selector.rows
+        self._selector = selector
         self._keys_of_head = request.k.to(factor_dtype(request.k)).flatten(0, 1)
 
     def _block_scores(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
         """Log-softmax over candidate keys of the groups' scores, ``[B, Hkv, N, groups, W]``."""
-        means = centroids(q, self._rows)
-        rows = means.flatten(2, 3).flatten(0, 1).to(self._keys_of_head.dtype)
-        scores = space.get("estimates", (*rows.shape[:2], width), self._acc)
-        bmm(rows, self._keys_of_head[:, :width].transpose(1, 2), out=scores)
+        block, end = self._request.pattern.block, self._request.k.shape[2]
+        causal = self._request.pattern.causal
+        positions = [run.position + n * block if causal else end for n in range(run.count)]
+        parts, first = [], 0
+        for rows, same in groupby(positions, self._selector.rows_at):
+            blocks = slice(first, first + len(list(same)))
+            parts.append(self._of_groups(q[:, :, blocks], rows, outside[:, blocks], width, space))
+            first = blocks.stop
+        if len(parts) == 1:
+            return parts[0]
+        # Groups that are no more score nothing.
+        most = max(part.shape[3] for part in parts)
+        missing = [most - part.shape[3] for part in parts]
+        return torch.cat(
+            [
+                pad(x, (0, 0, 0, more), value=_HIDDEN)
+                for x, more in zip(parts, missing, strict=True)
+            ],
+            2,
+        )
+
+    def _of_groups(
+        self, q: Tensor, rows: int, outside: Tensor, width: int, space: Workspace
+    ) -> Tensor:
+        means = centroids(q, rows)
+        factors = means.flatten(2, 3).flatten(0, 1).to(self._keys_of_head.dtype)
+        scores = space.get(f"estimates {rows}", (*factors.shape[:2], width), self._acc)
+        bmm(factors, self._keys_of_head[:, :width].transpose(1, 2), out=scores)
         scores = scores.view(*means.shape[:4], width)
         scores.masked_fill_(~outside.unsqueeze(2), _HIDDEN)
         many = outside.sum(-1) >= _MANY

@@ -82,6 +82,7 @@ class Chooser {
           const Choice& choice)
       : choice_(choice),
         dim_(q.size(3)),
+        q_len_(q.size(2)),
         k_len_(k.size(2)),
         heads_(q.size(1) / k.size(1)),
         groups_of_block_((choice.block + choice.row_group - 1) / choice.row_group),
@@ -124,27 +125,35 @@ class Chooser {
   }
 
   // Complete blocks like those of `run`, whose rows are scored in groups of at most `most` similar
-  // ones, key by key.
-  void run_centroids(int64_t first, int64_t count, int64_t row, int64_t most) {
+  // ones, key by key; at positions beyond `far` of twice as many rows, beyond twice `far` of four
+  // times as many.
+  void run_centroids(int64_t first, int64_t count, int64_t row, int64_t most, int64_t far) {
+    const auto rows_at = [&](int64_t n) {
+      const int64_t position = choice_.causal ? k_len_ - q_len_ + row + n * choice_.block : k_len_;
+      int64_t rows = most;
+      for (int64_t reach = far; reach < position; reach *= 2) {
+        rows *= 2;
+      }
+      return rows;
+    };
     int64_t done = 0;
     while (done < count) {
       if (reach(first + done) == 0) {
         ++done;
         continue;
       }
-      const int64_t at_row = row + done * choice_.block;
-      const int64_t groups =
-          mine_.centroids.find(q_, at_row, choice_.block, dim_, most);
+      const int64_t at_row = row + done * choice_.block, rows = rows_at(done);
+      const int64_t groups = mine_.centroids.find(q_, at_row, choice_.block, dim_, rows);
       const int64_t columns = round_up(groups, kLanes);
       int64_t some = std::min(kColumns / columns, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
       const bool many = has_many(first + done);
       for (int64_t n = 1; n < some; ++n) {
-        if (has_many(first + done + n) != many) {
+        if (has_many(first + done + n) != many || rows_at(done + n) != rows) {
           some = n;
         }
       }
-      propose_by_centroids(first + done, some, at_row, most, groups, columns);
+      propose_by_centroids(first + done, some, at_row, rows, groups, columns);
       done += some;
     }
   }
@@ -493,7 +502,7 @@ class Chooser {
   }
 
   const Choice& choice_;
-  const int64_t dim_, k_len_, heads_, groups_of_block_, rows_of_block_;
+  const int64_t dim_, q_len_, k_len_, heads_, groups_of_block_, rows_of_block_;
   const Rows<const T> k_;
   const F* panels_ = nullptr;
   int64_t width_ = 0;
@@ -522,11 +531,11 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
-                         const Choice& choice, int64_t rows, bool narrow) {
+                         const Choice& choice, int64_t rows, int64_t far, bool narrow) {
   by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
     for_each_place(places, 5, [&](at::IntArrayRef at) {
       Chooser<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
-          .run_centroids(at[2], at[3], at[4], rows);
+          .run_centroids(at[2], at[3], at[4], rows, far);
     });
   });
 }

@@ -39,10 +39,10 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
                       at::IntArrayRef places, const Choice& choice);
 
-// The same, with centroids of at most `rows` rows and single keys.
+// The same, with centroids of at most `rows` rows, more of them beyond `far`, and single keys.
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
-                         const Choice& choice, int64_t rows, bool narrow);
+                         const Choice& choice, int64_t rows, int64_t far, bool narrow);
 
 // A block of queries, its first row, how many rows.
 void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,

@@ -29,9 +29,10 @@ void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse
 
 void choose_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
-                      at::IntArrayRef sizes, double scale, bool causal, int64_t rows, bool narrow) {
+                      at::IntArrayRef sizes, double scale, bool causal, int64_t rows, int64_t far,
+                      bool narrow) {
   choose_by_centroids(q, k, band_lse, edges, tokens, places,
-                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, narrow);
+                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, far, narrow);
 }
 
 void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
@@ -70,7 +71,8 @@ TORCH_LIBRARY(longswift, m) {
       "int[] places, int[] sizes, float scale, float[] radii, bool causal) -> ()");
   m.def(
       "choose_centroids(Tensor q, Tensor k, Tensor band_lse, Tensor edges, Tensor(a!) tokens, "
-      "int[] places, int[] sizes, float scale, bool causal, int rows, bool narrow) -> ()");
+      "int[] places, int[] sizes, float scale, bool causal, int rows, int far, "
+      "bool narrow) -> ()");
   m.def(
       "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
