@@ -130,11 +130,11 @@ class NaiveTree(NaiveSwift):
         assert self.tree is not None
         every = math.ceil(len(asked.k) / self.key_block)
         leaves = asked.start // self.key_block if self.causal else every
-        opened = self.beam * wanted
+        opened = max(2, self.beam * wanted)
         level = 0
-        while math.ceil(leaves / self.tree**level) > opened * self.tree:
+        while math.ceil(leaves / self.tree**level) > 4 * opened * self.tree:
             level += 1
-        if asked.q.shape[1] == 1:
+        if asked.q.shape[1] < self.block or asked.q.shape[1] == 1:
             level = 0
         nodes = list(range(math.ceil(every / self.tree**level)))
         while True:

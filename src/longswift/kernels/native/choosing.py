@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.blocks import block_runs
+from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
 from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow
@@ -34,6 +35,9 @@ def choose_by_bounds(
     sinks: int,
     extremes: Callable[[], tuple[Tensor, Tensor]],
     since: Tensor | None = None,
+    branch: int = 1,
+    opened: int = 0,
+    levels: Callable[[int], int] = lambda leaves: 0,
 ) -> None:
     """Chooses what ``Bounds`` describes for every block of queries.
 
@@ -54,6 +58,11 @@ def choose_by_bounds(
             if a block of queries is cut, unless the choice is strictly causal.
         since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
             position that sees each.
+        branch: Boxes in one of the next level of a tree, at most 64. Complete blocks of queries
+            descend it unless the choice is strictly causal.
+        opened: Boxes opened a level.
+        levels: Levels above so many key blocks at which their tree is entered; at level 0 every
+            key block is looked at.
     """
     operators = compiled.loaded()
     q = in_pairs(q)
@@ -81,18 +90,33 @@ def choose_by_bounds(
             )
         return
 
-    complete = [run for run in runs if run.rows == block and block > 1]
-    if complete:
-        reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
-        boxes = _boxes(k, min(reach, blocks), key_block, 3)
+    for run in runs:
+        if run.rows < block or block == 1:
+            continue
         sizes = (block, key_block, row_group, proposed(block), *rest)
-        work = [
-            (*piece, run.row + (piece[2] - run.first) * block)
-            for run in complete
-            for piece in pieces(k, run.count, run.first)
-        ]
-        for places in batches(work):
-            operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
+        for part, level in _parts(run, pattern, key_block, blocks, levels):
+            work = [
+                (*piece, run.row + (piece[2] - run.first) * block)
+                for piece in pieces(k, len(part), run.first + part.start)
+            ]
+            seen = edges[:, run.first + part.start : run.first + part.stop, 0]
+            reach = min(int(seen.max()) // key_block, blocks) if pattern.causal else blocks
+            numbers, size = 3 if row_radius else 2, branch**level
+            nodes = -(-reach // size)
+            boxes = _boxes(k, nodes, key_block * size, numbers)
+            # In panels of those that are opened together.
+            below = [
+                _boxes(k, nodes * size // branch**i, key_block * branch**i, numbers, branch)
+                for i in range(level)
+            ]
+            for places in batches(work):
+                if below:
+                    operators.choose_tree(
+                        *(q, k, band_lse, boxes, below, edges, tokens, places, sizes),
+                        *(*how, opened),
+                    )
+                else:
+                    operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
 
     cut = [run for run in runs if run.rows < block or block == 1]
     if not cut:
@@ -113,16 +137,42 @@ def choose_by_bounds(
             )
 
 
-def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
+def _parts(
+    run: BlockRun,
+    pattern: BlockPattern,
+    key_block: int,
+    blocks: int,
+    levels: Callable[[int], int],
+) -> list[tuple[range, int]]:
+    """Blocks of a run that enter the tree at the same level, and the level.
+
+    It depends on the position alone, so that the tree is entered alike in every chunk.
+    """
+    first, per_block = run.position // pattern.block, pattern.block // key_block
+    level_of = [
+        levels((first + index) * per_block if pattern.causal else blocks)
+        for index in range(run.count)
+    ]
+    parts = []
+    for level, same in groupby(range(run.count), key=level_of.__getitem__):
+        inside = list(same)
+        parts.append((range(inside[0], inside[-1] + 1), level))
+    return parts
+
+
+def _boxes(
+    k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH
+) -> Tensor:
     """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, *, width]``.
 
     Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).
     """
     operators = compiled.loaded()
     batch, kv_heads, _, dim = k.shape
-    panels = -(-count // _WIDTH)
-    shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)
+    panels = -(-count // width)
+    shape = (batch * kv_heads, panels, numbers * dim, width)
     boxes = torch.empty(shape, dtype=factors_of(k), device=k.device)
+    operators.use_large_pages(boxes)
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
     for places in batches(work):
         operators.describe(k, boxes, places, key_block)

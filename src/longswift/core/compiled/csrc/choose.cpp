@@ -2,6 +2,7 @@
 #include "best.h"
 #include "columns.h"
 #include "common.h"
+#include "descent.h"
 #include "kernels.h"
 
 namespace longswift {
@@ -21,6 +22,7 @@ struct Space {
   Buffer<int32_t> blocks, tokens, best;
   Best order;
   Columns columns;
+  Descent<F> descent;
 };
 
 template <typename F>
@@ -30,7 +32,8 @@ Space<F>& space() {
 }
 
 // Boxes around every `size` of `count` rows, as [groups, 3 * dim]: centre, what meets the radius of
-// a block, what meets the absolute centre of one.
+// a block, what meets the absolute centre of one. Where they shrink to their centres, [groups,
+// 2 * dim]: what meets the maximum of a block, what meets the minimum.
 template <typename T, typename F>
 void describe_rows(const Rows<const T>& q, int64_t first, int64_t count, int64_t size, int64_t dim,
                    const Choice& choice, F* out) {
@@ -46,14 +49,22 @@ void describe_rows(const Rows<const T>& q, int64_t first, int64_t count, int64_t
         high[d] = std::max(high[d], x);
       }
     }
-    for (int64_t d = 0; d < dim; ++d) {
-      const float centre = (low[d] + high[d]) / 2, radius = (high[d] - low[d]) / 2;
-      line[d] = centre;
-      line[dim + d] = choice.key_radius * (std::abs(centre) + radius);
-      line[2 * dim + d] = choice.row_radius * radius;
+    if (choice.numbers() == 2) {
+      for (int64_t d = 0; d < dim; ++d) {
+        row[d] = (low[d] + high[d]) / 2;
+      }
+      bound_factors(row, dim, 1.0f, choice.key_radius, line, line + dim);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) {
+        const float centre = (low[d] + high[d]) / 2;
+        const float radius = choice.row_radius * (high[d] - low[d]) / 2;
+        line[d] = centre;
+        line[dim + d] = choice.key_radius * (std::abs(centre) + radius);
+        line[2 * dim + d] = radius;
+      }
     }
-    convert(out, line, 3 * dim);
-    out += 3 * dim;
+    convert(out, line, choice.numbers() * dim);
+    out += choice.numbers() * dim;
   }
 }
 
@@ -84,7 +95,7 @@ class Chooser {
   }
 
   // Complete blocks [first, first + count) of the queries, the first of which starts at row `row`.
-  // Rows are bounded in groups; `boxes [panels, 3 * dim, width]` are those of the keys.
+  // Rows are bounded in groups; `boxes [panels, numbers * dim, width]` are those of the keys.
   void run(const F* boxes, int64_t width, int64_t first, int64_t count, int64_t row) {
     panels_ = boxes;
     width_ = width;
@@ -104,6 +115,25 @@ class Chooser {
         propose_and_choose(first + done, some, row + done * choice_.block, needed);
       }
       done += some;
+    }
+  }
+
+  // The same by a tree of boxes.
+  void run(const Tree<F>& tree, int64_t first, int64_t count, int64_t row) {
+    const int64_t most = std::max<int64_t>(1, kMostRows / rows_of_block_);
+    const int64_t size = tree.size(tree.panels.size());
+    while (count > 0) {
+      const int64_t some = std::min(most, count);
+      int64_t needed = 0;
+      for (int64_t n = 0; n < some; ++n) {
+        needed = std::max(needed, (reach(first + n) + size - 1) / size);
+      }
+      if (needed > 0) {
+        descend_and_choose(tree, first, some, row, needed, size);
+      }
+      first += some;
+      count -= some;
+      row += some * choice_.block;
     }
   }
 
@@ -135,16 +165,57 @@ class Chooser {
     return choice_.causal ? std::min(before(block), blocks_) : blocks_;
   }
 
-  void propose_and_choose(int64_t first, int64_t count, int64_t row, int64_t needed) {
-    const int64_t rows = count * rows_of_block_, inner = 3 * dim_;
-    const int64_t width = round_up(needed, width_), step = row_step(width);
-    F* groups = mine_.groups.get(rows * inner);
+  // Groups of the rows of some blocks, `[count * rows_of_block_, inner]`.
+  const F* describe(int64_t count, int64_t row, int64_t inner) {
+    F* groups = mine_.groups.get(count * rows_of_block_ * inner);
     for (int64_t n = 0; n < count; ++n) {
       for (int64_t g = 0; g < heads_; ++g) {
         describe_rows<T, F>(q_[g], row + n * choice_.block, choice_.block, choice_.row_group, dim_,
                             choice_, groups + (n * rows_of_block_ + g * groups_of_block_) * inner);
       }
     }
+    return groups;
+  }
+
+  void descend_and_choose(const Tree<F>& tree, int64_t first, int64_t count, int64_t row,
+                          int64_t needed, int64_t size) {
+    const int64_t rows = count * rows_of_block_;
+    const int64_t width = round_up(needed, tree.width), step = row_step(width);
+    const F* groups = describe(count, row, tree.inner);
+    float* bounds = mine_.bounds.get(rows * step);
+    for (int64_t column = 0; column < width; column += tree.width) {
+      multiply<F>(rows, tree.width, tree.inner, groups, tree.inner, tree.top + column * tree.inner,
+                  tree.width, bounds + column, step);
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t block = first + n;
+      const int64_t nodes = (reach(block) + size - 1) / size;
+      if (nodes == 0) {
+        continue;
+      }
+      const Candidates outside{std::min(before(block), blocks_), after(block), blocks_,
+                               choice_.sink_blocks};
+      int32_t* blocks = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
+      int64_t found = 0;
+      for (int64_t j = 0; j < std::min(choice_.sink_blocks, blocks_); ++j) {
+        if (outside.all(j, j + 1)) {
+          blocks[found++] = static_cast<int32_t>(j);
+        }
+      }
+      const int64_t before_row = n * rows_of_block_;
+      found += mine_.descent.find(tree, groups + before_row * tree.inner, rows_of_block_,
+                                  bounds + before_row * step, step, nodes, outside,
+                                  choice_.proposed, blocks + found);
+      if (found > 0) {
+        choose(found, row + n * choice_.block, choice_.block, tokens_ + block * choice_.budget);
+      }
+    }
+  }
+
+  void propose_and_choose(int64_t first, int64_t count, int64_t row, int64_t needed) {
+    const int64_t rows = count * rows_of_block_, inner = choice_.numbers() * dim_;
+    const int64_t width = round_up(needed, width_), step = row_step(width);
+    const F* groups = describe(count, row, inner);
     float* bounds = mine_.bounds.get(rows * step);
     for (int64_t column = 0; column < width; column += width_) {
       multiply<F>(rows, width_, inner, groups, inner, panels_ + column * inner, width_,
@@ -370,6 +441,25 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
       const F* panels = boxes.data_ptr<F>() + (at[0] * k.size(1) + at[1]) * boxes.stride(0);
       Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
           .run(panels, boxes.size(3), at[2], at[3], at[4]);
+    });
+  });
+}
+
+void choose_by_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& top, at::TensorList levels, const at::Tensor& edges,
+                    at::Tensor tokens, at::IntArrayRef places, const Choice& choice,
+                    int64_t opened) {
+  by_types(q.scalar_type(), top.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+    using F = decltype(factor);
+    for_each_place(places, 5, [&](at::IntArrayRef at) {
+      const int64_t problem = at[0] * k.size(1) + at[1];
+      Tree<F> tree{top.data_ptr<F>() + problem * top.stride(0), {},     top.size(2), top.size(3),
+                   levels[0].size(3),                           opened};
+      for (const at::Tensor& level : levels) {
+        tree.panels.push_back(level.data_ptr<F>() + problem * level.stride(0));
+      }
+      Chooser<decltype(in), F>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
+          .run(tree, at[2], at[3], at[4]);
     });
   });
 }
