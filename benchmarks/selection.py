@@ -23,6 +23,8 @@ from longswift.mechanisms.selectors.bounds import Bounds
 from longswift.mechanisms.selectors.lowrank import LowRank
 from longswift.mechanisms.selectors.pooled import Pooled
 
+# Groups of rows stand for their centres: a third fewer products with boxes.
+CENTRES: dict[str, Any] = {"key_radius": 0.7, "row_radius": 0.0}
 # Settings beside the default that change one thing each.
 CONFIGS: dict[str, Mechanism] = {
     "window 1024": SlidingWindow(window=1024),
@@ -41,7 +43,9 @@ CONFIGS: dict[str, Mechanism] = {
     "bounds, 64 tokens": MSSwift(key_tokens=64, selector=Bounds(proposals=24)),
     "bounds, 256 tokens": MSSwift(key_tokens=256, selector=Bounds(proposals=6)),
     "bounds, 512 tokens": MSSwift(key_tokens=512, selector=Bounds(proposals=3)),
-    "bounds, tree 8": MSSwift(selector=Bounds(tree=8)),
+    "bounds, tree 16": MSSwift(selector=Bounds(tree=16)),
+    "bounds, centres of 16 rows": MSSwift(selector=Bounds(row_group=16, **CENTRES)),
+    "bounds, tree 16, centres": MSSwift(selector=Bounds(tree=16, row_group=16, **CENTRES)),
     "bounds, delta 64": MSSwift(delta=64),
     "antidiagonal 4": MSSwift(selector=Antidiagonal(stride=4), key_tokens=256),
     "antidiagonal 8": MSSwift(selector=Antidiagonal(stride=8), key_tokens=256),

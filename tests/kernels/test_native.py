@@ -344,7 +344,9 @@ def test_a_tree_is_descended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
 
     def attend(tree: int | None) -> Tensor:
         selector = Bounds(tree=tree, proposals=4)
-        attention = MSSwift(windows=(32,), block=32, key_tokens=8, dense_below=64, selector=selector)
+        attention = MSSwift(
+            windows=(32,), block=32, key_tokens=8, dense_below=64, selector=selector
+        )
         found: Tensor = attention(2 * q, k, v, backend="native").lse
         return found
 

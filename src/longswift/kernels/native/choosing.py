@@ -160,9 +160,7 @@ def _parts(
     return parts
 
 
-def _boxes(
-    k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH
-) -> Tensor:
+def _boxes(k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH) -> Tensor:
     """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, *, width]``.
 
     Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).

@@ -120,14 +120,15 @@ class Chooser {
 
   // The same by a tree of boxes.
   void run(const Tree<F>& tree, int64_t first, int64_t count, int64_t row) {
-    const int64_t most = std::max<int64_t>(1, kMostRows / rows_of_block_);
-    const int64_t size = tree.size(tree.panels.size());
+    const int64_t size = tree.size(static_cast<int64_t>(tree.panels.size()));
+    int64_t needed = 0;
+    for (int64_t n = 0; n < count; ++n) {
+      needed = std::max(needed, (reach(first + n) + size - 1) / size);
+    }
+    const int64_t held = std::min(kMostRows, kScores / row_step(round_up(needed, tree.width)));
+    const int64_t most = std::max<int64_t>(1, held / rows_of_block_);
     while (count > 0) {
       const int64_t some = std::min(most, count);
-      int64_t needed = 0;
-      for (int64_t n = 0; n < some; ++n) {
-        needed = std::max(needed, (reach(first + n) + size - 1) / size);
-      }
       if (needed > 0) {
         descend_and_choose(tree, first, some, row, needed, size);
       }
