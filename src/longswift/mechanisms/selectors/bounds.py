@@ -41,14 +41,12 @@ from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
-from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 from longswift.mechanisms.selectors.box_tree import WHOLE, descend, enclose, levels_above
+from longswift.mechanisms.selectors.boxes import extremes, key_extremes, key_features
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
-# Boxes of key blocks described at once.
-_BOXES = 2048
 # Boxes that a backend opens together at most.
 _WIDEST = 64
 
@@ -174,7 +172,7 @@ class Bounds(Selector):
             row_radius=self.row_radius,
             proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
-            extremes=lambda: _key_extremes(request, request.key_block),
+            extremes=lambda: key_extremes(request, request.key_block),
             since=since,
             **self._tree(request),
         )
@@ -203,7 +201,7 @@ class _Pass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        low, high = _key_extremes(request, request.key_block)
+        low, high = key_extremes(request, request.key_block)
         super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
@@ -216,7 +214,7 @@ class _Pass(TwoStage):
         self._row_boxes: list[Tensor] = []
         self._group_boxes: list[list[Tensor]] = []
         if request.strict or cut or selector.row_radius == 0.0:
-            self._row_boxes = _extremes(low, high, dtype)
+            self._row_boxes = extremes(low, high, dtype)
         levels = 1
         if whole and not request.strict:
             if selector.tree is not None:
@@ -226,9 +224,9 @@ class _Pass(TwoStage):
                     assert selector.tree is not None
                     low, high = enclose(low, high, selector.tree)
                 if selector.row_radius:
-                    boxes = [_key_features(low, high, dtype).flatten(0, 1)]
+                    boxes = [key_features(low, high, dtype).flatten(0, 1)]
                 else:
-                    boxes = _extremes(low, high, dtype) if level else self._row_boxes
+                    boxes = extremes(low, high, dtype) if level else self._row_boxes
                 self._group_boxes.append(boxes)
         self._largest: dict[int, ScoreBias] = {}
         if request.bias is not None:
@@ -360,7 +358,7 @@ class _Pass(TwoStage):
         return ((low + high) / 2).flatten(3, 4), ((high - low) / 2).flatten(3, 4)
 
     def _group_features(self, centre: Tensor, radius: Tensor) -> Tensor:
-        """What boxes around rows meet ``_key_features`` with, ``[..., 3D]``."""
+        """What boxes around rows meet ``key_features`` with, ``[..., 3D]``."""
         of_keys = self._selector.key_radius
         return torch.cat([centre, of_keys * (centre.abs() + radius), radius], -1)
 
@@ -396,40 +394,3 @@ class _Pass(TwoStage):
         return share_among_blocks(
             bound, outside, self._request.pattern.causal, self._request.strict
         )
-
-
-def _extremes(low: Tensor, high: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Maximum and minimum of boxes ``[B, H, W, D]`` as factors, ``[B * H, W, D]`` each."""
-    return [x.to(dtype).flatten(0, 1) for x in (high, low)]
-
-
-def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Centre, radius and absolute centre of boxes ``[B, Hkv, W, D]``, ``[B, Hkv, W, 3D]``."""
-    acc = accumulator_dtype(low.dtype)
-    features = torch.empty(*low.shape[:3], 3 * low.shape[3], dtype=dtype, device=low.device)
-    # A piece at a time: temporaries as large as the boxes would be the peak of the whole call.
-    for out, bottom, top in zip(*(x.split(_BOXES, 2) for x in (features, low, high)), strict=True):
-        bottom, top = bottom.to(acc), top.to(acc)
-        centre = (bottom + top) / 2
-        out.copy_(torch.cat([centre, (top - bottom) / 2, centre.abs()], -1))
-    return features
-
-
-def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
-    """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
-
-    The incomplete last block is a candidate in bidirectional attention only.
-    """
-    k, summary = request.k, request.summary
-    if summary is not None and size % summary.page == 0:
-        known = summary.coarsen(size // summary.page)
-        low, high = known.k_min, known.k_max
-    else:
-        whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
-        # Two reductions: a fused aminmax over an inner dimension is several times slower.
-        low, high = whole.amin(3), whole.amax(3)
-    if k.shape[2] % size and not request.pattern.causal:
-        tail = k[:, :, k.shape[2] // size * size :]
-        low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
-        high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-    return low, high
