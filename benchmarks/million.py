@@ -29,11 +29,11 @@ KIND = "million"
 HEADS, WIDTH = 2, 64
 TREE = Bounds(tree=16, row_group=16, key_radius=0.7, row_radius=0.0)
 MECHANISMS = {
-    "every box": MSSwift(),
-    "tree": MSSwift(selector=TREE),
-    "every box, no remainder": MSSwift(remainder=None),
-    "tree, no remainder": MSSwift(selector=TREE, remainder=None),
-    "tree, remainder 2048": MSSwift(selector=TREE, remainder=2048),
+    "every box": MSSwift(key_tokens=128, selector=Bounds()),
+    "tree": MSSwift(key_tokens=128, selector=TREE),
+    "every box, no remainder": MSSwift(key_tokens=128, selector=Bounds(), remainder=None),
+    "tree, no remainder": MSSwift(key_tokens=128, selector=TREE, remainder=None),
+    "tree, remainder 2048": MSSwift(key_tokens=128, selector=TREE, remainder=2048),
 }
 
 
