@@ -20,44 +20,54 @@ from longswift.eval.results import Result, load
 from longswift.mechanisms.selectors.anchor import Anchor
 from longswift.mechanisms.selectors.antidiagonal import Antidiagonal
 from longswift.mechanisms.selectors.bounds import Bounds
+from longswift.mechanisms.selectors.centroids import Centroids
 from longswift.mechanisms.selectors.lowrank import LowRank
 from longswift.mechanisms.selectors.pooled import Pooled
 
 # Groups of rows stand for their centres: a third fewer products with boxes.
 CENTRES: dict[str, Any] = {"key_radius": 0.7, "row_radius": 0.0}
-# Settings beside the default that change one thing each.
+# Settings beside the default that change one thing each, then other ways to propose.
 CONFIGS: dict[str, Mechanism] = {
     "window 1024": SlidingWindow(window=1024),
     "no key tokens": MSSwift(key_tokens=0),
-    "bounds": MSSwift(),
-    "bounds, no remainder": MSSwift(remainder=None),
-    "bounds, remainder 64": MSSwift(remainder=64),
-    "bounds, full radii": MSSwift(selector=Bounds(key_radius=1.0, row_radius=1.0)),
-    "bounds, keys by 8": MSSwift(selector=Bounds(key_block=8)),
-    "bounds, keys by 2": MSSwift(selector=Bounds(key_block=2)),
-    "bounds, rows by 8": MSSwift(selector=Bounds(row_group=8)),
-    "bounds, proposals 8": MSSwift(selector=Bounds(proposals=8)),
-    "bounds, proposals 24": MSSwift(selector=Bounds(proposals=24)),
-    "bounds, block 64": MSSwift(block=64),
-    "bounds, block 32": MSSwift(block=32),
-    "bounds, 64 tokens": MSSwift(key_tokens=64, selector=Bounds(proposals=24)),
-    "bounds, 256 tokens": MSSwift(key_tokens=256, selector=Bounds(proposals=6)),
-    "bounds, 512 tokens": MSSwift(key_tokens=512, selector=Bounds(proposals=3)),
-    "bounds, tree 16": MSSwift(selector=Bounds(tree=16)),
-    "bounds, centres of 16 rows": MSSwift(selector=Bounds(row_group=16, **CENTRES)),
-    "bounds, tree 16, centres": MSSwift(selector=Bounds(tree=16, row_group=16, **CENTRES)),
-    "bounds, delta 64": MSSwift(delta=64),
-    "antidiagonal 4": MSSwift(selector=Antidiagonal(stride=4), key_tokens=256),
-    "antidiagonal 8": MSSwift(selector=Antidiagonal(stride=8), key_tokens=256),
+    "centroids": MSSwift(),
+    "centroids, no remainder": MSSwift(remainder=None),
+    "centroids, remainder 64": MSSwift(remainder=64),
+    "centroids, rows 16": MSSwift(selector=Centroids(rows=16)),
+    "centroids, rows 8": MSSwift(selector=Centroids(rows=8)),
+    "centroids, rows 2": MSSwift(selector=Centroids(rows=2)),
+    "centroids, proposals 4": MSSwift(selector=Centroids(proposals=4)),
+    "centroids, proposals 8": MSSwift(selector=Centroids(proposals=8)),
+    "centroids, proposals 32": MSSwift(selector=Centroids(proposals=32)),
+    "centroids, 128 tokens": MSSwift(key_tokens=128, selector=Centroids(proposals=32)),
+    "centroids, 512 tokens": MSSwift(key_tokens=512, selector=Centroids(proposals=8)),
+    "centroids, block 64": MSSwift(block=64),
+    "centroids, block 32": MSSwift(block=32),
+    "bounds": MSSwift(key_tokens=128, selector=Bounds()),
+    "bounds, full radii": MSSwift(key_tokens=128, selector=Bounds(key_radius=1, row_radius=1)),
+    "bounds, rows by 8": MSSwift(key_tokens=128, selector=Bounds(row_group=8)),
+    "bounds, proposals 24": MSSwift(key_tokens=128, selector=Bounds(proposals=24)),
+    "bounds, 256 tokens of 16x": MSSwift(selector=Bounds(proposals=16, most_proposals=32)),
+    "bounds, keys by 1 and 48x": MSSwift(
+        key_tokens=128, selector=Bounds(key_block=1, proposals=48)
+    ),
+    "bounds, tree 16": MSSwift(key_tokens=128, selector=Bounds(tree=16)),
+    "bounds, centres of 16 rows": MSSwift(key_tokens=128, selector=Bounds(row_group=16, **CENTRES)),
+    "bounds, tree 16, centres": MSSwift(
+        key_tokens=128, selector=Bounds(tree=16, row_group=16, **CENTRES)
+    ),
+    "antidiagonal 4": MSSwift(selector=Antidiagonal(stride=4)),
+    "antidiagonal 8": MSSwift(selector=Antidiagonal(stride=8)),
     "anchor 64": MSSwift(selector=Anchor(stride=64)),
     "anchor 16": MSSwift(selector=Anchor(stride=16)),
-    "anchor 64, delta 64": MSSwift(selector=Anchor(stride=64), delta=64),
-    "pooled 16": MSSwift(selector=Pooled(key_block=16, proposals=12, most_proposals=64)),
-    "pooled 4": MSSwift(selector=Pooled(key_block=4, proposals=12, most_proposals=64)),
-    "pooled 16, variance": MSSwift(
-        selector=Pooled(key_block=16, variance=True, proposals=12, most_proposals=64)
+    "centroids, delta 64": MSSwift(delta=64),
+    "pooled 16": MSSwift(key_tokens=128, selector=Pooled(proposals=12, most_proposals=64)),
+    "pooled 4": MSSwift(
+        key_tokens=128, selector=Pooled(key_block=4, proposals=12, most_proposals=64)
     ),
-    "lowrank": MSSwift(selector=LowRank(key_block=4, proposals=12, most_proposals=64)),
+    "lowrank": MSSwift(
+        key_tokens=128, selector=LowRank(key_block=4, proposals=12, most_proposals=64)
+    ),
 }
 
 

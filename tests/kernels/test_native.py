@@ -19,8 +19,10 @@ from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import Partial
 from longswift.kernels import dispatch, eager, native, reference
+from longswift.kernels.native import choosing
 from longswift.mechanisms.selectors.base import Request, Selection
 from longswift.mechanisms.selectors.bounds import Bounds
+from longswift.mechanisms.selectors.centroids import Centroids
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import Problem, problems
 
@@ -69,6 +71,14 @@ def error(got: Partial, exact: Partial) -> tuple[float, float]:
     out = (got.out.double() - exact.out).abs().amax()
     lse = (got.lse[seen].double() - exact.lse[seen]).abs().amax() if seen.any() else out
     return float(out), float(lse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_ranks() -> Iterator[None]:
+    """fp32 inputs are ranked in fp32, so that choices can be compared token by token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "ranks_in_16_bits", lambda q: False)
+        yield
 
 
 @needs_them
@@ -140,7 +150,7 @@ def test_gradients_are_the_eager_kernels() -> None:
 
 
 @st.composite
-def requests(draw: st.DrawFn, longest: int = 400) -> tuple[Bounds, Request]:
+def requests(draw: st.DrawFn, longest: int = 400, centroids: bool = True) -> tuple[Bounds, Request]:
     causal = draw(st.booleans())
     block = draw(st.sampled_from([16, 32, 64]))
     key_block = draw(st.sampled_from([1, 4, 8]))
@@ -170,14 +180,11 @@ def requests(draw: st.DrawFn, longest: int = 400) -> tuple[Bounds, Request]:
         coverage=None,
         strict=causal and draw(st.booleans()),
     )
-    proposals = draw(st.sampled_from([1, 2, 3, 100]))
-    selector = Bounds(
-        key_block=key_block,
-        row_group=row_group,
-        proposals=proposals,
-        row_radius=draw(st.sampled_from([0.0, 0.5])),
-    )
-    return selector, request
+    options = {"key_block": key_block, "proposals": draw(st.sampled_from([1, 2, 3, 100]))}
+    if centroids and draw(st.booleans()):
+        return Centroids(rows=draw(st.sampled_from([1, 3, 8, 64])), **options), request
+    row_radius = draw(st.sampled_from([0.0, 0.5]))
+    return Bounds(row_group=row_group, row_radius=row_radius, **options), request
 
 
 @needs_them
@@ -191,7 +198,7 @@ def test_choices(drawn: tuple[Bounds, Request]) -> None:
 @needs_them
 @settings(max_examples=150)
 @given(
-    requests(longest=2500),
+    requests(longest=2500, centroids=False),
     st.sampled_from([2, 4, 16, 64]),
     st.sampled_from([1, 2]),
     st.sampled_from([1, 5, 16]),
@@ -233,10 +240,45 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 @needs_them
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_many_keys_are_weighed_by_the_same_sample(heads: tuple[int, int], causal: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    k_len, q_len = 6100, 320 if causal else 6100
+    q = torch.randn(1, heads[0], q_len, 32, generator=generator)
+    k = 2 * torch.randn(1, heads[1], k_len, 32, generator=generator)
+    bands = (Band(tile=64, left=64, right=0 if causal else 64),) * heads[1]
+    pattern = BlockPattern(causal=causal, bands=bands, block=64)
+    request = Request(
+        q=q,
+        k=k,
+        scale=0.3,
+        key_block=4,
+        pattern=pattern,
+        band_lse=eager.attend_bands(q, k, k, pattern, 0.3).lse,
+        sinks=4,
+        budget=32,
+        coverage=None,
+        strict=False,
+    )
+    selector = Centroids(rows=4, proposals=4)
+    slow = ordered(selector.select(request))
+    fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))
+    assert (fast != slow).any(-1).double().mean() < 0.02
+    assert overlap(fast, slow) > 0.999
+
+
+@needs_them
 @pytest.mark.parametrize(
-    "selector", [Bounds(), Bounds(row_radius=0.0), *(Bounds(tree=t, proposals=1) for t in (2, 16))]
+    "selector",
+    [
+        Centroids(),
+        Bounds(),
+        Bounds(row_radius=0.0),
+        *(Bounds(tree=tree, proposals=1) for tree in (2, 16)),
+    ],
 )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(1, 4, 1200, 64, generator=generator).to(dtype)
@@ -250,10 +292,13 @@ def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) 
         selector=selector,
     )
     everything = Full()(2 * q, k, v).lse
-    mass = {
-        backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
-        for backend in ("native", "eager")
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        # As where the processor multiplies 16-bit numbers fast.
+        patch.setattr(choosing, "ranks_in_16_bits", lambda q: q.dtype == torch.float32)
+        mass = {
+            backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
+            for backend in ("native", "eager")
+        }
     assert mass["native"] > mass["eager"] - 1e-3
 
 
@@ -292,7 +337,7 @@ def test_ms_swift_is_softmax_over_what_it_saw(
 
 
 @needs_them
-@pytest.mark.parametrize("selector", [Bounds(), Bounds(tree=2, proposals=1)])
+@pytest.mark.parametrize("selector", [Centroids(), Bounds(), Bounds(tree=2, proposals=1)])
 def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour(selector: Bounds) -> None:
     attention = MSSwift(
         windows=(32, 96), block=32, key_tokens=16, dense_below=64, selector=selector
@@ -351,7 +396,7 @@ def test_a_tree_is_descended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
         return found
 
     everything = attend(None)
-    monkeypatch.setattr("longswift.mechanisms.selectors.bounds._Pass", None)
+    monkeypatch.setattr("longswift.mechanisms.selectors.bounds.BoundsPass", None)
     found = attend(4)
     assert not torch.equal(found, everything)
     assert (found - everything).exp().mean() > 0.9

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -166,3 +166,51 @@ class NaiveTree(NaiveSwift):
             rank.update(zip(whole, worth.tolist(), strict=True))
         sink_blocks = math.ceil(self.sinks / self.key_block)
         return {j: r for j, r in rank.items() if (j + 1) * size > sink_blocks}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NaiveCentroids(NaiveSwift):
+    """Means of similar rows score every key; few rows, and strict ones, bound boxes."""
+
+    selector: ClassVar[str] = "centroids"
+    rows: int = 4
+    # Candidates from which on a sample of tiles weighs the groups: every so many, from the first.
+    many: int = 4096
+    tile: int = 64
+    every: int = 8
+    first: int = 4
+    single: bool = False
+
+    def choose(
+        self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
+    ) -> dict[int, int]:
+        complete = len(rows) == self.block and self.block > 1
+        if not complete or self.bias is not None or self.strict and self.causal:
+            return super().choose(q, k, rows, offset, start, end)
+        alone = replace(self, key_block=1, single=True)
+        return NaiveSwift.choose(alone, q, k, rows, offset, start, end)
+
+    def worth(self, asked: Asked) -> dict[int, float]:
+        if not self.single:
+            return super().worth(asked)
+        keys = asked.outside
+        sampled = [
+            i
+            for i, key in enumerate(keys)
+            if len(keys) < self.many or key // self.tile % self.every == self.first
+        ]
+        rank = np.full(len(keys), -math.inf)
+        for group in self.halves(list(asked.q.reshape(-1, asked.q.shape[-1]))):
+            scores = asked.k[keys] @ (sum(group) / len(group))
+            rank = np.maximum(rank, scores - np.logaddexp.reduce(scores[sampled]))
+        return dict(zip(keys, rank.tolist(), strict=True))
+
+    def halves(self, rows: list[Array]) -> list[list[Array]]:
+        """Groups of at most so many rows, or of an odd number."""
+        if len(rows) <= self.rows or len(rows) % 2:
+            return [rows]
+        channel = int(np.argmax(np.var(rows, axis=0)))
+        middle = len(rows) // 2
+        order = sorted(range(len(rows)), key=lambda i: (rows[i][channel], i))
+        low, high = sorted(order[:middle]), sorted(order[middle:])
+        return self.halves([rows[i] for i in low]) + self.halves([rows[i] for i in high])

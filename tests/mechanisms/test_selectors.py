@@ -14,7 +14,13 @@ from longswift import MSSwift
 from longswift.mechanisms.selectors.base import take_in_turn
 from longswift.mechanisms.selectors.box_tree import descend, enclose
 from tests.mechanisms.naive import NaiveSwift
-from tests.mechanisms.naive_selectors import NaiveAnchor, NaiveLowRank, NaivePooled, NaiveTree
+from tests.mechanisms.naive_selectors import (
+    NaiveAnchor,
+    NaiveCentroids,
+    NaiveLowRank,
+    NaivePooled,
+    NaiveTree,
+)
 from tests.mechanisms.twins import compare
 
 TOKENS: dict[str, Any] = {"windows": (16,), "key_block": 1, "key_tokens": 2}
@@ -33,6 +39,10 @@ TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
     "tree_wide": (NaiveTree, {**TOKENS, "tree": 4, "proposals": 1}),
     "tree_deep": (NaiveTree, {**TOKENS, "block": 8}),
     "tree_centres": (NaiveTree, {**TOKENS, "row_radius": 0.0}),
+    "centroids": (NaiveCentroids, {"windows": (16, 32), "remainder": 24, "key_tokens": 7}),
+    "centroids_coverage": (NaiveCentroids, {"windows": (16,), "coverage": 0.8, "sinks": 11}),
+    "centroids_few": (NaiveCentroids, {"windows": (24,), "block": 8, "rows": 1, "proposals": 1}),
+    "centroids_odd": (NaiveCentroids, {"windows": (16,), "block": 24, "rows": 2, "key_block": 1}),
     "anchor": (NaiveAnchor, {"windows": (16, 32), "remainder": 24}),
     "anchor_coverage": (NaiveAnchor, {"windows": (16,), "coverage": 0.7, "sinks": 11}),
     "anchor_every": (NaiveAnchor, {"windows": (16,), "stride": 1, "key_tokens": 7}),
@@ -50,9 +60,23 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
     compare(naive(**options, causal=causal, strict=strict), data, fewest=1)
 
 
+@settings(max_examples=20)
+@given(st.data())
+def test_centroids_are_weighed_by_a_sample_where_keys_are_many(data: st.DataObject) -> None:
+    sample = {"many": 30, "tile": 4, "every": 3, "first": 1}
+    naive = NaiveCentroids(
+        windows=(16,), key_tokens=6, proposals=1, causal=data.draw(st.booleans()), **sample
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in sample.items():
+            patch.setattr(f"longswift.mechanisms.selectors.centroids._{name.upper()}", value)
+        compare(naive, data, fewest=16)
+
+
 @pytest.mark.parametrize(
     "selector",
     [
+        {"name": "centroids", "key_block": 4, "proposals": 1, "rows": 2},
         {"name": "bounds", "key_block": 4, "proposals": 1, "tree": 2},
         {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2},
         {"name": "lowrank", "key_block": 4, "proposals": 1, "rank": 2, "fit": 50},

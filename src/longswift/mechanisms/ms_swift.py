@@ -29,7 +29,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``bounds``) | O(n D / 43 + 12 key_tokens D) | O(n) |
+| selection (``centroids``) | O(n D / 4 + 16 key_tokens D) | O(n) |
 | remainder | O(n / remainder * D) | O(n / key_block) |
 """
 
@@ -55,6 +55,7 @@ from longswift.mechanisms.coverage import captured_mass
 from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
+from longswift.mechanisms.parts import joined, room_for
 from longswift.mechanisms.patterned import full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
@@ -75,7 +76,7 @@ class MSSwift(Mechanism):
             each KV head its own budget.
         coverage: Stop choosing once every row of the block holds this share of the attention mass
             found (``key_tokens`` stays the cap), or None for a fixed budget.
-        selector: How key tokens are chosen: ``"bounds"``, another name of the table in
+        selector: How key tokens are chosen: ``"centroids"``, another name of the table in
             ``mechanisms.selectors``, or a configured one.
         remainder: Pool size of the coarse remainder, or None to drop what was not selected.
         block: Queries that share a choice.
@@ -105,9 +106,9 @@ class MSSwift(Mechanism):
     windows: tuple[int, ...] = (128, 512, 2048)
     overlap: float = 0.5
     sinks: int = 16
-    key_tokens: int | tuple[int, ...] = 128
+    key_tokens: int | tuple[int, ...] = 256
     coverage: float | None = None
-    selector: str | dict[str, Any] | Selector = "bounds"
+    selector: str | dict[str, Any] | Selector = "centroids"
     remainder: int | None = 256
     block: int = 128
     scale_of_head: tuple[int, ...] | None = None
@@ -234,6 +235,7 @@ class MSSwift(Mechanism):
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
+        room = room_for(backend, q, k, v, call) if 0 < exact_rows < q_len else None
         parts: list[Partial] = []
         if exact_rows:
             end = k_len - q_len + exact_rows if call.causal else k_len
@@ -250,7 +252,8 @@ class MSSwift(Mechanism):
         more_keys: tuple[float, ...] = ()
         if exact_rows < q_len:
             rest = q[:, :, exact_rows:]
-            pattern, bands = self._choose(rest, k, v, call, q_len)
+            into = None if room is None else Partial(*(x[:, :, exact_rows:] for x in room))
+            pattern, bands = self._choose(rest, k, v, call, q_len, into)
             # Decoding may be handed page summaries; longer calls derive their own pools.
             part = backend.attend(
                 rest,
@@ -295,9 +298,7 @@ class MSSwift(Mechanism):
         if short is not None:
             share = float(short.dense.float().mean()) * (q_len - exact_rows) / q_len
             stats = replace(stats, dense_rows=stats.dense_rows + share)
-        out, lse = parts[0]
-        if len(parts) > 1:
-            out, lse = (torch.cat([p[i] for p in parts], 2) for i in range(2))
+        out, lse = parts[0] if len(parts) == 1 else joined(parts[0], parts[1], room)
         if self.collect:
             dense = None if short is None else short.dense
             mass = captured_mass(q, k, pattern, call.scale, lse, exact_rows, dense, call.bias)
@@ -319,7 +320,13 @@ class MSSwift(Mechanism):
 
     @torch.no_grad()
     def _choose(
-        self, q: Tensor, k: Tensor, v: Tensor, call: Call, asked: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: Call,
+        asked: int,
+        into: Partial | None = None,
     ) -> tuple[BlockPattern, Partial | None]:
         """The pattern of these queries, and the bands' result, which the choice needed anyway.
 
@@ -338,7 +345,8 @@ class MSSwift(Mechanism):
         sinks = self._sink_slots(pattern, q.shape[2], k)
         if self.key_tokens == 0:
             return replace(pattern, tokens=sinks), None
-        band_part = backend.attend_bands(q, k, v, pattern, call.scale, call.bias)
+        place = {} if into is None else {"into": into}
+        band_part = backend.attend_bands(q, k, v, pattern, call.scale, call.bias, **place)
         request = Request(
             q=q,
             k=k,

@@ -108,22 +108,54 @@ def keys_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
     Returns:
         fp64 ``[Hkv, Lq]`` on CPU, the mean over batch rows.
     """
+    total = _band_keys(pattern.bands, pattern.causal, pattern.pool, q_len, k_len)
+    return total if pattern.tokens is None else total + _gathered_of_rows(pattern, q_len, k_len)
+
+
+def _keys_in_all(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
+    """Sums of ``keys_of_rows`` over the rows, fp64 ``[Hkv]``."""
+    total = torch.tensor(
+        _band_keys_in_all(pattern.bands, pattern.causal, pattern.pool, q_len, k_len),
+        dtype=torch.float64,
+        device="cpu",
+    )
+    if pattern.tokens is None:
+        return total
+    if pattern.by_row:
+        return total + _gathered_of_rows(pattern, q_len, k_len).sum(1)
+    offset, block = k_len - q_len, pattern.block
+    edges = torch.arange(offset // block, (k_len - 1) // block + 2, device="cpu") * block
+    rows = edges.clamp(offset, k_len).diff().double()
+    gathered = (pattern.tokens >= 0).sum(3).cpu().double().mean(0)
+    return total + gathered @ rows
+
+
+@lru_cache(maxsize=64)
+def _band_keys_in_all(
+    bands: tuple[Band, ...], causal: bool, pool: int | None, q_len: int, k_len: int
+) -> tuple[float, ...]:
+    return tuple(_band_keys(bands, causal, pool, q_len, k_len).sum(1).tolist())
+
+
+def _band_keys(
+    bands: tuple[Band, ...], causal: bool, pool: int | None, q_len: int, k_len: int
+) -> Tensor:
+    """Keys of the band and columns of the remainder of each query, fp64 ``[Hkv, Lq]`` on CPU."""
     position = torch.arange(k_len - q_len, k_len, device="cpu")
     by_band = {}
-    for band in set(pattern.bands):
+    for band in set(bands):
         first, last = band.bounds(position, k_len)
         keys = torch.zeros(q_len, dtype=torch.float64, device="cpu")
-        if pattern.pool is not None:
-            outside = first if pattern.causal else first + (k_len - last)
-            keys += outside / pattern.pool
+        if pool is not None:
+            outside = first if causal else first + (k_len - last)
+            keys += outside / pool
         if band.reach is not None:
             first = torch.maximum(first, position - band.reach[0])
             last = torch.minimum(last, position + band.reach[1] + 1)
-        if pattern.causal:
+        if causal:
             last = torch.minimum(last, position + 1)
         by_band[band] = keys + (last - first).clamp(min=0)
-    total = torch.stack([by_band[band] for band in pattern.bands])
-    return total if pattern.tokens is None else total + _gathered_of_rows(pattern, q_len, k_len)
+    return torch.stack([by_band[band] for band in bands])
 
 
 def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
@@ -188,11 +220,13 @@ def pattern_stats(
     dense = exact_rows
     total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:
-        keys = keys_of_rows(pattern, rest, k_len)
-        if full_rows is not None:
+        if full_rows is None:
+            total += _keys_in_all(pattern, rest, k_len)
+        else:
+            keys = keys_of_rows(pattern, rest, k_len)
             keys[:, full_rows] = k_len
             dense += len(full_rows)
-        total += keys.sum(1)
+            total += keys.sum(1)
     if more_keys:
         total += rest * torch.tensor(more_keys, dtype=torch.float64, device="cpu")
     if exact_rows:

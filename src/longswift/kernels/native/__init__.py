@@ -23,8 +23,10 @@ from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.windows import attend_windows
 
-__all__ = ["attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
+__all__ = ["WRITES_INTO", "attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
 
+# `attend_bands` takes the memory of its result, and `attend` adds to it where it is.
+WRITES_INTO = True
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Channels are packed in vectors of 16.
 _CHANNELS = 16
@@ -61,14 +63,22 @@ def attend_bands(
     pattern: BlockPattern,
     scale: float,
     bias: ScoreBias | None = None,
+    into: Partial | None = None,
 ) -> Partial:
-    """Attention over the pattern's bands alone, without gradients."""
+    """Attention over the pattern's bands alone, without gradients, in the memory of ``into``."""
     _refuse(q, k, v)
     found = None
     if bias is None and scale > 0.0 and q.numel() and k.numel():
         with torch.no_grad():
-            found = attend_windows(q, k, v, pattern, scale)
-    return found or eager.attend_bands(q, k, v, pattern, scale, bias)
+            found = attend_windows(q, k, v, pattern, scale, into)
+    if found is not None:
+        return found
+    found = eager.attend_bands(q, k, v, pattern, scale, bias)
+    if into is None:
+        return found
+    for place, value in zip(into, found, strict=True):
+        place.copy_(value)
+    return into
 
 
 def attend(
@@ -93,7 +103,7 @@ def attend(
     if pattern.by_row or not gathers:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
     with torch.no_grad():
-        out, lse = bands.out.to(q.dtype).contiguous(), bands.lse.to(torch.float32).contiguous()
+        out, lse = bands.out.to(q.dtype), bands.lse.to(torch.float32)
         _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
         return Partial(out, lse)
 

@@ -12,7 +12,7 @@ from longswift.core import compiled
 from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow
+from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow, ranks_in_16_bits
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -38,8 +38,10 @@ def choose_by_bounds(
     branch: int = 1,
     opened: int = 0,
     levels: Callable[[int], int] = lambda leaves: 0,
+    centroid_rows: int | None = None,
+    candidates: int = 0,
 ) -> None:
-    """Chooses what ``Bounds`` describes for every block of queries.
+    """Chooses what ``Bounds`` or ``Centroids`` describes for every block of queries.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
@@ -63,9 +65,14 @@ def choose_by_bounds(
         opened: Boxes opened a level.
         levels: Levels above so many key blocks at which their tree is entered; at level 0 every
             key block is looked at.
+        centroid_rows: Most rows of a complete block that are scored as one, against single keys;
+            None bounds boxes of rows and keys.
+        candidates: Keys proposed to a complete block by centroids.
     """
     operators = compiled.loaded()
-    q = in_pairs(q)
+    if ranks_in_16_bits(q):
+        q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+    q, k = in_pairs(q), in_pairs(k)
     block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
     band_lse = band_lse.contiguous()
@@ -90,15 +97,20 @@ def choose_by_bounds(
             )
         return
 
+    narrow = is_narrow(q)
     for run in runs:
         if run.rows < block or block == 1:
             continue
+        if centroid_rows is not None:
+            sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
+            for places in batches(_complete(k, run, range(run.count), block)):
+                operators.choose_centroids(
+                    *(q, k, band_lse, edges, tokens, places, sizes),
+                    *(scale, pattern.causal, centroid_rows, narrow),
+                )
+            continue
         sizes = (block, key_block, row_group, proposed(block), *rest)
         for part, level in _parts(run, pattern, key_block, blocks, levels):
-            work = [
-                (*piece, run.row + (piece[2] - run.first) * block)
-                for piece in pieces(k, len(part), run.first + part.start)
-            ]
             seen = edges[:, run.first + part.start : run.first + part.stop, 0]
             reach = min(int(seen.max()) // key_block, blocks) if pattern.causal else blocks
             numbers, size = 3 if row_radius else 2, branch**level
@@ -109,7 +121,7 @@ def choose_by_bounds(
                 _boxes(k, nodes * size // branch**i, key_block * branch**i, numbers, branch)
                 for i in range(level)
             ]
-            for places in batches(work):
+            for places in batches(_complete(k, run, part, block)):
                 if below:
                     operators.choose_tree(
                         *(q, k, band_lse, boxes, below, edges, tokens, places, sizes),
@@ -121,8 +133,7 @@ def choose_by_bounds(
     cut = [run for run in runs if run.rows < block or block == 1]
     if not cut:
         return
-    low, high = extremes()
-    narrow = is_narrow(q)
+    low, high = (x.to(k.dtype) for x in extremes())
     for run in cut:
         sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
@@ -135,6 +146,14 @@ def choose_by_bounds(
             operators.choose_few(
                 q, k, band_lse, low, high, edges, tokens, places, sizes, *how, narrow
             )
+
+
+def _complete(k: Tensor, run: BlockRun, part: range, block: int) -> list[tuple[int, ...]]:
+    """Pieces of work of some of a run's complete blocks, each with its first row."""
+    return [
+        (*piece, run.row + (piece[2] - run.first) * block)
+        for piece in pieces(k, len(part), run.first + part.start)
+    ]
 
 
 def _parts(

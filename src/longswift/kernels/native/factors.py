@@ -20,6 +20,14 @@ def is_narrow(x: Tensor) -> bool:
     return factors_of(x) != torch.float32
 
 
+def ranks_in_16_bits(x: Tensor) -> bool:
+    """Whether fp32 queries and keys are rounded to bf16 where they are only ranked.
+
+    It costs a score some thousandths of its factors' length, and saves four fifths of the products.
+    """
+    return x.dtype == torch.float32 and _multiplies(torch.bfloat16)
+
+
 def in_pairs(x: Tensor) -> Tensor:
     """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
     return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x

@@ -21,7 +21,12 @@ _FARTHEST = 1 << 40
 
 
 def attend_windows(
-    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    into: Partial | None = None,
 ) -> Partial | None:
     """Attention over the pattern's bands, or None where a band is no narrow window.
 
@@ -39,8 +44,10 @@ def attend_windows(
             work += [(b, head, *shape) for b in range(k.shape[0]) for head in heads]
     # A tile without keys belongs to no job.
     holes = any(band.right < 0 for band in pattern.bands)
-    out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    out, lse = into or (
+        torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype),
+        torch.empty(q.shape[:3], dtype=torch.float32),
+    )
     if holes:
         out.zero_()
         lse.fill_(float("-inf"))

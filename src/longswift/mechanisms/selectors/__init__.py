@@ -11,6 +11,7 @@ from longswift.mechanisms.selectors.base import Selector
 SELECTORS: Registry[Selector] = Registry(
     "selector",
     {
+        "centroids": "longswift.mechanisms.selectors.centroids:Centroids",
         "bounds": "longswift.mechanisms.selectors.bounds:Bounds",
         "antidiagonal": "longswift.mechanisms.selectors.antidiagonal:Antidiagonal",
         "lowrank": "longswift.mechanisms.selectors.lowrank:LowRank",

@@ -44,7 +44,7 @@ from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 from longswift.mechanisms.selectors.box_tree import WHOLE, descend, enclose, levels_above
-from longswift.mechanisms.selectors.boxes import extremes, key_extremes, key_features
+from longswift.mechanisms.selectors.boxes import extremes, key_extremes, key_features, row_boxes
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
 # Boxes that a backend opens together at most.
@@ -148,10 +148,27 @@ class Bounds(Selector):
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
-        plain = request.coverage is None and request.bias is None
+        plain = request.coverage is None and request.bias is None and request.scale > 0.0
         if request.choose_by_bounds is None or not plain or (self.tree or 0) > _WIDEST:
-            return _Pass(self, request).run()
+            return self._select(request)
         return self._select_at_once(request, request.choose_by_bounds)
+
+    def _select(self, request: Request) -> Selection:
+        return BoundsPass(self, request).run()
+
+    def _options(self, request: Request) -> dict[str, Any]:
+        """What a backend's kernel is told beyond the request."""
+        options = {
+            "row_group": self.row_group,
+            "key_radius": self.key_radius,
+            "row_radius": self.row_radius,
+        }
+        if self.tree is None:
+            return options
+        rows = request.pattern.block
+        opened = self.opened(wanted_blocks(request, self.proposals, self.most_proposals, rows))
+        levels = partial(levels_above, branch=self.tree, kept=opened)
+        return {**options, "branch": self.tree, "opened": opened, "levels": levels}
 
     def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
         """The same by the backend's kernel."""
@@ -167,27 +184,13 @@ class Bounds(Selector):
             tokens,
             scale=request.scale,
             key_block=request.key_block,
-            row_group=self.row_group,
-            key_radius=self.key_radius,
-            row_radius=self.row_radius,
             proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
             extremes=lambda: key_extremes(request, request.key_block),
             since=since,
-            **self._tree(request),
+            **self._options(request),
         )
         return Selection(tokens, since)
-
-    def _tree(self, request: Request) -> dict[str, Any]:
-        """What the backend's kernel is told of the tree."""
-        branch = self.tree
-        if branch is None:
-            return {}
-        rows = request.pattern.block
-        wanted = wanted_blocks(request, self.proposals, self.most_proposals, rows)
-        opened = self.opened(wanted)
-        levels = partial(levels_above, branch=branch, kept=opened)
-        return {"branch": branch, "opened": opened, "levels": levels}
 
     def opened(self, wanted: int) -> int:
         """Boxes opened a level where ``wanted`` key blocks are proposed.
@@ -197,7 +200,7 @@ class Bounds(Selector):
         return max(2, self.beam * wanted)
 
 
-class _Pass(TwoStage):
+class BoundsPass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
@@ -250,7 +253,7 @@ class _Pass(TwoStage):
         rows = 1 if self._row_boxes else self._selector.row_group
         return max(-(-boxes // rows), gathered)
 
-    def _by_row(self, run: BlockRun) -> bool:
+    def by_row(self, run: BlockRun) -> bool:
         """Whether rows are bounded alone: a cut block has few, and they may be what is decoded."""
         return self._request.strict or run.rows < self._request.pattern.block or run.rows == 1
 
@@ -276,7 +279,7 @@ class _Pass(TwoStage):
     def _segments(self, run: BlockRun) -> Iterator[tuple[slice, int]]:
         """Blocks of a run that start at the same level of the tree, and the level."""
         tree = self._selector.tree
-        if tree is None or self._by_row(run):
+        if tree is None or self.by_row(run):
             yield slice(0, run.count), 0
             return
         kept = self._opened(run.rows)
@@ -330,13 +333,13 @@ class _Pass(TwoStage):
 
     def _boxes(self, run: BlockRun) -> list[Tensor]:
         """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
-        return self._row_boxes if self._by_row(run) else self._group_boxes[0]
+        return self._row_boxes if self.by_row(run) else self._group_boxes[0]
 
     def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
         """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
-        by_row, kept = self._by_row(run), self._selector.row_radius
+        by_row, kept = self.by_row(run), self._selector.row_radius
         if not by_row:
-            centre, radius = self._row_groups(q, run)
+            centre, radius = row_boxes(q, self._request.groups, self._selector.row_group)
             if kept:
                 return [self._group_features(centre, kept * radius)]
         # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
@@ -345,17 +348,6 @@ class _Pass(TwoStage):
         up, down = rows.clamp(min=0), rows.clamp(max=0)
         share = (1 + self._selector.key_radius) / 2
         return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
-
-    def _row_groups(self, q: Tensor, run: BlockRun) -> tuple[Tensor, Tensor]:
-        """Centres and radii of groups of rows, ``[B, Hkv, N, G * rows / row_group, D]``."""
-        size = self._selector.row_group
-        by_head = q.unflatten(3, (self._request.groups, run.rows))
-        if run.rows % size:
-            last = by_head[..., -1:, :].expand(*by_head.shape[:4], -run.rows % size, -1)
-            by_head = torch.cat([by_head, last], 4)
-        boxes = by_head.unflatten(4, (-1, size))
-        low, high = boxes.amin(5), boxes.amax(5)
-        return ((low + high) / 2).flatten(3, 4), ((high - low) / 2).flatten(3, 4)
 
     def _group_features(self, centre: Tensor, radius: Tensor) -> Tensor:
         """What boxes around rows meet ``key_features`` with, ``[..., 3D]``."""
@@ -366,7 +358,7 @@ class _Pass(TwoStage):
         """Maximum of the bias between rows (or groups) and blocks, ``[1, Hkv, N, rows, W]``."""
         request, group = self._request, 1
         position = row_positions(run, request.k.device)
-        if not self._by_row(run):
+        if not self.by_row(run):
             group = self._selector.row_group
             # The last row of a group is the farthest from the first key of a block.
             position = position[:, ::group] + (group - 1)

@@ -1,4 +1,4 @@
-"""Boxes around blocks of keys, as groups of query rows meet them in products."""
+"""Boxes around blocks of keys and around groups of query rows, as they meet in products."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
         low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
         high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
     return low, high
+
+
+def row_boxes(q: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    """Centres and radii of every ``size`` rows of each head, ``[B, Hkv, N, groups, D]``.
+
+    Args:
+        q: ``[B, Hkv, N, heads * rows, D]``.
+        heads: Query heads of a KV head.
+        size: Rows of a group; the last row of a head fills its last group up.
+    """
+    by_head = q.unflatten(3, (heads, -1))
+    missing = -by_head.shape[4] % size
+    if missing:
+        last = by_head[..., -1:, :].expand(*by_head.shape[:4], missing, -1)
+        by_head = torch.cat([by_head, last], 4)
+    boxes = by_head.unflatten(4, (-1, size))
+    low, high = boxes.amin(5), boxes.amax(5)
+    return ((low + high) / 2).flatten(3, 4), ((high - low) / 2).flatten(3, 4)

@@ -75,10 +75,14 @@ class TwoStage(ABC):
 
     def run(self) -> Selection:
         """The selection."""
+        choose = self._strict if self._request.strict else self.choose
+        return by_run(self._request, self.width(), choose)
+
+    def width(self) -> int:
+        """Scores a query row holds while choosing."""
         rows = self._request.pattern.block
         blocks = min(self._wanted_blocks(rows) + self._sink_blocks, self._blocks)
-        width = max(blocks * self._key_block + 1, self._scored())
-        return by_run(self._request, width, self._strict if self._request.strict else self.choose)
+        return max(blocks * self._key_block + 1, self._scored())
 
     def _wanted_blocks(self, rows: int) -> int:
         """Blocks proposed to a block of ``rows`` query rows."""

@@ -31,13 +31,6 @@ class Best {
  private:
   static constexpr int64_t kFew = 4096, kSample = 512;
 
-  // Signed integers in the order of the numbers they are made of.
-  static int32_t key_of(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-  }
-
   static float number_of(int32_t key) {
     const int32_t bits = key ^ ((key >> 31) & 0x7fffffff);
     float x;
@@ -50,23 +43,27 @@ class Best {
     int32_t* sample = keys_.get(kSample);
     const int64_t step = n / kSample;
     for (int64_t i = 0; i < kSample; ++i) {
-      sample[i] = key_of(x[i * step]);
+      sample[i] = ordered(x[i * step]);
     }
     const int64_t place = std::min(kSample, most * 3 / 2 * kSample / n + 5);
     int64_t ties;
     return largest(sample, kSample, place, &ties);
   }
 
-  // The `k`-th largest by bisection of its bits, and how many numbers equal to it belong to the `k`
-  // largest.
+  // What the `k` largest exceed, found by bisection of its bits, and how many numbers equal to it
+  // belong to them, too.
   static float largest(const int32_t* keys, int64_t n, int64_t k, int64_t* ties) {
-    int64_t low = std::numeric_limits<int32_t>::min();
-    int64_t high = std::numeric_limits<int32_t>::max();
+    int64_t low = ordered(kHidden), high = ordered(-kHidden);
     // The invariant: at least `k` keys are >= low, fewer are > high.
     int64_t more = 0;
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
       const int64_t count = count_above(keys, n, static_cast<int32_t>(middle));
+      // Minus zero is below zero as an integer, but not as a number.
+      if (count == k && middle != ordered(-0.0f)) {
+        *ties = 0;
+        return number_of(static_cast<int32_t>(middle));
+      }
       if (count >= k) {
         low = middle + 1;
       } else {
@@ -106,7 +103,7 @@ class Best {
 #endif
     for (; i < n; ++i) {
       if (x[i] > limit) {
-        kept[count++] = key_of(x[i]);
+        kept[count++] = ordered(x[i]);
       }
     }
     return count;

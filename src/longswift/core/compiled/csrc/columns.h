@@ -25,15 +25,19 @@ class Columns {
     }
   }
 
-  // Scales the scores `[keys, padded]` and adds them, while they are in the nearest cache.
-  void add(float* scores, int64_t keys, float scale) {
-    float *top = top_.get(0), *total = total_.get(0);
+  // Adds the scores `[keys, padded]`, times `scale` (positive), while they are in the nearest cache.
+  template <bool coarse>
+  void add(const float* scores, int64_t keys, float scale) {
     int64_t c = 0;
     for (; c + 4 * kLanes <= padded_; c += 4 * kLanes) {
-      add_to<4>(scores + c, keys, scale, top + c, total + c);
+      add_to<coarse, 4>(scores + c, keys, scale, c);
     }
-    for (; c < padded_; c += kLanes) {
-      add_to<1>(scores + c, keys, scale, top + c, total + c);
+    if (c + 2 * kLanes <= padded_) {
+      add_to<coarse, 2>(scores + c, keys, scale, c);
+      c += 2 * kLanes;
+    }
+    if (c < padded_) {
+      add_to<coarse, 1>(scores + c, keys, scale, c);
     }
   }
 
@@ -43,50 +47,120 @@ class Columns {
     for (int64_t c = 0; c < count_; ++c) {
       total[c] = top[c] + std::log2(total[c]);
     }
-    // Columns that are no rows rank nothing.
-    std::fill(total + count_, total + padded_, -kHidden);
+    drop(count_, padded_);
   }
 
-  // Raises the rank of every key to its largest log-probability.
-  void raise(const float* scores, int64_t keys, float* rank) {
-    const float* lse = total_.get(0);
-    for (int64_t k = 0; k < keys; ++k) {
-      Vec best(kHidden);
-      const float* of_key = scores + k * padded_;
-      for (int64_t c = 0; c < padded_; c += kLanes) {
-        best = at::vec::maximum(best, Vec::loadu(of_key + c) - Vec::loadu(lse + c));
-      }
-      rank[k] = std::max(rank[k], max_of(best));
+  // Columns [first, end) are no rows.
+  void drop(int64_t first, int64_t end) {
+    std::fill(total_.get(0) + first, total_.get(0) + end, -kHidden);
+  }
+
+  // Raises the rank of every key to its largest log-probability in columns [first, first + count).
+  void raise(const float* scores, int64_t keys, float scale, float* rank, int64_t first,
+             int64_t count) const {
+    const int64_t end = first + count;
+    int64_t c = first;
+    for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
+      raise_by<4>(scores + c, keys, scale, rank, total_.data() + c);
+    }
+    for (; c + 2 * kLanes <= end; c += 2 * kLanes) {
+      raise_by<2>(scores + c, keys, scale, rank, total_.data() + c);
+    }
+    for (; c < end; c += kLanes) {
+      raise_by<1>(scores + c, keys, scale, rank, total_.data() + c);
     }
   }
 
  private:
   template <int parts>
-  void add_to(float* scores, int64_t keys, float scale, float* top, float* total) const {
+  void raise_by(const float* scores, int64_t keys, float scale, float* rank,
+                const float* total) const {
     const Vec by(scale * kLog2e);
-    Vec before[parts], high[parts], sum[parts];
+    Vec lse[parts];
     for (int p = 0; p < parts; ++p) {
-      high[p] = before[p] = Vec::loadu(top + p * kLanes);
+      lse[p] = Vec::loadu(total + p * kLanes);
     }
-    for (int64_t k = 0; k < keys; ++k) {
+    const auto best_of = [&](int64_t k) __attribute__((always_inline)) {
+      const float* of_key = scores + k * padded_;
+      Vec best = at::vec::fmsub(Vec::loadu(of_key), by, lse[0]);
+      for (int p = 1; p < parts; ++p) {
+        const Vec x = at::vec::fmsub(Vec::loadu(of_key + p * kLanes), by, lse[p]);
+        best = at::vec::maximum(best, x);
+      }
+      return best;
+    };
+    int64_t k = 0;
+    for (; k + kLanes <= keys; k += kLanes) {
+      Vec best[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) {
+        best[i] = best_of(k + i);
+      }
+      at::vec::maximum(Vec::loadu(rank + k), max_of_each(best)).store(rank + k);
+    }
+    for (; k < keys; ++k) {
+      rank[k] = std::max(rank[k], max_of(best_of(k)));
+    }
+  }
+
+  // `parts` vectors of columns from `column` on; several keys at once, as one waits for its maximum
+  // and its sum.
+  template <bool coarse, int parts>
+  void add_to(const float* scores, int64_t keys, float scale, int64_t column) {
+    constexpr int ways = 4 / parts;
+    float *top = top_.get(0) + column, *total = total_.get(0) + column;
+    const Vec by(scale * kLog2e);
+    Vec high[ways][parts], sum[ways][parts];
+    for (int w = 0; w < ways; ++w) {
       for (int p = 0; p < parts; ++p) {
-        float* place = scores + k * padded_ + p * kLanes;
-        const Vec x = Vec::loadu(place) * by;
-        x.store(place);
-        high[p] = at::vec::maximum(high[p], x);
+        high[w][p] = Vec(kHidden);
+        sum[w][p] = Vec(0.0f);
+      }
+    }
+    const int64_t even = keys / ways * ways;
+    const auto value = [&](int64_t k, int p) __attribute__((always_inline)) {
+      return Vec::loadu(scores + k * padded_ + p * kLanes);
+    };
+    for (int64_t k = 0; k < even; k += ways) {
+      for (int w = 0; w < ways; ++w) {
+        for (int p = 0; p < parts; ++p) {
+          high[w][p] = at::vec::maximum(high[w][p], value(k + w, p));
+        }
+      }
+    }
+    for (int64_t k = even; k < keys; ++k) {
+      for (int p = 0; p < parts; ++p) {
+        high[0][p] = at::vec::maximum(high[0][p], value(k, p));
+      }
+    }
+    Vec limit[parts];
+    for (int p = 0; p < parts; ++p) {
+      for (int w = 1; w < ways; ++w) {
+        high[0][p] = at::vec::maximum(high[0][p], high[w][p]);
+      }
+      const Vec before = Vec::loadu(top + p * kLanes);
+      // A column that has seen nothing is below everything.
+      limit[p] = at::vec::maximum(at::vec::maximum(before, high[0][p] * by), Vec(kLowest));
+      sum[0][p] = Vec::loadu(total + p * kLanes) * quick_exp2(before - limit[p]);
+    }
+    for (int64_t k = 0; k < even; k += ways) {
+      for (int w = 0; w < ways; ++w) {
+        for (int p = 0; p < parts; ++p) {
+          sum[w][p] += power<coarse>(at::vec::fmsub(value(k + w, p), by, limit[p]));
+        }
+      }
+    }
+    for (int64_t k = even; k < keys; ++k) {
+      for (int p = 0; p < parts; ++p) {
+        sum[0][p] += power<coarse>(at::vec::fmsub(value(k, p), by, limit[p]));
       }
     }
     for (int p = 0; p < parts; ++p) {
-      sum[p] = Vec::loadu(total + p * kLanes) * quick_exp2(before[p] - high[p]);
-    }
-    for (int64_t k = 0; k < keys; ++k) {
-      for (int p = 0; p < parts; ++p) {
-        sum[p] += quick_exp2(Vec::loadu(scores + k * padded_ + p * kLanes) - high[p]);
+      for (int w = 1; w < ways; ++w) {
+        sum[0][p] += sum[w][p];
       }
-    }
-    for (int p = 0; p < parts; ++p) {
-      high[p].store(top + p * kLanes);
-      sum[p].store(total + p * kLanes);
+      limit[p].store(top + p * kLanes);
+      sum[0][p].store(total + p * kLanes);
     }
   }
 

@@ -21,6 +21,7 @@ namespace longswift {
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kLowest = -std::numeric_limits<float>::max();
 // Exponents of weights that are nothing beside a sum of at least 1; as they are, they would make
 // denormal products, which are slow.
 constexpr float kNegligible = -60.0f;
@@ -39,6 +40,13 @@ inline int64_t row_step(int64_t n) {
   return step + 16;
 }
 
+// Signed integers in the order of the numbers they are made of.
+inline int32_t ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
 // Memory that a thread keeps: fresh large temporaries cost page faults.
 template <typename T>
 class Buffer {
@@ -53,6 +61,8 @@ class Buffer {
     }
     return memory_.get();
   }
+
+  const T* data() const { return memory_.get(); }
 
  private:
   struct Free {
@@ -108,6 +118,18 @@ void convert(To* out, const From* in, int64_t n) {
   }
 }
 
+// Fetches `count` rows that will be read soon.
+template <typename T>
+void fetch(const Rows<const T>& x, int64_t first, int64_t count, int64_t width) {
+  const int64_t bytes = width * sizeof(T);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* row = reinterpret_cast<const char*>(x.row(first + i));
+    for (int64_t b = 0; b < bytes; b += 64) {
+      __builtin_prefetch(row + b);
+    }
+  }
+}
+
 // `count` rows in the type in which they are multiplied: where they are, or copied to the buffer.
 template <typename T, typename F>
 const F* factors(const Rows<const T>& x, int64_t first, int64_t count, int64_t width,
@@ -158,13 +180,13 @@ void pack_transposed(const F* in, int64_t step, int64_t rows, int64_t k, F* out,
   }
 }
 
-// Zeroes the columns from `first` on.
+// Zeroes columns [first, end).
 template <typename F>
-void clear_columns(F* packed, int64_t k, int64_t columns, int64_t first) {
+void clear_columns(F* packed, int64_t k, int64_t columns, int64_t first, int64_t end) {
   const int64_t units = k * sizeof(F) / sizeof(float);
   auto* to = reinterpret_cast<float*>(packed);
-  for (int64_t u = 0; u < units && first < columns; ++u) {
-    std::fill(to + u * columns + first, to + (u + 1) * columns, 0.0f);
+  for (int64_t u = 0; u < units && first < end; ++u) {
+    std::fill(to + u * columns + first, to + u * columns + end, 0.0f);
   }
 }
 
@@ -192,6 +214,30 @@ inline float max_of(const Vec& x) {
 #else
   return at::vec::vec_reduce_all<float>(
       [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, x);
+#endif
+}
+
+// The largest lane of each of as many vectors as there are lanes.
+inline Vec max_of_each(const Vec* x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // Pairs of vectors, of pairs, of quarters: every step halves what is left of each.
+  __m512 quarters[4];
+  for (int q = 0; q < 4; ++q) {
+    const __m512 a = x[4 * q], b = x[4 * q + 1], c = x[4 * q + 2], d = x[4 * q + 3];
+    const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quarters[q] = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  const auto halves = [](const __m512& a, const __m512& b) {
+    return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
+#else
+  float largest[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    largest[i] = max_of(x[i]);
+  }
+  return Vec::loadu(largest);
 #endif
 }
 
@@ -228,22 +274,42 @@ inline Vec quick_exp2(const Vec& x) {
 #endif
 }
 
+// 2 ** x for x <= 0. Of scores of 16-bit factors within 4 %: rounding the factors does as much.
+template <bool coarse>
+Vec power(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (coarse) {
+    // The bits of a float are nearly linear in its logarithm; the chord of a power lies 0.0573 of an
+    // octave above it on average.
+    constexpr float unit = 1 << 23;
+    const __m512 bits =
+        _mm512_fmadd_ps(x, _mm512_set1_ps(unit), _mm512_set1_ps((127.0f - 0.0573f) * unit));
+    return _mm512_castsi512_ps(_mm512_cvtps_epi32(_mm512_max_ps(bits, _mm512_setzero_ps())));
+  }
+#endif
+  return quick_exp2(x);
+}
+
 // probs = exp(x * scale - top), and their sum before they are rounded; `n` a multiple of the lanes.
 template <typename F>
 float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
+  constexpr bool whole = std::is_same_v<F, float>;
+  // What is rounded to 16 bits may be less exact, and then powers of two are quicker.
+  const float unit = whole ? 1.0f : kLog2e;
   Vec total(0.0f);
-  const Vec by(scale), shift(top), least(kNegligible);
+  const Vec by(scale * unit), shift(top * unit), least(kNegligible * unit);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec shifted = at::vec::fmsub(Vec::loadu(x + i), by, shift);
-    const Vec e = Vec::blendv(Vec(0.0f), shifted.exp_u20(), shifted > least);
+    const Vec power = whole ? shifted.exp_u20() : quick_exp2(shifted);
+    const Vec e = Vec::blendv(Vec(0.0f), power, shifted > least);
     total += e;
-    if constexpr (std::is_same_v<F, float>) {
+    if constexpr (whole) {
       e.store(probs + i);
     } else {
       e.store(x + i);
     }
   }
-  if constexpr (!std::is_same_v<F, float>) {
+  if constexpr (!whole) {
     convert(probs, x, n);
   }
   return sum_of(total);
@@ -270,21 +336,6 @@ void pack_pairs(const F* in, int64_t step, int64_t rows, int64_t width, F* out, 
       }
     }
   }
-}
-
-// Sum of exp(x - top), nearly.
-inline float sum_of_exponentials(const float* x, int64_t n, float top) {
-  Vec total(0.0f);
-  const Vec shift(top), by(kLog2e);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    total += quick_exp2((Vec::loadu(x + i) - shift) * by);
-  }
-  float sum = sum_of(total);
-  for (; i < n; ++i) {
-    sum += std::exp(x[i] - top);
-  }
-  return sum;
 }
 
 }  // namespace longswift

@@ -5,6 +5,7 @@
 
 #include "best.h"
 #include "common.h"
+#include "lines.h"
 
 namespace longswift {
 
@@ -76,6 +77,7 @@ class Descent {
   }
 
  private:
+  static constexpr bool kCoarse = !std::is_same_v<F, float>;
   // Panels that come closer at a time.
   static constexpr int64_t kAhead = 4;
 
@@ -109,9 +111,11 @@ class Descent {
                  rows, step);
       }
     }
+    lines_.begin(rows);
     float* lse = lse_.get(rows);
     for (int64_t r = 0; r < rows; ++r) {
-      lse[r] = lse_of(bounds + r * step, width);
+      lines_.template add<kCoarse>(r, bounds + r * step, width);
+      lse[r] = lines_.lse(r);
     }
     float* rank = rank_.get(width);
     int64_t i = 0;
@@ -156,28 +160,10 @@ class Descent {
     }
   }
 
-  // Of rows that are all hidden anything: their bounds stay below everything.
-  static float lse_of(const float* row, int64_t n) {
-    const float top = max_over(row, n);
-    if (top == kHidden) {
-      return 0.0f;
-    }
-    Vec total(0.0f);
-    const Vec shift(top), by(kLog2e);
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      total += quick_exp2((Vec::loadu(row + i) - shift) * by);
-    }
-    float sum = sum_of(total);
-    for (; i < n; ++i) {
-      sum += std::exp(row[i] - top);
-    }
-    return top + std::log(sum);
-  }
-
   Buffer<float> bounds_, rank_, lse_;
   Buffer<int32_t> nodes_, best_;
   std::vector<int64_t> unseen_, hidden_;
+  Lines lines_;
   Best order_;
 };
 

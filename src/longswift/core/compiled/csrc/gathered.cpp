@@ -81,6 +81,10 @@ class Merger {
       tokens[count] = slots[c];
       count += slots[c] >= 0;
     }
+    for (int64_t t = 0; t < count; ++t) {
+      fetch(k_, tokens[t], 1, dim_);
+      fetch(v_, tokens[t], 1, value_dim_);
+    }
     const int64_t start = edges_[2 * block], end = edges_[2 * block + 1];
     const int64_t columns = how_.pool > 0 ? pool_columns(tokens, count, start, end) : 0;
     const int64_t width = round_up(count + columns, 64);
@@ -188,8 +192,10 @@ class Merger {
   }
 
   static void subtract(float* from, const T* row, int64_t n) {
+    float wide[n];
+    convert(wide, row, n);
     for (int64_t d = 0; d < n; ++d) {
-      from[d] -= static_cast<float>(row[d]);
+      from[d] -= wide[d];
     }
   }
 

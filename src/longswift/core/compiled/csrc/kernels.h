@@ -52,6 +52,11 @@ void choose_by_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     at::Tensor tokens, at::IntArrayRef places, const Choice& choice,
                     int64_t opened);
 
+// The same by centroids of at most `rows` rows, against single keys.
+void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                         const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
+                         const Choice& choice, int64_t rows, bool narrow);
+
 // A block of queries, its first row, how many rows.
 void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                     const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,

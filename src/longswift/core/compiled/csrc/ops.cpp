@@ -35,6 +35,13 @@ void choose_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& ban
                  choice_of(sizes, scale, radii, causal), opened);
 }
 
+void choose_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                      const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
+                      at::IntArrayRef sizes, double scale, bool causal, int64_t rows, bool narrow) {
+  choose_by_centroids(q, k, band_lse, edges, tokens, places,
+                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, narrow);
+}
+
 void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                 const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
                 at::Tensor tokens, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
@@ -75,6 +82,9 @@ TORCH_LIBRARY(longswift, m) {
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
       "int opened) -> ()");
   m.def(
+      "choose_centroids(Tensor q, Tensor k, Tensor band_lse, Tensor edges, Tensor(a!) tokens, "
+      "int[] places, int[] sizes, float scale, bool causal, int rows, bool narrow) -> ()");
+  m.def(
       "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
       "bool narrow) -> ()");
@@ -99,6 +109,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("describe", longswift::describe_boxes);
   m.impl("choose", longswift::choose);
   m.impl("choose_tree", longswift::choose_tree);
+  m.impl("choose_centroids", longswift::choose_centroids);
   m.impl("choose_few", longswift::choose_few);
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);

@@ -77,7 +77,7 @@ class Tiles {
       int64_t step;
       const F* keys = factors<T, F>(k_, key + p, some, dim_, mine_.keys, &step);
       pack_transposed<F>(keys, step, some, dim_, packed_keys + p * dim_, whole);
-      clear_columns<F>(packed_keys + p * dim_, dim_, whole, some);
+      clear_columns<F>(packed_keys + p * dim_, dim_, whole, some, whole);
       const F* values = factors<T, F>(v_, key + p, some, value_dim_, mine_.values, &step);
       pack_pairs<F>(values, step, some, value_dim_, packed_values + p * value_dim_, whole);
     }

@@ -1,0 +1,93 @@
+// Groups of similar query rows, and their means.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "common.h"
+
+namespace longswift {
+
+// Rows are halved at the median of the channel in which they differ most, until halves have at most
+// `most` rows or an odd number of them. Deterministic: of equal rows the earlier belong to the
+// first half.
+class Centroids {
+ public:
+  // Rows [first, first + rows) of every head; returns how many groups there are.
+  template <typename T>
+  int64_t find(const std::vector<Rows<const T>>& heads, int64_t first, int64_t rows, int64_t dim,
+               int64_t most) {
+    const int64_t count = rows * static_cast<int64_t>(heads.size());
+    dim_ = dim;
+    float* x = rows_.get(count * dim);
+    for (size_t h = 0; h < heads.size(); ++h) {
+      for (int64_t i = 0; i < rows; ++i) {
+        convert(x + (h * rows + i) * dim, heads[h].row(first + i), dim);
+      }
+    }
+    int32_t* order = order_.get(count);
+    std::iota(order, order + count, 0);
+    size_ = count;
+    while (size_ > most && size_ % 2 == 0) {
+      for (int64_t start = 0; start < count; start += size_) {
+        halve(x, order + start);
+      }
+      size_ /= 2;
+    }
+    return count / size_;
+  }
+
+  // The mean of a group.
+  void mean(int64_t group, float* out) const {
+    const int32_t* rows = order_.data() + group * size_;
+    std::fill(out, out + dim_, 0.0f);
+    for (int64_t i = 0; i < size_; ++i) {
+      add(out, rows_.data() + rows[i] * dim_);
+    }
+    for (int64_t d = 0; d < dim_; ++d) {
+      out[d] /= static_cast<float>(size_);
+    }
+  }
+
+ private:
+  void add(float* out, const float* row) const {
+    for (int64_t d = 0; d < dim_; ++d) {
+      out[d] += row[d];
+    }
+  }
+
+  void halve(const float* x, int32_t* rows) {
+    float mean[dim_], spread[dim_];
+    std::fill(mean, mean + dim_, 0.0f);
+    std::fill(spread, spread + dim_, 0.0f);
+    for (int64_t i = 0; i < size_; ++i) {
+      add(mean, x + rows[i] * dim_);
+    }
+    for (int64_t d = 0; d < dim_; ++d) {
+      mean[d] /= static_cast<float>(size_);
+    }
+    for (int64_t i = 0; i < size_; ++i) {
+      const float* row = x + rows[i] * dim_;
+      for (int64_t d = 0; d < dim_; ++d) {
+        spread[d] += (row[d] - mean[d]) * (row[d] - mean[d]);
+      }
+    }
+    const int64_t widest = std::max_element(spread, spread + dim_) - spread;
+    // Values and, where they are equal, rows in the order of integers.
+    int64_t* ranked = ranked_.get(size_);
+    for (int64_t i = 0; i < size_; ++i) {
+      ranked[i] = static_cast<int64_t>(ordered(x[rows[i] * dim_ + widest])) << 32 | rows[i];
+    }
+    std::nth_element(ranked, ranked + size_ / 2, ranked + size_);
+    for (int64_t i = 0; i < size_; ++i) {
+      rows[i] = static_cast<int32_t>(ranked[i]);
+    }
+  }
+
+  Buffer<float> rows_;
+  Buffer<int32_t> order_;
+  Buffer<int64_t> ranked_;
+  int64_t dim_ = 0, size_ = 0;
+};
+
+}  // namespace longswift

@@ -1,0 +1,145 @@
+"""Centroids of similar rows propose, exact probabilities choose.
+
+1. The rows of a block of queries, those of the GQA group together, are halved at the median of the
+   channel in which they differ most, until groups hold at most ``rows`` of them. A group's mean
+   scores every key outside the window, one by one. Softmax over keys, max over groups; the best
+   ``proposals * budget`` keys are proposed. Where there are many keys, an eighth of them stands for
+   all in the sums of the softmax.
+2. The exact stage of ``two_stage``.
+
+Queries that lie close to each other attend alike, which bounds the error of attending with their
+mean: clustered attention, and its exact second look at the keys a cluster wants most, are of Vyas
+et al. (2020, arXiv 2007.04825). Here a mean serves the rows of one block, so that causality is that
+of the block, and only proposes.
+
+Blocks that are not complete, decoding, strict causality and position biases bound boxes of keys, as
+``Bounds`` does, whose options these are, but for ``tree``.
+
+Cost per query and head: ``D n / rows`` multiply-adds for the means, and ``proposals * budget * D``
+for the exact stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, Workspace
+from longswift.core.errors import ConfigError, problem
+from longswift.core.mechanism import check_positive
+from longswift.core.products import bmm, factor_dtype
+from longswift.mechanisms.selectors.base import Request, Selection, by_run
+from longswift.mechanisms.selectors.bounds import Bounds, BoundsPass
+from longswift.mechanisms.selectors.two_stage import TwoStage
+
+# Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
+# that only weigh groups of rows against each other.
+_MANY, _TILE, _EVERY, _FIRST = 4096, 64, 8, 4
+_HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centroids(Bounds):
+    """Means of similar rows, propose, re-rank exactly.
+
+    Attributes:
+        rows: Most rows that are scored as one.
+    """
+
+    name: ClassVar[str] = "centroids"
+
+    rows: int = 4
+    proposals: int = 16
+    most_proposals: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("Centroids", rows=self.rows)
+        if self.tree is not None:
+            raise ConfigError(
+                problem(
+                    "Centroids.tree",
+                    expected="None, as every key is scored",
+                    got=self.tree,
+                    fix=f"Descend a tree of boxes: selector=Bounds(tree={self.tree}).",
+                )
+            )
+
+    def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
+        """A product for every group of rows and key."""
+        return (keys / self.rows + self.proposals * budget) / 2 if budget else 0.0
+
+    def _options(self, request: Request) -> dict[str, Any]:
+        options = {"centroid_rows": self.rows, "candidates": self.proposals * request.budget}
+        return super()._options(request) | options
+
+    def _select(self, request: Request) -> Selection:
+        if request.strict or request.bias is not None:
+            return super()._select(request)
+        single = _Pass(self, replace(request, key_block=1))
+        boxes = BoundsPass(self, request)
+
+        def choose(run: BlockRun, space: Workspace) -> Selection:
+            return (boxes if boxes.by_row(run) else single).choose(run, space)
+
+        return by_run(request, max(single.width(), boxes.width()), choose)
+
+
+class _Pass(TwoStage):
+    """One selection for complete blocks: every key for itself."""
+
+    def __init__(self, selector: Centroids, request: Request) -> None:
+        super().__init__(request, selector.proposals, request.k.shape[2], selector.proposals)
+        self._rows = selector.rows
+        self._keys_of_head = request.k.to(factor_dtype(request.k)).flatten(0, 1)
+
+    def _block_scores(
+        self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
+    ) -> Tensor:
+        """Log-softmax over candidate keys of the groups' scores, ``[B, Hkv, N, groups, W]``."""
+        means = centroids(q, self._rows)
+        rows = means.flatten(2, 3).flatten(0, 1).to(self._keys_of_head.dtype)
+        scores = space.get("estimates", (*rows.shape[:2], width), self._acc)
+        bmm(rows, self._keys_of_head[:, :width].transpose(1, 2), out=scores)
+        scores = scores.view(*means.shape[:4], width)
+        scores.masked_fill_(~outside.unsqueeze(2), _HIDDEN)
+        many = outside.sum(-1) >= _MANY
+        total = _log_sums(scores, many)
+        # Without a candidate nothing is subtracted from nothing.
+        return scores.sub_(total.masked_fill_(total == _HIDDEN, 0.0).unsqueeze(-1))
+
+
+def _log_sums(scores: Tensor, many: Tensor) -> Tensor:
+    """Log-sum-exp of ``scores [B, Hkv, N, groups, W]``, over a sample where ``many [Hkv, N]``."""
+    if not bool(many.any()):
+        return scores.logsumexp(-1)
+    tile = torch.arange(scores.shape[-1], device=scores.device) // _TILE
+    some = scores[..., tile % _EVERY == _FIRST].logsumexp(-1)
+    return some if bool(many.all()) else torch.where(many[:, :, None], some, scores.logsumexp(-1))
+
+
+def centroids(q: Tensor, most: int) -> Tensor:
+    """Means of groups of similar rows, ``[*, R, D]`` to ``[*, groups, D]``.
+
+    Groups are halves of halves: of the rows in order of the channel in which they vary most, equal
+    ones in order of their index; until there are at most ``most`` in a group, or an odd number.
+    """
+    rows, dim = q.shape[-2:]
+    order = torch.arange(rows, device=q.device).expand(q.shape[:-1])
+    groups = 1
+    while rows // groups > most and rows // groups % 2 == 0:
+        parts = _take(q, order).unflatten(-2, (groups, -1))
+        widest = parts.var(-2, correction=0).argmax(-1, keepdim=True)
+        values = parts.gather(-1, widest.unsqueeze(-2).expand(*parts.shape[:-1], 1)).squeeze(-1)
+        halves = values.sort(dim=-1, stable=True).indices
+        halves = halves.unflatten(-1, (2, -1)).sort(-1).values.flatten(-2)
+        order = order.unflatten(-1, (groups, -1)).gather(-1, halves).flatten(-2)
+        groups *= 2
+    return _take(q, order).unflatten(-2, (groups, -1)).mean(-2)
+
+
+def _take(q: Tensor, order: Tensor) -> Tensor:
+    return q.gather(-2, order.unsqueeze(-1).expand(q.shape))
