@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,20 @@ def test_a_page_shows_every_length_or_the_growth_over_many(tmp_path: Path) -> No
     assert few.count("| linear |") == 2 and "| linear | 16 |" in few
     assert many.count("| linear |") == 1 and "| linear | 16 - 128 |" in many
     assert "old" not in page.read_text() and page.read_text().endswith("after\n")
+
+
+def test_calibrations_are_counted_and_not_repeated(model_directory: Path, tmp_path: Path) -> None:
+    text, data = tmp_path / "words.txt", tmp_path / "c.json"
+    text.write_text("a list of values and the name of each value is short " * 120)
+    options = ["--model", model_directory, "--text", f"words={text}", "--lengths", "512"]
+    options += ["--seeds", "0,1", "--target", "0.4", "--json", data]
+    for setting in ("windows=[32]", "block=32", "remainder=64", "dense_below=128"):
+        options += ["--set", f"ms_swift.{setting}"]
+    done = run("calibration.py", *options)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(data.read_text())["rows"]
+    assert [row["seed"] for row in rows] == [0, 1] and rows[0]["documents"] >= 2
+    assert f"{sum(row['off'] <= 0.01 for row in rows)} of 2 within 1 point" in done.stdout
+    assert not data.with_suffix(".partial.json").exists()
+    failed = run("calibration.py", "--text", "none=nowhere.txt", "--json", data)
+    assert failed.returncode == 2 and "no such file" in failed.stderr

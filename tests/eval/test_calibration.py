@@ -22,6 +22,7 @@ from longswift.eval.calibration import (
     candidates,
     cheapest,
     variant,
+    with_choice,
 )
 from longswift.eval.calibration_runs import Calibration
 from longswift.eval.calibration_summary import table
@@ -65,10 +66,8 @@ def test_tryouts_measure_what_the_mechanism_does(criterion: str, offset: int) ->
     tryout = Tryout(
         lambda layer, kv_heads: {"one": mechanism},
         block=16,
-        first=0,
-        share=1.0,
+        sample=lambda layer: range(13),
         criterion=criterion,
-        seed=0,
     )
     tryout(call)
     kept = tryout.kept[1]["one"]
@@ -88,15 +87,14 @@ def test_tryouts_measure_what_the_mechanism_does(criterion: str, offset: int) ->
     assert attended < sum(kept.cost()) / 2 < attended + 0.5 * (4 * 8 + 3 * 200 / 32) + 200 / 32
 
 
-def test_first_rows_are_not_sampled_and_chunks_do_not_matter() -> None:
+def test_only_asked_blocks_are_tried_and_chunks_do_not_matter() -> None:
+    asked_for = [7, 8, 12, 19, 20]
     whole, cut = (
         Tryout(
             lambda layer, kv_heads: {"one": BASE},
             block=16,
-            first=96,
-            share=0.5,
+            sample=lambda layer: asked_for,
             criterion=CAPTURED,
-            seed=3,
         )
         for _ in range(2)
     )
@@ -111,7 +109,8 @@ def test_first_rows_are_not_sampled_and_chunks_do_not_matter() -> None:
             )
         )
     one, two = whole.kept[1]["one"], cut.kept[1]["one"]
-    assert one.queries == two.queries and 16 <= one.queries <= 320 - 96
+    # The document has no block 20.
+    assert one.queries == two.queries == 4 * 16
     assert one.share(CAPTURED) == pytest.approx(two.share(CAPTURED), abs=1e-5)
     assert one.cost() == pytest.approx(two.cost(), rel=1e-6)
 
@@ -134,13 +133,16 @@ def test_the_cheapest_that_serves_every_head_of_the_group() -> None:
         costs=[[10, 10, 10], [30, 30, 30], [20, 20, 20], [40, 40, 40]],
         dense=100.0,
     )
-    layer, shares, costs = cheapest(tried, found, 3, 0.9)
+    layer = cheapest(tried, found, 3, 0.9)
+    shares, costs = with_choice(tried, layer, found)
     assert layer.scale == (1, 0, 0) and layer.key_tokens == (0, 0, 0)
     assert layer.dense == (False, False, True)
     assert shares == [0.99, 0.91, 0.95, 0.91, 1.0, 1.0] and costs == [20, 10, 100]
     # A candidate dearer than full attention serves nobody.
-    layer, _, costs = cheapest(Tried(**{**vars(tried), "dense": 15.0}), found, 3, 0.9)
-    assert layer.dense == (True, False, True) and costs == [15, 10, 15]
+    less = Tried(**{**vars(tried), "dense": 15.0})
+    layer = cheapest(less, found, 3, 0.9)
+    assert layer.dense == (True, False, True)
+    assert with_choice(less, layer, found)[1] == [15, 10, 15]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,7 @@ def asked(model: Path, text: Path, **changes: Any) -> Calibration:
         "file": str(text),
         "length": 384,
         "documents": 2,
+        "blocks": 16,
         "chunk": 128,
     }
     return Calibration(**{**options, **changes})
@@ -175,6 +178,7 @@ def test_prediction_holds_on_unseen_text(model_directory: Path, text: Path, tmp_
     assert summary["off"] <= 0.01 and "prediction holds" in summary["verdict"]
     assert summary["predicted"] >= 0.45 and summary["cost"] < 0.9
     assert summary["worst_head_off"] >= summary["off"]
+    assert summary["another"]["low"] < summary["checked"] < summary["another"]["high"]
     assert profile.calibration["target"] == 0.45 and profile.calibration["file"] == "words.txt"
     assert len(table(profile, result).rows) == 2
     assert str(tmp_path) not in out.read_text()
@@ -195,11 +199,11 @@ def test_an_interrupted_calibration_gives_the_same_profile(
     whole, _ = calibration_runs.run(run, tmp_path / "a.json", progress=False)
     tryout, done = calibration_runs._Calibrator.tryout, []
 
-    def interrupted(self: Any, ids: list[int], number: int, mechanisms: Any) -> Any:
-        done.append(number)
+    def interrupted(self: Any, part: int, number: int, mechanisms: Any) -> Any:
+        done.append((part, number))
         if len(done) in (2, 4):
             raise KeyboardInterrupt
-        return tryout(self, ids, number, mechanisms)
+        return tryout(self, part, number, mechanisms)
 
     monkeypatch.setattr(calibration_runs._Calibrator, "tryout", interrupted)
     for _ in range(2):
@@ -207,7 +211,7 @@ def test_an_interrupted_calibration_gives_the_same_profile(
             calibration_runs.run(run, tmp_path / "b.json", progress=False)
         assert not (tmp_path / "b.json").exists()
     resumed, _ = calibration_runs.run(run, tmp_path / "b.json", progress=False)
-    assert done == [0, 2, 2, 1, 1, 3]
+    assert done == [(0, 0), (0, 1), (0, 1), (1, 0), (1, 0), (1, 1)]
     both = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
     for one in both:
         del one["calibration"]["date"]
@@ -223,6 +227,8 @@ def test_an_unreachable_target_is_met_densely(
     assert profile.mechanism(1) == Full()
     assert result.summary["cost"] == pytest.approx(1.0)
     assert result.summary["checked"] == pytest.approx(1.0, abs=1e-5)
+    # One document says nothing about others.
+    assert result.summary["another"] is None and "UNKNOWN" in result.summary["verdict"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from longswift import MSSwift
 from longswift.core.errors import ConfigError
 from longswift.eval import attention, mechanism_runs, mechanism_table, options, runner, suite
 from longswift.eval.attention import AttentionBench
+from longswift.eval.comparison_plot import plot_comparison
 from longswift.eval.models import load
-from longswift.eval.plots import plot_comparison
 from longswift.eval.reading import hidden_states
 from longswift.eval.results import load as load_result
 from longswift.hf import SwiftCache

@@ -28,8 +28,11 @@ def calibrate(
     length: Annotated[
         str | None, Option(help="Tokens of a document; default: as the text allows, up to 32k.")
     ] = None,
-    documents: Annotated[int, Option(help="Documents of each half of the text.")] = 4,
-    blocks: Annotated[int, Option(help="Blocks of queries tried per layer and document.")] = 16,
+    documents: Annotated[
+        int | None,
+        Option(help="Documents to read; default: as many as there are, from 2 to 8."),
+    ] = None,
+    blocks: Annotated[int, Option(help="Blocks tried per layer, document and half.")] = 8,
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     seed: Annotated[int, Option(help="Chooses the blocks.")] = 0,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",

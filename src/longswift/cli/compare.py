@@ -35,6 +35,14 @@ def compare(
     budget: Annotated[float, Option(help="Seconds per mechanism and length.")] = 60.0,
     memory: Annotated[bool, Option(help="Also measure working memory (one more run).")] = True,
     chunk: Annotated[int, Option(help="Tokens per forward pass while reading.")] = 1024,
+    tune_steps: Annotated[
+        int, Option(help="Also fine-tune with each mechanism for so many steps and ask again.")
+    ] = 0,
+    tune_rows: Annotated[int, Option(help="Sequences per step, each of --length tokens.")] = 2,
+    tune_rate: Annotated[float, Option(help="Peak learning rate.")] = 5e-4,
+    tune_file: Annotated[
+        Path | None, Option(help="Text to train on; default: Python's library, not held out.")
+    ] = None,
     device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",
     seed: Annotated[int, Option(help="Seed of numbers, documents and questions.")] = 0,
     json: Annotated[
@@ -47,8 +55,9 @@ def compare(
     from longswift.cli import render
     from longswift.eval import mechanism_runs, mechanism_table, options, suite
     from longswift.eval.attention import AttentionBench
-    from longswift.eval.plots import plot_comparison
+    from longswift.eval.comparison_plot import plot_comparison
     from longswift.eval.results import writable
+    from longswift.eval.tuning import Tuning
 
     chosen, left_out = options.choose(attention, settings or ())
     asked = mechanism_runs.Comparison(
@@ -78,6 +87,16 @@ def compare(
             device=device,
         ),
         file=None if file is None else str(file),
+        tuning=None
+        if not tune_steps
+        else Tuning(
+            steps=tune_steps,
+            rows=tune_rows,
+            length=options.length(length),
+            rate=tune_rate,
+            file=None if tune_file is None else str(tune_file),
+            seed=seed,
+        ),
         left_out=left_out,
     )
     if plot is not None:

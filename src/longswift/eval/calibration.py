@@ -7,8 +7,7 @@ included; what full attention sees in the same rows is known exactly.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,15 +83,13 @@ class Kept:
 
 
 class Tryout:
-    """An observer that tries mechanisms on sampled blocks of what full attention computed.
+    """An observer that tries mechanisms on some blocks of what full attention computed.
 
     Args:
         mechanisms: What to try in a layer with so many KV heads, by name.
         block: Rows of a block.
-        first: Rows at earlier positions are never sampled: they are exact anyway.
-        share: Share of the blocks to sample.
+        sample: The blocks to try in a layer, counted from the document's beginning.
         criterion: ``"captured"`` or ``"output"``.
-        seed: Chooses the blocks.
     """
 
     def __init__(
@@ -100,13 +97,11 @@ class Tryout:
         mechanisms: Callable[[int, int], dict[Any, Mechanism]],
         *,
         block: int,
-        first: int,
-        share: float,
+        sample: Callable[[int], Collection[int]],
         criterion: str,
-        seed: int,
     ) -> None:
-        self._mechanisms, self._block, self._first = mechanisms, block, first
-        self._share, self._criterion, self._seed = share, criterion, seed
+        self._mechanisms, self._block = mechanisms, block
+        self._sample, self._criterion = sample, criterion
         self.kept: dict[int, dict[Any, Kept]] = {}
         self.dense: dict[int, list[float]] = {}
 
@@ -114,14 +109,9 @@ class Tryout:
         """Sample blocks of one call."""
         q_len, k_len = call.q.shape[2], call.k.shape[2]
         offset, layer = k_len - q_len, call.layer or 0
-        origin = -(-self._first // self._block)
-        phase = random.Random(f"{self._seed} {layer}").random()
-        for index in range(max(origin, -(-offset // self._block)), -(-k_len // self._block)):
-            # Evenly spaced from a random phase, so that neither chunks nor resuming matter.
-            passed = (index - origin) * self._share + phase
-            if int(passed + self._share) > int(passed):
-                start = index * self._block
-                end = min(start + self._block, k_len)
+        for index in self._sample(layer):
+            start, end = index * self._block, min((index + 1) * self._block, k_len)
+            if offset <= start < k_len:
                 self._try(call, layer, slice(start - offset, end - offset), end)
 
     def _try(self, call: Observed, layer: int, rows: slice, end: int) -> None:
@@ -189,15 +179,13 @@ class Tried:
 
 def cheapest(
     tried: Tried, found: Sequence[Candidate], kv_heads: int, target: float
-) -> tuple[LayerProfile, list[float], list[float]]:
+) -> LayerProfile:
     """The cheapest candidate of each KV head whose every query head reaches the target.
 
-    Returns:
-        The layer's profile, the share each query head is predicted to keep, and the cost of each
-        KV head in keys per query. A head no candidate serves is dense.
+    A head that no candidate serves is dense.
     """
     size = len(tried.shares[0]) // kv_heads
-    scale, budget, dense, shares, costs = [], [], [], [], []
+    scale, budget, dense = [], [], []
     for head in range(kv_heads):
         own = slice(head * size, (head + 1) * size)
         good = [
@@ -205,12 +193,28 @@ def cheapest(
             for i in range(len(found))
             if min(tried.shares[i][own]) >= target and tried.costs[i][head] < tried.dense
         ]
-        cost, best = min(good, default=(tried.dense, None))
+        _, best = min(good, default=(tried.dense, None))
         chosen = found[0] if best is None else found[best]
         scale.append(chosen.scale)
         budget.append(0 if best is None else chosen.key_tokens)
         dense.append(best is None)
-        shares += [1.0] * size if best is None else tried.shares[best][own]
-        costs.append(cost)
-    layer = LayerProfile(scale=tuple(scale), key_tokens=tuple(budget), dense=tuple(dense))
-    return layer, shares, costs
+    return LayerProfile(scale=tuple(scale), key_tokens=tuple(budget), dense=tuple(dense))
+
+
+def with_choice(
+    tried: Tried, profile: LayerProfile, found: Sequence[Candidate]
+) -> tuple[list[float], list[float]]:
+    """What a choice keeps in each query head of a layer, and costs in each KV head."""
+    size = len(tried.shares[0]) // len(profile.dense)
+    shares: list[float] = []
+    costs: list[float] = []
+    for head, dense in enumerate(profile.dense):
+        if dense:
+            shares += [1.0] * size
+            costs.append(tried.dense)
+            continue
+        chosen = Candidate(scale=profile.scale[head], key_tokens=profile.key_tokens[head])
+        best = found.index(chosen)
+        shares += tried.shares[best][head * size : (head + 1) * size]
+        costs.append(tried.costs[best][head])
+    return shares, costs

@@ -1,4 +1,4 @@
-"""``longswift calibrate``: a profile from the first half of a text, checked on the second."""
+"""``longswift calibrate``: a profile from one half of a text, checked on the other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from longswift.eval.calibration import (
     cheapest,
     variant,
 )
-from longswift.eval.calibration_summary import DEFAULT, PROFILE, gather, summarise, verdict
+from longswift.eval.calibration_summary import DEFAULT, PROFILE, by_document, summarise, verdict
+from longswift.eval.halves import CHECK, CHOOSE, STRETCH, Half
 from longswift.eval.models import TINY, Loaded, load
+from longswift.eval.prediction import pool
 from longswift.eval.progress import Bar, bar
 from longswift.eval.reading import check_chunk
 from longswift.eval.results import Progress, Result, writable, write_text
@@ -34,6 +36,8 @@ from longswift.mechanisms.profile import Profile
 
 KIND = "calibration"
 BUDGETS = (0, 64, 128, 256, 512, 1024, 2048)
+# Fewer say too little about how documents differ.
+DOCUMENTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +54,9 @@ class Calibration:
         model: ``tiny``, a directory or a name on the hub.
         file: UTF-8 text; held-out Python documentation by default.
         length: Tokens of a document, or None for what there is, at most 32k.
-        documents: Documents of each half.
-        blocks: About how many blocks of query rows are tried per layer and document.
+        documents: Documents to read, or None for as many as there are, at least two, at most
+            eight. Each gives every other stretch to the choice and the others to the check.
+        blocks: About how many blocks of query rows are tried per layer, document and half.
         chunk: Tokens per forward pass.
         seed: Chooses the blocks.
         dtype: Name of a dtype, or ``"auto"``.
@@ -66,8 +71,8 @@ class Calibration:
     model: str = TINY
     file: str | None = None
     length: int | None = None
-    documents: int = 4
-    blocks: int = 16
+    documents: int | None = None
+    blocks: int = 8
     chunk: int = 1024
     seed: int = 0
     dtype: str = "auto"
@@ -75,7 +80,10 @@ class Calibration:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        check_positive("calibrate", documents=self.documents, blocks=self.blocks, chunk=self.chunk)
+        counts = {"blocks": self.blocks, "chunk": self.chunk}
+        if self.documents is not None:
+            counts["documents"] = self.documents
+        check_positive("calibrate", **counts)
         if not isinstance(self.target, float) or not 0.0 < self.target < 1.0:
             raise ConfigError(
                 problem(
@@ -108,44 +116,51 @@ class Calibration:
 class _Calibrator:
     """One run: its model, its documents, and what is finished of it."""
 
-    def __init__(self, asked: Calibration, loaded: Loaded, base: MSSwift, step: Bar) -> None:
+    def __init__(
+        self,
+        asked: Calibration,
+        loaded: Loaded,
+        base: MSSwift,
+        documents: list[list[int]],
+        kept: Progress,
+        step: Bar,
+    ) -> None:
         self.asked, self.loaded, self.base, self.step = asked, loaded, base, step
         self.found = candidates(base, asked.budgets)
+        self._documents, self._kept = documents, kept
 
-    def tryout(self, ids: list[int], number: int, mechanisms: Any) -> Tryout:
+    def measure(self, part: int, mechanisms: Any) -> None:
+        """Keep a row for every document and layer, those of an interrupted run included."""
+        for number, ids in enumerate(self._documents):
+            if self._kept.find(part=part, document=number) is None:
+                self._kept.add(*self._rows(part, number, self.tryout(part, number, mechanisms)))
+            else:
+                self.step(len(ids), "measured before")
+
+    def tryout(self, part: int, number: int, mechanisms: Any) -> Tryout:
         """Let mechanisms work on blocks of a document that the dense model reads."""
-        blocks = max(1, (len(ids) - self.base.dense_below) // self.base.block)
-        tried = Tryout(
-            mechanisms,
-            block=self.base.block,
-            first=self.base.dense_below,
-            share=min(1.0, self.asked.blocks / blocks),
-            criterion=self.asked.criterion,
-            seed=1000 * self.asked.seed + number,
+        ids, block = self._documents[number], self.base.block
+        half = Half(
+            part=part,
+            number=number,
+            documents=len(self._documents),
+            first=-(-self.base.dense_below // block),
+            end=-(-len(ids) // block),
+            count=self.asked.blocks,
+            seed=self.asked.seed,
         )
+        tried = Tryout(mechanisms, block=block, sample=half.tried, criterion=self.asked.criterion)
         model = self.loaded.model
         with on_trial(model), torch.inference_mode():
             walk = Walk(model, ids, self.asked.chunk, self.step)
             walk.read(Rival(FULL, Full()), tried)
         return tried
 
-    def candidates_row(self, ids: list[int], number: int) -> list[dict[str, Any]]:
-        """Every candidate on a document of the first half, by layer."""
+    def every(self, _: int, kv_heads: int) -> dict[Any, Mechanism]:
+        """Every candidate."""
+        return {i: variant(self.base, c, kv_heads) for i, c in enumerate(self.found)}
 
-        def every(_: int, kv_heads: int) -> dict[Any, Mechanism]:
-            return {i: variant(self.base, c, kv_heads) for i, c in enumerate(self.found)}
-
-        return self._rows("calibrate", number, self.tryout(ids, number, every))
-
-    def check_rows(self, ids: list[int], number: int, profile: Profile) -> list[dict[str, Any]]:
-        """The profile and the configuration it started from, on a document of the second half."""
-
-        def both(layer: int, _: int) -> dict[Any, Mechanism]:
-            return {PROFILE: profile.mechanism(layer), DEFAULT: self.base}
-
-        return self._rows("check", number, self.tryout(ids, number, both))
-
-    def _rows(self, part: str, number: int, tried: Tryout) -> list[dict[str, Any]]:
+    def _rows(self, part: int, number: int, tried: Tryout) -> list[dict[str, Any]]:
         return [
             {
                 "part": part,
@@ -163,7 +178,7 @@ class _Calibrator:
 def run(
     asked: Calibration, output: str | Path, *, fresh: bool = False, progress: bool = True
 ) -> tuple[Profile, Result]:
-    """Calibrate, write the profile to ``output``, and check it on text it has not seen.
+    """Calibrate, write the profile to ``output``, and check it on the half that did not choose it.
 
     Documents that an interrupted run of the same options has finished are reused.
 
@@ -191,33 +206,33 @@ def run(
         device=asked.device,
         trust_remote_code=asked.trust_remote_code,
     )
-    # Earlier rows are exact; a block or two would say little about the rest.
-    least = base.dense_below + 8 * base.block
+    # Earlier rows are exact; each half needs a stretch of the rest.
+    least = base.dense_below + 2 * STRETCH * base.block
+    count = asked.documents
     text = samples(
-        loaded, asked.file, length=asked.length, documents=2 * asked.documents, least=least
+        loaded,
+        asked.file,
+        length=asked.length,
+        documents=count or DOCUMENTS,
+        fewest=2 if count is None else None,
+        least=least,
     )
     config: dict[str, Any] = json.loads(json.dumps(asdict(asked)))
     config.update(
         file=None if asked.file is None else Path(asked.file).name,
         model=loaded.name,
         length=len(text.documents[0]),
+        documents=len(text.documents),
         text_sha256=text.sha256,
         model_sha256=loaded.fingerprint(),
     )
     result = Result(kind=KIND, config=config, seed=asked.seed, rows=[])
     kept = Progress(result, target, fresh=fresh)
-    # Texts drift; halves that alternate are more alike than a beginning and an end.
-    numbered = list(enumerate(text.documents))
-    even, odd = numbered[::2], numbered[1::2]
     architecture = architecture_of(loaded.model)
-    with bar(text.tokens, "starting", shown=progress) as step:
-        work = _Calibrator(asked, loaded, base, step)
-        for number, ids in even:
-            if kept.find(document=number) is None:
-                kept.add(*work.candidates_row(ids, number))
-            else:
-                step(len(ids), "measured before")
-        tried = gather(result.rows)
+    with bar(2 * text.tokens, "starting", shown=progress) as step:
+        work = _Calibrator(asked, loaded, base, text.documents, kept, step)
+        work.measure(CHOOSE, work.every)
+        tried = pool(by_document(result.rows, CHOOSE))
         chosen = {
             layer: cheapest(one, work.found, architecture.kv_heads, asked.target)
             for layer, one in tried.items()
@@ -225,20 +240,15 @@ def run(
         profile = Profile(
             architecture=architecture,
             attention=replace(base, collect=False),
-            layers={layer: found[0] for layer, found in chosen.items()},
+            layers=chosen,
         )
-        for number, ids in odd:
-            if kept.find(document=number) is None:
-                kept.add(*work.check_rows(ids, number, profile))
-            else:
-                step(len(ids), "measured before")
+
+        def both(layer: int, _: int) -> dict[Any, Mechanism]:
+            return {PROFILE: profile.mechanism(layer), DEFAULT: base}
+
+        work.measure(CHECK, both)
     result.summary.update(
-        summarise(
-            result.rows,
-            {layer: (found[1], found[2]) for layer, found in chosen.items()},
-            {layer: one.dense for layer, one in tried.items()},
-            asked.criterion,
-        )
+        summarise(result.rows, profile, work.found, asked.target, asked.criterion)
     )
     result.summary["verdict"] = verdict(result, profile)
     known = ("model", "file", "length", "documents", "target", "criterion", "text_sha256")

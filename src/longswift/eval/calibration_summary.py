@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
 from longswift.eval import text as text_of
-from longswift.eval.calibration import CAPTURED, Tried
+from longswift.eval.calibration import CAPTURED, Candidate, Tried, with_choice
+from longswift.eval.halves import CHECK, CHOOSE
+from longswift.eval.prediction import expected, margin, mean_share, pool
 from longswift.eval.results import Result
 from longswift.mechanisms.profile import LayerProfile, Profile
 
@@ -16,74 +19,76 @@ PROFILE, DEFAULT = "profile", "default"
 CLOSE = 0.01
 
 
-def gather(rows: list[dict[str, Any]]) -> dict[int, Tried]:
-    """Means over the documents of the first half, by layer."""
-    found: dict[int, list[dict[str, Any]]] = {}
+def by_document(
+    rows: list[dict[str, Any]], part: int, name: str | None = None
+) -> list[dict[int, Tried]]:
+    """What one half of each document says, by layer.
+
+    Args:
+        rows: Of both halves.
+        part: Which.
+        name: Of one mechanism, or None for all of them.
+    """
+    found: dict[int, dict[int, Tried]] = {}
     for row in rows:
-        if row["part"] == "calibrate":
-            found.setdefault(row["layer"], []).append(row)
-    return {
-        layer: Tried(
-            shares=_mean([row["shares"] for row in group]),
-            costs=_mean([row["costs"] for row in group]),
-            dense=fmean(row["dense"] for row in group),
-        )
-        for layer, group in found.items()
-    }
-
-
-def _mean(tables: list[list[list[float]]]) -> list[list[float]]:
-    return [
-        [fmean(values) for values in zip(*lines, strict=True)]
-        for lines in zip(*tables, strict=True)
-    ]
+        if row["part"] == part:
+            names = row["names"]
+            wanted = range(len(names)) if name is None else [names.index(name)]
+            shares, costs = ([row[key][i] for i in wanted] for key in ("shares", "costs"))
+            one = Tried(shares=shares, costs=costs, dense=row["dense"])
+            found.setdefault(row["document"], {})[row["layer"]] = one
+    return [found[number] for number in sorted(found)]
 
 
 def summarise(
     rows: list[dict[str, Any]],
-    chosen: Mapping[int, tuple[list[float], list[float]]],
-    dense: Mapping[int, float],
+    profile: Profile,
+    found: Sequence[Candidate],
+    target: float,
     criterion: str,
 ) -> dict[str, Any]:
-    """What the profile promises, what unseen text says, and what it costs."""
-    checks: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["part"] == "check":
-            checks.setdefault(row["layer"], []).append(row)
+    """What the profile promises, what the other half says, and what it costs.
+
+    Args:
+        rows: Of both halves.
+        profile: What was chosen.
+        found: The candidates.
+        target: What every head was to keep.
+        criterion: What was measured.
+    """
+    chosen = profile.layers
+    seen, unseen = by_document(rows, CHOOSE), by_document(rows, CHECK, PROFILE)
+    tried, checks = pool(seen), pool(unseen)
+    default = pool(by_document(rows, CHECK, DEFAULT))
     layers: list[dict[str, Any]] = []
-    for layer, (shares, cost) in chosen.items():
-        by_name = {
-            name: (
-                _mean([[r["shares"][r["names"].index(name)]] for r in checks[layer]])[0],
-                _mean([[r["costs"][r["names"].index(name)]] for r in checks[layer]])[0],
-            )
-            for name in (PROFILE, DEFAULT)
-        }
+    for layer, setting in chosen.items():
+        shares, costs = with_choice(tried[layer], setting, found)
         layers.append(
             {
                 "layer": layer,
                 "predicted": shares,
-                "checked": by_name[PROFILE][0],
-                "default": by_name[DEFAULT][0],
-                "cost": cost,
-                "default_cost": by_name[DEFAULT][1],
-                "dense_cost": dense[layer],
+                "checked": checks[layer].shares[0],
+                "default": default[layer].shares[0],
+                "cost": costs,
+                "default_cost": default[layer].costs[0],
+                "dense_cost": tried[layer].dense,
             }
         )
     heads = [pair for one in layers for pair in zip(one["predicted"], one["checked"], strict=True)]
-    predicted, checked = fmean(p for p, _ in heads), fmean(c for _, c in heads)
-    documents: dict[int, list[float]] = {}
-    for row in (row for group in checks.values() for row in group):
-        documents.setdefault(row["document"], []).extend(row["shares"][row["names"].index(PROFILE)])
-    each = [fmean(shares) for shares in documents.values()]
+    predicted = [mean_share(one, chosen, found) for one in seen]
+    checked = [fmean(s for tried in one.values() for s in tried.shares[0]) for one in unseen]
+    other = expected(seen, found, profile.architecture.kv_heads, target)
     full = fmean(one["dense_cost"] for one in layers)
     return {
         "criterion": criterion,
-        "predicted": predicted,
-        "checked": checked,
-        "off": abs(predicted - checked),
+        "predicted": fmean(predicted),
+        "checked": fmean(checked),
+        "off": abs(fmean(predicted) - fmean(checked)),
+        "off_margin": margin([p - c for p, c in zip(predicted, checked, strict=True)]),
         "worst_head_off": max(abs(p - c) for p, c in heads),
-        "spread": stdev(each) if len(each) > 1 else None,
+        "predicted_each": predicted,
+        "checked_each": checked,
+        "another": None if other is None else asdict(other),
         "default": fmean(share for one in layers for share in one["default"]),
         "cost": fmean(c for one in layers for c in one["cost"]) / full,
         "default_cost": fmean(c for one in layers for c in one["default_cost"]) / full,
@@ -98,16 +103,36 @@ def verdict(result: Result, profile: Profile) -> str:
     dense = sum(sum(layer.dense) for layer in profile.layers.values())
     heads = sum(len(layer.dense) for layer in profile.layers.values())
     held = "holds" if found["off"] <= CLOSE else "DOES NOT HOLD"
-    spread = ""
-    if found["spread"] is not None:
-        spread = f"; its documents differ by {100 * found['spread']:.1f} points among themselves"
+    by_chance = found["off_margin"]
+    chance = "" if by_chance is None else f" +- {100 * by_chance:.1f}"
     return (
         f"The profile keeps {100 * found['predicted']:.1f} % {what} where the default keeps "
         f"{100 * found['default']:.1f} %, for {100 * found['cost']:.0f} % of full attention's "
         f"keys (default {100 * found['default_cost']:.0f} %), choosing included; {dense} of "
-        f"{heads} KV heads are dense. Checked on text it has not seen it keeps "
-        f"{100 * found['checked']:.1f} %: the prediction {held} (within 1 point; worst head off by "
-        f"{100 * found['worst_head_off']:.1f}){spread}."
+        f"{heads} KV heads are dense. Checked on the half of the text that did not choose it, it "
+        f"keeps {100 * found['checked']:.1f} %: the prediction {held} (within 1 point; off by "
+        f"{100 * found['off']:.1f}{chance}, worst head by {100 * found['worst_head_off']:.1f}). "
+        f"{_of_another(found['another'])}"
+    )
+
+
+def _of_another(other: dict[str, Any] | None) -> str:
+    """What to expect of text that was not read at all."""
+    if other is None:
+        return (
+            "What it keeps in another document is UNKNOWN: one document says nothing about "
+            "others. Give a longer text, or a lower --length."
+        )
+    count, spread = len(other["each"]), stdev(other["each"])
+    said = (
+        f"Another document like these {count} is expected to keep {100 * other['mean']:.1f} % "
+        f"(95 % interval for one: {100 * other['low']:.1f} to {100 * other['high']:.1f} %)"
+    )
+    if spread <= CLOSE:
+        return f"{said}."
+    return (
+        f"{said}: UNCERTAIN, because they differ by {100 * spread:.1f} points among themselves. "
+        "Calibrate on text of the kind you will read, and leave the target some room."
     )
 
 

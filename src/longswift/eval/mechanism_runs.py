@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, InputError, problem
 from longswift.core.mechanism import Mechanism
-from longswift.eval import attention, attention_rivals, options, standings, suite
+from longswift.eval import attention, attention_rivals, options, standings, suite, tuned_runs
 from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
 from longswift.eval.attention_table import series
@@ -28,6 +28,7 @@ from longswift.eval.results import load as load_result
 from longswift.eval.runner import FULL, SWIFT, WINDOW
 from longswift.eval.samples import samples
 from longswift.eval.suite import Suite
+from longswift.eval.tuning import Tuning
 
 _RIVAL = "rival"
 _NOTES = {
@@ -37,6 +38,8 @@ _NOTES = {
     "scores at the tasks' length",
     "quality": "zero-shot: the mechanism replaces the full-attention layers of a model that was "
     "trained with full attention, without any training since",
+    "tuned": "the same questions and text after the same number of steps on the same rows with "
+    "the same rate and seed for every mechanism, full attention included",
     "divergence": "next-token distributions on a text of the tasks' length, from full attention's",
     "direction": "mechanisms without a causal form are timed in bidirectional attention and "
     "cannot run in a language model",
@@ -52,15 +55,31 @@ class Comparison:
             per mechanism.
         quality: Tasks on a model at one length. Its mechanisms are ignored.
         file: Text for the divergence; Python's documentation by default.
+        tuning: Also fine-tune a copy of the model with each mechanism, and ask again.
         left_out: Mechanisms that could not even be configured, and why.
     """
 
     speed: AttentionBench
     quality: Suite
     file: str | None = None
+    tuning: Tuning | None = None
     left_out: dict[str, str]
 
     def __post_init__(self) -> None:
+        own = None if self.tuning is None else self.tuning.file
+        if (
+            own is not None
+            and self.file is not None
+            and Path(own).resolve() == Path(self.file).resolve()
+        ):
+            raise ConfigError(
+                problem(
+                    "--tune-file",
+                    expected="another text than that of the tasks",
+                    got=own,
+                    fix="Give text of the same kind that nothing is measured on.",
+                )
+            )
         if len(self.quality.lengths) != 1:
             raise ConfigError(
                 problem(
@@ -83,8 +102,9 @@ def run(
 
     Args:
         comparison: What to compare.
-        output: JSON file of the table. Its parts lie beside it: ``<name>.attention.json`` and
-            ``<name>.eval.json`` with its samples.
+        output: JSON file of the table. Its parts lie beside it: ``<name>.attention.json``,
+            ``<name>.eval.json`` with its samples, and in ``<name>.tuned`` checkpoints, tuned
+            models and their answers.
         fresh: Start over.
         progress: Show bars on stderr.
     """
@@ -119,6 +139,8 @@ def run(
     scored = suite.run(asked, _beside(output, "eval"), fresh=fresh, progress=progress)
     _scores(scored, found)
     _divergences(comparison, suite.prepare(asked), judged, found, progress)
+    if comparison.tuning is not None:
+        _tuned(comparison, asked, judged, found, output, fresh, progress)
     rows = [asdict(MechanismRow(**{"scores": {}, "kept": {}, **row})) for row in found.values()]
     rows += [
         asdict(MechanismRow(name=name, scores={}, kept={}, note=f"not configured: {why}"))
@@ -127,7 +149,12 @@ def run(
     speed = _bench(comparison.speed, mechanisms).to_dict()
     result = Result(
         kind="compare",
-        config={"speed": speed, "quality": scored.config, "text_tokens": length},
+        config={
+            "speed": speed,
+            "quality": scored.config,
+            "text_tokens": length,
+            "tuning": _tuning(comparison.tuning),
+        },
         seed=comparison.speed.seed,
         rows=rows,
         summary={"window": window, "dense": list(standings.dense(scored)), "how": _NOTES},
@@ -135,6 +162,39 @@ def run(
     if output is not None:
         result.save(output)
     return result
+
+
+def _tuning(tuning: Tuning | None) -> dict[str, Any] | None:
+    if tuning is None:
+        return None
+    file = None if tuning.file is None else Path(tuning.file).name
+    return {**asdict(tuning), "file": file}
+
+
+def _tuned(
+    comparison: Comparison,
+    asked: Suite,
+    judged: list[Mechanism],
+    found: dict[str, dict[str, Any]],
+    output: str | Path | None,
+    fresh: bool,
+    progress: bool,
+) -> None:
+    """The quality of every mechanism that ran, after the fine-tuning."""
+    assert comparison.tuning is not None
+    runs = [m for m in judged if m.name == FULL or not found[m.name]["note"]]
+    (ids,) = _text(comparison, suite.prepare(asked))
+    folder = None if output is None else Path(output).with_suffix(".tuned")
+    tuned = tuned_runs.run(
+        asked, runs, ids, comparison.tuning, folder, fresh=fresh, progress=progress
+    )
+    tuned_runs.into(found, tuned)
+
+
+def _text(comparison: Comparison, loaded: Loaded) -> list[list[int]]:
+    """What divergence and perplexity are measured on."""
+    length = comparison.quality.lengths[0]
+    return samples(loaded, comparison.file, length=length, documents=1).documents
 
 
 def _beside(output: str | Path | None, part: str) -> Path | None:
@@ -233,8 +293,7 @@ def _divergences(
     """Read one text with each mechanism, full attention first."""
     from longswift.hf import SwiftCache
 
-    length = comparison.quality.lengths[0]
-    (ids,) = samples(loaded, comparison.file, length=length, documents=1).documents
+    (ids,) = _text(comparison, loaded)
     truth: list[Tensor] = []
     with bar(len(mechanisms) * len(ids), "reading", shown=progress) as step:
         for mechanism in mechanisms:

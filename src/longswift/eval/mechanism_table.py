@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from longswift.eval import text as text_of
 from longswift.eval.results import Result
@@ -27,6 +27,11 @@ class MechanismRow:
         top1: Share of positions with the same likeliest token.
         perplexity: Of the text.
         perplexity_ratio: The same over full attention's.
+        tuned_scores: Score of each task after the fine-tuning; empty without one.
+        tuned_kept: The same as shares of full attention's after the same fine-tuning.
+        tuned_perplexity: Of the text, after it.
+        tuned_perplexity_ratio: The same over full attention's after it.
+        tuned_loss: Of the last training steps, mean.
         note: What did not run, and why; empty if all did.
     """
 
@@ -44,6 +49,11 @@ class MechanismRow:
     top1: float | None = None
     perplexity: float | None = None
     perplexity_ratio: float | None = None
+    tuned_scores: dict[str, float] = field(default_factory=dict)
+    tuned_kept: dict[str, float] = field(default_factory=dict)
+    tuned_perplexity: float | None = None
+    tuned_perplexity_ratio: float | None = None
+    tuned_loss: float | None = None
     note: str = ""
 
 
@@ -56,35 +66,40 @@ def table(result: Result) -> text_of.Table:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else form.format(value)
 
+    def score(scores: dict[str, float], kept: dict[str, float], task: str) -> str:
+        if task not in scores:
+            return "-"
+        share = f" ({100 * kept[task]:.0f} %)" if task in kept else ""
+        return f"{100 * scores[task]:.0f} %{share}"
+
+    tuning = result.config.get("tuning")
     cells = []
     for row in rows:
-        scores = [
-            "-"
-            if task not in row.scores
-            else f"{100 * row.scores[task]:.0f} %"
-            + (f" ({100 * row.kept[task]:.0f} %)" if task in row.kept else "")
-            for task in tasks
+        cell = [
+            row.name if row.causal else f"{row.name} (bidirectional)",
+            shown(row.exponent, "{:.2f}"),
+            "-" if row.seconds is None else text_of.seconds(row.seconds),
+            shown(row.speedup, "{:.2f}x"),
+            text_of.megabytes(row.extra_bytes),
+            "-" if row.density is None else f"{100 * row.density:.1f} %",
+            *(score(row.scores, row.kept, task) for task in tasks),
+            shown(row.kl, "{:.4f}"),
+            shown(None if row.top1 is None else 100 * row.top1, "{:.1f} %"),
+            shown(row.perplexity_ratio, "{:.3f}x"),
         ]
-        cells.append(
-            (
-                row.name if row.causal else f"{row.name} (bidirectional)",
-                shown(row.exponent, "{:.2f}"),
-                "-" if row.seconds is None else text_of.seconds(row.seconds),
-                shown(row.speedup, "{:.2f}x"),
-                text_of.megabytes(row.extra_bytes),
-                "-" if row.density is None else f"{100 * row.density:.1f} %",
-                *scores,
-                shown(row.kl, "{:.4f}"),
-                shown(None if row.top1 is None else 100 * row.top1, "{:.1f} %"),
-                shown(row.perplexity_ratio, "{:.3f}x"),
-            )
-        )
+        if tuning is not None:
+            cell += [score(row.tuned_scores, row.tuned_kept, task) for task in tasks]
+            cell.append(shown(row.tuned_perplexity_ratio, "{:.3f}x"))
+        cells.append(tuple(cell))
     title = (
         f"attention alone at {longest:,} tokens; {result.config['quality']['model']} at "
-        f"{result.config['text_tokens']:,} tokens, zero-shot (share of full attention's)"
+        f"{result.config['text_tokens']:,} tokens, zero-shot"
     )
-    measured = ("n^", "time", "vs SDPA", "memory", "keys")
-    return text_of.Table(title, ("", *measured, *tasks, "KL", "top 1", "perplexity"), cells)
+    columns = ["", "n^", "time", "vs SDPA", "memory", "keys", *tasks, "KL", "top 1", "perplexity"]
+    if tuning is not None:
+        title += f" and after {tuning['steps']} equal steps of fine-tuning"
+        columns += [*(f"{task}, tuned" for task in tasks), "perplexity, tuned"]
+    return text_of.Table(f"{title} (share of full attention's)", columns, cells)
 
 
 def sentences(result: Result) -> list[str]:

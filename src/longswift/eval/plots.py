@@ -8,7 +8,6 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from longswift.eval import demo, text
-from longswift.eval.mechanism_table import MechanismRow
 from longswift.eval.results import Result, replace
 
 if TYPE_CHECKING:
@@ -114,83 +113,4 @@ def plot_demo(result: Result, path: str | Path) -> Path:
     secrets.set_title("secrets found (filled) by their place", fontsize=11, loc="left")
     secrets.spines[["top", "right", "left"]].set_visible(False)
     fig.suptitle("\n".join(wrap(result.summary["verdict"], 125)), fontsize=11)
-    return save(fig, path)
-
-
-def plot_comparison(result: Result, path: str | Path) -> Path:
-    """The table of mechanisms as bars: growth, speed, memory, and quality kept."""
-    found = [MechanismRow(**row) for row in result.rows]
-    found = [row for row in found if row.seconds is not None]
-    places = list(range(len(found)))[::-1]
-    tasks = [task["name"] for task in result.config["quality"]["tasks"]]
-    longest, length = max(result.config["speed"]["lengths"]), result.config["text_tokens"]
-
-    def kept(row: MechanismRow) -> float | None:
-        # The worst task: a mean hides what a mechanism cannot do.
-        return min(row.kept.values()) if row.kept else None
-
-    panels: list[tuple[str, list[float | None], str, bool]] = [
-        ("time grows like n to the", [row.exponent for row in found], "{:.2f}", False),
-        (
-            f"times faster than SDPA,\n{longest:,} tokens",
-            [row.speedup for row in found],
-            "{:.2f}x",
-            True,
-        ),
-        (
-            "extra memory, MiB",
-            [None if r.extra_bytes is None else r.extra_bytes / 2**20 for r in found],
-            "{:,.0f}",
-            False,
-        ),
-        (
-            f"% of full attention's score kept,\n{length:,} tokens"
-            + (f", worst of {len(tasks)} tasks" if len(tasks) > 1 else f", {tasks[0]}"),
-            [None if kept(r) is None else 100 * (kept(r) or 0) for r in found],
-            "{:.0f} %",
-            False,
-        ),
-        ("next-token KL from full", [row.kl for row in found], "{:.4f}", False),
-    ]
-    # What was not measured, such as memory without its extra run, needs no room.
-    panels = [panel for panel in panels if any(value is not None for value in panel[1])]
-    fig = figure(3 * len(panels), 0.42 * len(found) + 2.0)
-    axes: Any = fig.subplots(1, len(panels), sharey=True)
-    for axis, (title, values, form, logarithmic) in zip(axes, panels, strict=True):
-        for place, row, value in zip(places, found, values, strict=True):
-            colour = COLOURS[2] if row.name == "ms_swift" else COLOURS[0]
-            start = 1.0 if logarithmic else 0.0
-            end = start if value is None else value
-            axis.barh(place, end - start, left=start, color=colour, height=0.65, alpha=0.9)
-            axis.annotate(
-                "-" if value is None else form.format(value),
-                (max(start, end), place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        top = max([v for v in values if v is not None], default=1.0)
-        if logarithmic:
-            axis.set_xscale("log", base=2)
-            axis.axvline(1, color="black", linewidth=0.8)
-            low = min([v for v in values if v is not None], default=1.0)
-            axis.set_xlim(min(0.5, low / 2), max(2.0, 4 * top))
-            axis.xaxis.set_major_formatter(
-                lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
-            )
-        else:
-            low = min([v for v in values if v is not None], default=0.0)
-            axis.set_xlim(min(0.0, low), 1.4 * max(top, 1e-9))
-            axis.locator_params(axis="x", nbins=4)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-    names = [row.name if row.causal else f"{row.name}\n(bidirectional)" for row in found]
-    axes[0].set_yticks(places, names)
-    fig.suptitle(
-        f"Mechanisms on the same work: attention alone ({result.config['speed']['dtype']}, "
-        f"{result.environment.threads} thread(s)), and {result.config['quality']['model']} "
-        "zero-shot",
-        fontsize=11,
-    )
     return save(fig, path)

@@ -31,7 +31,13 @@ class Samples:
 
 
 def samples(
-    loaded: Loaded, file: str | None, *, length: int | None, documents: int, least: int = 2
+    loaded: Loaded,
+    file: str | None,
+    *,
+    length: int | None,
+    documents: int,
+    fewest: int | None = None,
+    least: int = 2,
 ) -> Samples:
     """Cut a text into documents.
 
@@ -41,6 +47,7 @@ def samples(
         length: Tokens of a document; by default as many as there are, at most 32k and at most what
             the model can position.
         documents: How many to cut, from the start.
+        fewest: Be content with as few where the text has no more; by default with ``documents``.
         least: The shortest document that makes sense.
 
     Raises:
@@ -52,6 +59,9 @@ def samples(
     text = source(file)
     begin, ids = loaded.begin(), loaded.encode(text)
     limit = limit_of(loaded.model) or LONGEST
+    if fewest is not None:
+        fit = len(ids) // max(1, (least if length is None else length) - len(begin))
+        documents = max(fewest, min(documents, fit))
     if length is None:
         length = min(LONGEST, limit, len(ids) // documents + len(begin))
     check_length(loaded.model, length)

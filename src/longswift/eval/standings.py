@@ -12,7 +12,7 @@ from longswift.eval.scores import NLL, ScoreRow
 from longswift.eval.tasks import TASKS
 
 # A share of a score near zero is noise.
-_ABLE = 0.5
+ABLE = 0.5
 _DENSE = 0.99
 
 
@@ -64,7 +64,7 @@ def compared(result: Result) -> Iterator[tuple[ScoreRow, ScoreRow, float]]:
     for row in found:
         other = by_case.get((row.task, row.metric, row.length, str(full)))
         kept = share(row, other)
-        able = other is not None and other.score is not None and other.score >= _ABLE
+        able = other is not None and other.score is not None and other.score >= ABLE
         if row.mechanism != full and row.metric != NLL and able and kept is not None:
             assert other is not None
             yield row, other, kept
