@@ -142,13 +142,13 @@ def test_gradients_are_the_eager_kernels() -> None:
 
 
 @st.composite
-def requests(draw: st.DrawFn) -> tuple[Bounds, Request]:
+def requests(draw: st.DrawFn, longest: int = 400, centroids: bool = True) -> tuple[Bounds, Request]:
     causal = draw(st.booleans())
     block = draw(st.sampled_from([16, 32, 64]))
     key_block = draw(st.sampled_from([1, 4, 8]))
     row_group = draw(st.sampled_from([4, 16, 32]))
     batch, kv_heads, groups = (draw(st.integers(1, 2)) for _ in range(3))
-    k_len = draw(st.integers(block + 1, 400))
+    k_len = draw(st.integers(block + 1, longest))
     q_len = draw(st.integers(1, k_len)) if causal else k_len
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     left = draw(st.integers(0, 8)) * 8
@@ -173,13 +173,14 @@ def requests(draw: st.DrawFn) -> tuple[Bounds, Request]:
         strict=causal and draw(st.booleans()),
     )
     options = {"key_block": key_block, "proposals": draw(st.sampled_from([1, 2, 3, 100]))}
-    if draw(st.booleans()):
+    if centroids and draw(st.booleans()):
         return Centroids(
             rows=draw(st.sampled_from([1, 3, 8, 64])),
             far=draw(st.sampled_from([50, 1000])),
             **options,
         ), request
-    return Bounds(row_group=row_group, **options), request
+    row_radius = draw(st.sampled_from([0.0, 0.5]))
+    return Bounds(row_group=row_group, row_radius=row_radius, **options), request
 
 
 @needs_them
@@ -187,7 +188,27 @@ def requests(draw: st.DrawFn) -> tuple[Bounds, Request]:
 @given(requests())
 def test_choices(drawn: tuple[Bounds, Request]) -> None:
     """The tokens that the eager backend chooses, block by block, whatever the order."""
+    agree(*drawn)
+
+
+@needs_them
+@settings(max_examples=150)
+@given(
+    requests(longest=2500, centroids=False),
+    st.sampled_from([2, 4, 16, 64]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 5, 16]),
+)
+def test_choices_by_a_tree(
+    drawn: tuple[Bounds, Request], tree: int, beam: int, budget: int
+) -> None:
+    """Entered at any level, with candidates on one side of the window or on both."""
     selector, request = drawn
+    few = replace(selector, tree=tree, beam=beam, proposals=min(2, selector.proposals))
+    agree(few, replace(request, budget=budget, strict=False))
+
+
+def agree(selector: Bounds, request: Request) -> None:
     slow = ordered(selector.select(request))
     fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))
     assert fast.shape == slow.shape
@@ -244,14 +265,27 @@ def test_many_keys_are_weighed_by_the_same_sample(heads: tuple[int, int], causal
 
 
 @needs_them
-@pytest.mark.parametrize("selector", ["bounds", "centroids"])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Centroids(),
+        Bounds(),
+        Bounds(row_radius=0.0),
+        *(Bounds(tree=tree, proposals=1) for tree in (2, 16)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: str) -> None:
+def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(1, 4, 1200, 64, generator=generator).to(dtype)
     k, v = (torch.randn(1, 2, 1200, 64, generator=generator).to(dtype) for _ in range(2))
+    key_tokens = 32 if selector.tree is None else 8
     attention = MSSwift(
-        windows=(128,), key_tokens=32, dense_below=128, remainder=None, selector=selector
+        windows=(128,),
+        key_tokens=key_tokens,
+        dense_below=128,
+        remainder=None,
+        selector=selector,
     )
     everything = Full()(2 * q, k, v).lse
     with pytest.MonkeyPatch.context() as patch:
@@ -299,8 +333,11 @@ def test_ms_swift_is_softmax_over_what_it_saw(
 
 
 @needs_them
-def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour() -> None:
-    attention = MSSwift(windows=(32, 96), block=32, key_tokens=16, dense_below=64)
+@pytest.mark.parametrize("selector", [Centroids(), Bounds(), Bounds(tree=2, proposals=1)])
+def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour(selector: Bounds) -> None:
+    attention = MSSwift(
+        windows=(32, 96), block=32, key_tokens=16, dense_below=64, selector=selector
+    )
     q, k, v = torch.randn(3, 2, 2, 512, 32)
     whole = attention(q, k, v)
     assert whole.stats.backend == "native"
@@ -330,7 +367,7 @@ def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour() -> Non
 @needs_them
 @pytest.mark.parametrize(
     "options",
-    [{"coverage": 0.9}, {"causality": "strict"}, {"selector": Bounds(tree=4)}, {"delta": 8}],
+    [{"coverage": 0.9}, {"causality": "strict"}, {"selector": Bounds(tree=128)}, {"delta": 8}],
     ids=lambda o: next(iter(o)),
 )
 def test_rarer_settings_give_the_same(options: dict[str, Any]) -> None:
@@ -339,6 +376,26 @@ def test_rarer_settings_give_the_same(options: dict[str, Any]) -> None:
     fast, slow = (attention(q, k, v, backend=b) for b in ("native", "eager"))
     torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-5, atol=1e-5)
+
+
+@needs_them
+def test_a_tree_is_descended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds nearly what a look at every key block finds."""
+    q, k, v = torch.randn(3, 1, 2, 3000, 32)
+
+    def attend(tree: int | None) -> Tensor:
+        selector = Bounds(tree=tree, proposals=4)
+        attention = MSSwift(
+            windows=(32,), block=32, key_tokens=8, dense_below=64, selector=selector
+        )
+        found: Tensor = attention(2 * q, k, v, backend="native").lse
+        return found
+
+    everything = attend(None)
+    monkeypatch.setattr("longswift.mechanisms.selectors.bounds.BoundsPass", None)
+    found = attend(4)
+    assert not torch.equal(found, everything)
+    assert (found - everything).exp().mean() > 0.9
 
 
 @needs_them

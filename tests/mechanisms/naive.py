@@ -279,7 +279,7 @@ class NaiveSwift:
         qc, qr = (q.max(0) + q.min(0)) / 2, (q.max(0) - q.min(0)) / 2
         kc, kr = (keys.max(0) + keys.min(0)) / 2, (keys.max(0) - keys.min(0)) / 2
         a, b = self.key_radius, self.row_radius
-        return float(qc @ kc + a * (abs(qc) + qr) @ kr + b * qr @ abs(kc))
+        return float(qc @ kc + a * (abs(qc) + b * qr) @ kr + b * qr @ abs(kc))
 
     def tokens_of(self, blocks: list[int], n: int) -> list[int]:
         size = self.key_block

@@ -130,11 +130,11 @@ class NaiveTree(NaiveSwift):
         assert self.tree is not None
         every = math.ceil(len(asked.k) / self.key_block)
         leaves = asked.start // self.key_block if self.causal else every
-        opened = self.beam * wanted
+        opened = max(2, self.beam * wanted)
         level = 0
-        while math.ceil(leaves / self.tree**level) > opened * self.tree:
+        while math.ceil(leaves / self.tree**level) > 4 * opened * self.tree:
             level += 1
-        if asked.q.shape[1] == 1:
+        if asked.q.shape[1] < self.block or asked.q.shape[1] == 1:
             level = 0
         nodes = list(range(math.ceil(every / self.tree**level)))
         while True:
@@ -170,7 +170,7 @@ class NaiveTree(NaiveSwift):
 
 @dataclass(frozen=True, kw_only=True)
 class NaiveCentroids(NaiveSwift):
-    """Means of similar rows score every key; few rows, and strict ones, bound boxes."""
+    """Means of similar rows score every key; single and strict rows bound boxes."""
 
     selector: ClassVar[str] = "centroids"
     rows: int = 4
@@ -185,14 +185,15 @@ class NaiveCentroids(NaiveSwift):
     def choose(
         self, q: Array, k: Array, rows: list[int], offset: int, start: int, end: int
     ) -> dict[int, int]:
-        complete = len(rows) == self.block and self.block > 1
-        if not complete or self.bias is not None or self.strict and self.causal:
+        if len(rows) == 1 or self.bias is not None or self.strict and self.causal:
             return super().choose(q, k, rows, offset, start, end)
         position = offset + rows[0] if self.causal else len(k)
         most, reach = self.rows, self.far
         while reach < position:
             most, reach = 2 * most, 2 * reach
-        alone = replace(self, key_block=1, single=True, rows=most)
+        most = math.ceil(most * len(rows) / self.block)
+        few = {"rows": most, "most_proposals": self.proposals}
+        alone = replace(self, key_block=1, single=True, **few)
         return NaiveSwift.choose(alone, q, k, rows, offset, start, end)
 
     def worth(self, asked: Asked) -> dict[int, float]:

@@ -249,6 +249,7 @@ BAD_OPTIONS: list[dict[str, Any]] = [
     {"selector": {"name": "bounds", "proposals": 0}},
     {"selector": {"name": "bounds", "tree": 3}},
     {"selector": {"name": "bounds", "tree": 1}},
+    {"selector": {"name": "centroids", "tree": 4}},
     {"selector": {"name": "bounds", "tree": 8, "beam": 0}},
     {"selector": {"name": "bounds", "colour": 1}},
     {"selector": {"name": "antidiagonal", "key_block": 4, "stride": 8}},

@@ -23,6 +23,7 @@ from tests.mechanisms.naive_selectors import (
 )
 from tests.mechanisms.twins import compare
 
+TOKENS: dict[str, Any] = {"windows": (16,), "key_block": 1, "key_tokens": 2}
 TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
     "lowrank": (NaiveLowRank, {"windows": (16, 32)}),
     "lowrank_sinks": (NaiveLowRank, {"windows": (16,), "sinks": 11, "rank": 1, "remainder": 16}),
@@ -33,10 +34,11 @@ TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
     "pooled_variance": (NaivePooled, {"windows": (16,), "variance": True, "sinks": 9}),
     "pooled_only": (NaivePooled, {"windows": (16,), "proposals": 1, "coverage": 0.7}),
     "pooled_small": (NaivePooled, {"windows": (24,), "block": 8, "key_block": 4}),
-    "tree": (NaiveTree, {"windows": (16, 32), "key_tokens": 5, "proposals": 1}),
-    "tree_beam": (NaiveTree, {"windows": (16,), "key_tokens": 4, "beam": 2, "sinks": 11}),
-    "tree_wide": (NaiveTree, {"windows": (16,), "tree": 4, "key_block": 4, "key_tokens": 2}),
-    "tree_deep": (NaiveTree, {"windows": (16,), "block": 8, "key_block": 1, "key_tokens": 2}),
+    "tree": (NaiveTree, {"windows": (16, 32), "key_tokens": 5, "proposals": 1, "key_block": 2}),
+    "tree_beam": (NaiveTree, {**TOKENS, "beam": 2, "sinks": 11, "proposals": 1}),
+    "tree_wide": (NaiveTree, {**TOKENS, "tree": 4, "proposals": 1}),
+    "tree_deep": (NaiveTree, {**TOKENS, "block": 8}),
+    "tree_centres": (NaiveTree, {**TOKENS, "row_radius": 0.0}),
     "centroids": (NaiveCentroids, {"windows": (16, 32), "remainder": 24, "key_tokens": 7}),
     "centroids_coverage": (NaiveCentroids, {"windows": (16,), "coverage": 0.8, "sinks": 11}),
     "centroids_few": (NaiveCentroids, {"windows": (24,), "block": 8, "rows": 1, "proposals": 1}),

@@ -23,6 +23,7 @@ from longswift.core.errors import UnsupportedError, problem
 _SOURCES = (
     "boxes.cpp",
     "choose.cpp",
+    "choose_columns.cpp",
     "finite.cpp",
     "gathered.cpp",
     "ops.cpp",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ def choose_by_bounds(
     sinks: int,
     extremes: Callable[[], tuple[Tensor, Tensor]],
     since: Tensor | None = None,
+    branch: int = 1,
+    opened: int = 0,
+    levels: Callable[[int], int] = lambda leaves: 0,
     centroid_rows: int | None = None,
     far: int = 1,
     candidates: int = 0,
@@ -57,11 +61,16 @@ def choose_by_bounds(
             if a block of queries is cut, unless the choice is strictly causal.
         since: For a strictly causal choice: int32 like ``tokens``, written to, the first query
             position that sees each.
-        centroid_rows: Most rows of a complete block that are scored as one, against single keys;
-            None bounds boxes of rows and keys.
+        branch: Boxes in one of the next level of a tree, at most 64. Complete blocks of queries
+            descend it unless the choice is strictly causal.
+        opened: Boxes opened a level.
+        levels: Levels above so many key blocks at which their tree is entered; at level 0 every
+            key block is looked at.
+        centroid_rows: Most rows of a complete block that are scored as one, against single keys,
+            and so many fewer of a cut one; None bounds boxes of rows and keys.
         far: Position from which on a centroid stands for twice as many rows; and again whenever
             it doubles.
-        candidates: Keys proposed to a complete block by centroids.
+        candidates: Keys proposed by centroids.
     """
     operators = compiled.loaded()
     if ranks_in_16_bits(q):
@@ -91,33 +100,42 @@ def choose_by_bounds(
             )
         return
 
-    complete = [run for run in runs if run.rows == block and block > 1]
     narrow = is_narrow(q)
-    if complete and centroid_rows is not None:
-        sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
-        for places in batches(_rows_of(complete, k, block)):
-            operators.choose_centroids(
-                q,
-                k,
-                band_lse,
-                edges,
-                tokens,
-                places,
-                sizes,
-                scale,
-                pattern.causal,
-                centroid_rows,
-                far,
-                narrow,
-            )
-    elif complete:
-        reach = int(edges[..., 0].max()) // key_block if pattern.causal else blocks
-        boxes = _boxes(k, min(reach, blocks), key_block, 3)
+    for run in runs:
+        if centroid_rows is not None and run.rows > 1:
+            sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
+            work = [(*piece, run.rows) for piece in _pieces(k, run, range(run.count))]
+            for places in batches(work):
+                operators.choose_centroids(
+                    *(q, k, band_lse, edges, tokens, places, sizes),
+                    *(scale, pattern.causal, centroid_rows, far, narrow),
+                )
+            continue
+        if run.rows < block or block == 1:
+            continue
         sizes = (block, key_block, row_group, proposed(block), *rest)
-        for places in batches(_rows_of(complete, k, block)):
-            operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
+        for part, level in _parts(run, pattern, key_block, blocks, levels):
+            seen = edges[:, run.first + part.start : run.first + part.stop, 0]
+            reach = min(int(seen.max()) // key_block, blocks) if pattern.causal else blocks
+            numbers, size = 3 if row_radius else 2, branch**level
+            nodes = -(-reach // size)
+            boxes = _boxes(k, nodes, key_block * size, numbers)
+            # In panels of those that are opened together.
+            below = [
+                _boxes(k, nodes * size // branch**i, key_block * branch**i, numbers, branch)
+                for i in range(level)
+            ]
+            for places in batches(_pieces(k, run, part)):
+                if below:
+                    operators.choose_tree(
+                        *(q, k, band_lse, boxes, below, edges, tokens, places, sizes),
+                        *(*how, opened),
+                    )
+                else:
+                    operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
 
-    cut = [run for run in runs if run.rows < block or block == 1]
+    alone = 1 if centroid_rows is not None else max(1, block - 1)
+    cut = [run for run in runs if run.rows <= alone]
     if not cut:
         return
     low, high = (x.to(k.dtype) for x in extremes())
@@ -135,25 +153,48 @@ def choose_by_bounds(
             )
 
 
-def _rows_of(runs: list[BlockRun], k: Tensor, block: int) -> list[tuple[int, ...]]:
-    """Pieces of work of complete blocks, each with its first row."""
+def _pieces(k: Tensor, run: BlockRun, part: range) -> list[tuple[int, ...]]:
+    """Pieces of work of some of a run's blocks, each with its first row."""
     return [
-        (*piece, run.row + (piece[2] - run.first) * block)
-        for run in runs
-        for piece in pieces(k, run.count, run.first)
+        (*piece, run.row + (piece[2] - run.first) * run.rows)
+        for piece in pieces(k, len(part), run.first + part.start)
     ]
 
 
-def _boxes(k: Tensor, count: int, key_block: int, numbers: int) -> Tensor:
+def _parts(
+    run: BlockRun,
+    pattern: BlockPattern,
+    key_block: int,
+    blocks: int,
+    levels: Callable[[int], int],
+) -> list[tuple[range, int]]:
+    """Blocks of a run that enter the tree at the same level, and the level.
+
+    It depends on the position alone, so that the tree is entered alike in every chunk.
+    """
+    first, per_block = run.position // pattern.block, pattern.block // key_block
+    level_of = [
+        levels((first + index) * per_block if pattern.causal else blocks)
+        for index in range(run.count)
+    ]
+    parts = []
+    for level, same in groupby(range(run.count), key=level_of.__getitem__):
+        inside = list(same)
+        parts.append((range(inside[0], inside[-1] + 1), level))
+    return parts
+
+
+def _boxes(k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH) -> Tensor:
     """Boxes around the first ``count`` blocks of keys, packed ``[B * Hkv, panels, *, width]``.
 
     Three numbers a channel (centre, radius, absolute centre) or two (maximum, minimum).
     """
     operators = compiled.loaded()
     batch, kv_heads, _, dim = k.shape
-    panels = -(-count // _WIDTH)
-    shape = (batch * kv_heads, panels, numbers * dim, _WIDTH)
+    panels = -(-count // width)
+    shape = (batch * kv_heads, panels, numbers * dim, width)
     boxes = torch.empty(shape, dtype=factors_of(k), device=k.device)
+    operators.use_large_pages(boxes)
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
     for places in batches(work):
         operators.describe(k, boxes, places, key_block)

@@ -3,10 +3,10 @@
 1. Keys in blocks of ``key_block`` have per-channel centre ``kc`` and radius ``kr``, query rows in
    groups of ``row_group`` likewise ``qc`` and ``qr``. Every score between a group and a block is at
    most ``qc.kc + (|qc| + qr).kr + qr.|kc|``: one matrix product of ``3D`` channels. Boxes are much
-   larger than what is in them, so that radii are shrunk (``key_radius``, ``row_radius``). Softmax
-   over blocks, max over the query block's groups and the GQA group; the best
-   ``proposals * budget / key_block`` blocks are proposed. A position bias enters with its maximum
-   over the pairs of group and block.
+   larger than what is in them, so that radii are shrunk (``key_radius``, ``row_radius``); where
+   groups shrink to their centres, ``2D`` channels are enough. Softmax over blocks, max over the
+   query block's groups and the GQA group; the best ``proposals * budget / key_block`` blocks are
+   proposed. A position bias enters with its maximum over the pairs of group and block.
 2. The exact stage of ``two_stage``.
 
 Rows of a block that is not complete, as when decoding or asking a short question, are few: they are
@@ -18,16 +18,18 @@ full attention's scores at 32 x 4) and ``proposals * budget * D`` for the exact 
 mode bounds are per row: ``2 D n / key_block``.
 
 With ``tree`` key blocks are boxed in turn, ``tree`` at a time, and only the best boxes are opened
-(``box_tree``): ``3 D / row_group`` multiply-adds for at most ``(levels + 1) * tree * kept`` boxes
+(``box_tree``): ``3 D / row_group`` multiply-adds for at most ``(levels + 4) * tree * kept`` boxes
 with ``kept = beam * proposals * budget / key_block``, where ``levels`` grows with the logarithm of
-``n / key_block / (tree * kept)``. Building the tree is a pass over the key blocks, so that a single
-query bounds these themselves, and so does strict mode.
+``n / key_block / (tree * kept)``; four times ``tree * kept`` key blocks and fewer are all bounded.
+Blocks of queries that are not complete, one at each end of a call at most, bound every key block,
+and so does strict mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -39,14 +41,14 @@ from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.products import bmm, factor_dtype
-from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
-from longswift.mechanisms.selectors.box_tree import descend, enclose, levels_above
+from longswift.mechanisms.selectors.box_tree import WHOLE, descend, enclose, levels_above
+from longswift.mechanisms.selectors.boxes import extremes, key_extremes, key_features, row_boxes
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
-# Boxes of key blocks described at once.
-_BOXES = 2048
+# Boxes that a backend opens together at most.
+_WIDEST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,10 @@ class Bounds(Selector):
             this. Not used in strict causality.
         key_radius: Share of a key block's radius that counts. No key is extreme in all channels at
             once, so that shares below 1, which make it an upper bound, rank blocks better.
-        row_radius: Likewise for a group of rows.
-        tree: Key blocks in a box of the next level, a power of two; None bounds every key block.
+        row_radius: Likewise for a group of rows; 0 stands for its centre, and saves a third of the
+            products.
+        tree: Key blocks in a box of the next level, a power of two; None bounds every key block. 16
+            is faster from some 200k tokens on; coarser boxes miss some of what finer ones find.
         beam: Boxes opened a level per proposed block.
     """
 
@@ -124,7 +128,7 @@ class Bounds(Selector):
         boxes, opened = keys / self.key_block, 0.0
         if self.tree is not None:
             a_level = self.beam * self.proposals * budget / self.key_block * self.tree
-            while boxes > a_level > 0:
+            while boxes > WHOLE * a_level > 0:
                 boxes, opened = boxes / self.tree, opened + a_level
         products = 3 * (boxes + opened) / self.row_group
         return (products + self.proposals * budget) / 2 if budget else 0.0
@@ -144,9 +148,8 @@ class Bounds(Selector):
 
     def select(self, request: Request) -> Selection:
         """See the module docstring."""
-        plain = request.coverage is None and request.bias is None and self.tree is None
-        plain = plain and request.scale > 0.0
-        if request.choose_by_bounds is None or not plain:
+        plain = request.coverage is None and request.bias is None and request.scale > 0.0
+        if request.choose_by_bounds is None or not plain or (self.tree or 0) > _WIDEST:
             return self._select(request)
         return self._select_at_once(request, request.choose_by_bounds)
 
@@ -155,11 +158,17 @@ class Bounds(Selector):
 
     def _options(self, request: Request) -> dict[str, Any]:
         """What a backend's kernel is told beyond the request."""
-        return {
+        options = {
             "row_group": self.row_group,
             "key_radius": self.key_radius,
             "row_radius": self.row_radius,
         }
+        if self.tree is None:
+            return options
+        rows = request.pattern.block
+        opened = self.opened(wanted_blocks(request, self.proposals, self.most_proposals, rows))
+        levels = partial(levels_above, branch=self.tree, kept=opened)
+        return {**options, "branch": self.tree, "opened": opened, "levels": levels}
 
     def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
         """The same by the backend's kernel."""
@@ -177,18 +186,25 @@ class Bounds(Selector):
             key_block=request.key_block,
             proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
             sinks=request.sinks,
-            extremes=lambda: _key_extremes(request, request.key_block),
+            extremes=lambda: key_extremes(request, request.key_block),
             since=since,
             **self._options(request),
         )
         return Selection(tokens, since)
+
+    def opened(self, wanted: int) -> int:
+        """Boxes opened a level where ``wanted`` key blocks are proposed.
+
+        Two may be opened unseen, one on each side of the window.
+        """
+        return max(2, self.beam * wanted)
 
 
 class BoundsPass(TwoStage):
     """One selection: boxes around key blocks."""
 
     def __init__(self, selector: Bounds, request: Request) -> None:
-        low, high = _key_extremes(request, request.key_block)
+        low, high = key_extremes(request, request.key_block)
         super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
@@ -197,19 +213,24 @@ class BoundsPass(TwoStage):
         cut = bool(offset % block or k_len % block) or not whole
         # Bounds only propose, so 16-bit input may be bounded in 16 bits.
         dtype = factor_dtype(request.k)
-        levels = [(low, high)]
-        if selector.tree is not None and not request.strict and request.q.shape[2] > 1:
-            top = levels_above(self._blocks, selector.tree, self._opened(block) * selector.tree)
-            for _ in range(top):
-                levels.append(enclose(*levels[-1], selector.tree))
         # Heads flattened once: a slice of blocks then stays a view.
-        self._row_boxes: list[list[Tensor]] = []
+        self._row_boxes: list[Tensor] = []
         self._group_boxes: list[list[Tensor]] = []
-        for low, high in levels:
-            if request.strict or cut:
-                self._row_boxes.append([x.to(dtype).flatten(0, 1) for x in (high, low)])
-            if whole and not request.strict:
-                self._group_boxes.append([_key_features(low, high, dtype).flatten(0, 1)])
+        if request.strict or cut or selector.row_radius == 0.0:
+            self._row_boxes = extremes(low, high, dtype)
+        levels = 1
+        if whole and not request.strict:
+            if selector.tree is not None:
+                levels += levels_above(self._blocks, selector.tree, self._opened(block))
+            for level in range(levels):
+                if level:
+                    assert selector.tree is not None
+                    low, high = enclose(low, high, selector.tree)
+                if selector.row_radius:
+                    boxes = [key_features(low, high, dtype).flatten(0, 1)]
+                else:
+                    boxes = extremes(low, high, dtype) if level else self._row_boxes
+                self._group_boxes.append(boxes)
         self._largest: dict[int, ScoreBias] = {}
         if request.bias is not None:
             size = self._key_block
@@ -220,14 +241,14 @@ class BoundsPass(TwoStage):
 
     def _opened(self, rows: int) -> int:
         """Boxes opened a level of the tree."""
-        return self._selector.beam * self._wanted_blocks(rows)
+        return self._selector.opened(self._wanted_blocks(rows))
 
     def _scored(self) -> int:
         request, boxes = self._request, self._blocks
         gathered = 0
-        if len(self._row_boxes or self._group_boxes) > 1:
+        if len(self._group_boxes) > 1:
             assert self._selector.tree is not None
-            boxes = self._opened(request.pattern.block) * self._selector.tree
+            boxes = WHOLE * self._opened(request.pattern.block) * self._selector.tree
             gathered = 3 * boxes * request.k.shape[3] // (request.groups * request.pattern.block)
         rows = 1 if self._row_boxes else self._selector.row_group
         return max(-(-boxes // rows), gathered)
@@ -258,12 +279,12 @@ class BoundsPass(TwoStage):
     def _segments(self, run: BlockRun) -> Iterator[tuple[slice, int]]:
         """Blocks of a run that start at the same level of the tree, and the level."""
         tree = self._selector.tree
-        if tree is None or self._request.strict or run.rows == 1:
+        if tree is None or self.by_row(run):
             yield slice(0, run.count), 0
             return
-        most = self._opened(run.rows) * tree
+        kept = self._opened(run.rows)
         levels = [
-            levels_above(self._leaves_before(run, index), tree, most) for index in range(run.count)
+            levels_above(self._leaves_before(run, index), tree, kept) for index in range(run.count)
         ]
         done = 0
         for level, same in groupby(levels):
@@ -286,10 +307,9 @@ class BoundsPass(TwoStage):
     ) -> tuple[Tensor, Tensor]:
         """The best blocks that the tree leads to from a level."""
         assert self._selector.tree is not None
-        levels = self._row_boxes if self.by_row(run) else self._group_boxes
         return descend(
             self._row_factors(q, run),
-            levels[: level + 1],
+            self._group_boxes[: level + 1],
             outside,
             branch=self._selector.tree,
             kept=self._opened(run.rows),
@@ -313,31 +333,26 @@ class BoundsPass(TwoStage):
 
     def _boxes(self, run: BlockRun) -> list[Tensor]:
         """Key blocks as ``_row_factors`` meets them, ``[B * Hkv, W, *]``."""
-        return (self._row_boxes if self.by_row(run) else self._group_boxes)[0]
+        return self._row_boxes if self.by_row(run) else self._group_boxes[0]
 
     def _row_factors(self, q: Tensor, run: BlockRun) -> list[Tensor]:
         """What meets each of ``_boxes`` in a product, ``[B, Hkv, N, rows or groups, *]``."""
-        if not self.by_row(run):
-            return [self._group_features(q, run)]
+        by_row, kept = self.by_row(run), self._selector.row_radius
+        if not by_row:
+            centre, radius = row_boxes(q, self._request.groups, self._selector.row_group)
+            if kept:
+                return [self._group_features(centre, kept * radius)]
         # The largest q.k in a box: positive channels meet its maximum, negative its minimum; mixed
         # with the smallest one in proportion, it is the bound of a box of a smaller radius.
-        up, down = q.clamp(min=0), q.clamp(max=0)
+        rows = q if by_row else centre
+        up, down = rows.clamp(min=0), rows.clamp(max=0)
         share = (1 + self._selector.key_radius) / 2
         return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
 
-    def _group_features(self, q: Tensor, run: BlockRun) -> Tensor:
-        """Boxes around groups of rows, ``[B, Hkv, N, G * rows / row_group, 3D]``."""
-        size = self._selector.row_group
-        by_head = q.unflatten(3, (self._request.groups, run.rows))
-        if run.rows % size:
-            last = by_head[..., -1:, :].expand(*by_head.shape[:4], -run.rows % size, -1)
-            by_head = torch.cat([by_head, last], 4)
-        boxes = by_head.unflatten(4, (-1, size))
-        low, high = boxes.amin(5), boxes.amax(5)
-        centre, radius = (low + high) / 2, (high - low) / 2
-        of_keys, of_rows = self._selector.key_radius, self._selector.row_radius
-        features = torch.cat([centre, of_keys * (centre.abs() + radius), of_rows * radius], -1)
-        return features.flatten(3, 4)
+    def _group_features(self, centre: Tensor, radius: Tensor) -> Tensor:
+        """What boxes around rows meet ``key_features`` with, ``[..., 3D]``."""
+        of_keys = self._selector.key_radius
+        return torch.cat([centre, of_keys * (centre.abs() + radius), radius], -1)
 
     def _largest_bias(self, run: BlockRun, width: int) -> Tensor:
         """Maximum of the bias between rows (or groups) and blocks, ``[1, Hkv, N, rows, W]``."""
@@ -371,35 +386,3 @@ class BoundsPass(TwoStage):
         return share_among_blocks(
             bound, outside, self._request.pattern.causal, self._request.strict
         )
-
-
-def _key_features(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Centre, radius and absolute centre of boxes ``[B, Hkv, W, D]``, ``[B, Hkv, W, 3D]``."""
-    acc = accumulator_dtype(low.dtype)
-    features = torch.empty(*low.shape[:3], 3 * low.shape[3], dtype=dtype, device=low.device)
-    # A piece at a time: temporaries as large as the boxes would be the peak of the whole call.
-    for out, bottom, top in zip(*(x.split(_BOXES, 2) for x in (features, low, high)), strict=True):
-        bottom, top = bottom.to(acc), top.to(acc)
-        centre = (bottom + top) / 2
-        out.copy_(torch.cat([centre, (top - bottom) / 2, centre.abs()], -1))
-    return features
-
-
-def _key_extremes(request: Request, size: int) -> tuple[Tensor, Tensor]:
-    """Channel-wise minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``.
-
-    The incomplete last block is a candidate in bidirectional attention only.
-    """
-    k, summary = request.k, request.summary
-    if summary is not None and size % summary.page == 0:
-        known = summary.coarsen(size // summary.page)
-        low, high = known.k_min, known.k_max
-    else:
-        whole = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size))
-        # Two reductions: a fused aminmax over an inner dimension is several times slower.
-        low, high = whole.amin(3), whole.amax(3)
-    if k.shape[2] % size and not request.pattern.causal:
-        tail = k[:, :, k.shape[2] // size * size :]
-        low = torch.cat([low, tail.amin(2, keepdim=True)], 2)
-        high = torch.cat([high, tail.amax(2, keepdim=True)], 2)
-    return low, high

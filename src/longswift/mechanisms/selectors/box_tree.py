@@ -13,13 +13,16 @@ from torch import Tensor
 
 from longswift.core.products import bmm
 
+# A level is bounded whole while it has at most this many times the nodes that opening would bound:
+# nodes next to each other cost a quarter, and none is missed.
+WHOLE = 4
 _HIDDEN = float("-inf")
 
 
-def levels_above(leaves: int, branch: int, most: int) -> int:
-    """Levels to climb until ``leaves`` key blocks are at most ``most`` nodes."""
+def levels_above(leaves: int, branch: int, kept: int) -> int:
+    """Levels to climb above ``leaves`` key blocks before ``kept`` nodes of each are opened."""
     level = 0
-    while leaves > most:
+    while leaves > WHOLE * kept * branch:
         leaves, level = -(-leaves // branch), level + 1
     return level
 

@@ -12,8 +12,9 @@ mean: clustered attention, and its exact second look at the keys a cluster wants
 et al. (2020, arXiv 2007.04825). Here a mean serves the rows of one block, so that causality is that
 of the block, and only proposes.
 
-Blocks that are not complete, decoding, strict causality and position biases bound boxes of keys, as
-``Bounds`` does, whose options these are.
+A block of fewer rows, such as a question, has groups of so many fewer: few rows are scored one by
+one. Decoding, strict causality and position biases bound boxes of keys, as ``Bounds`` does, whose
+options these are, but for ``tree``.
 
 Cost per query and head: ``D n / rows`` multiply-adds for the means, which stand for twice as many
 rows whenever ``n`` has doubled beyond ``far``, and ``proposals * budget * D`` for the exact stage.
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.blocks import BlockRun, Workspace
+from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
 from longswift.mechanisms.selectors.base import Request, Selection, by_run
@@ -62,6 +64,15 @@ class Centroids(Bounds):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("Centroids", rows=self.rows, far=self.far)
+        if self.tree is not None:
+            raise ConfigError(
+                problem(
+                    "Centroids.tree",
+                    expected="None, as every key is scored",
+                    got=self.tree,
+                    fix=f"Descend a tree of boxes: selector=Bounds(tree={self.tree}).",
+                )
+            )
 
     def choosing_cost(self, budget: int, keys: float, dim: int) -> float:
         """A product for every group of rows and key."""
@@ -81,16 +92,17 @@ class Centroids(Bounds):
         if request.strict or request.bias is not None:
             return super()._select(request)
         single = _Pass(self, replace(request, key_block=1))
-        boxes = BoundsPass(self, request)
+        alone = any(run.rows == 1 for run in request.runs(1))
+        boxes = BoundsPass(self, request) if alone else None
 
         def choose(run: BlockRun, space: Workspace) -> Selection:
-            return (boxes if boxes.by_row(run) else single).choose(run, space)
+            return (boxes if boxes is not None and run.rows == 1 else single).choose(run, space)
 
-        return by_run(request, max(single.width(), boxes.width()), choose)
+        return by_run(request, max(single.width(), boxes.width() if boxes else 0), choose)
 
 
 class _Pass(TwoStage):
-    """One selection for complete blocks: every key for itself."""
+    """One selection for blocks of more than one row: every key for itself."""
 
     def __init__(self, selector: Centroids, request: Request) -> None:
         super().__init__(request, selector.proposals, request.k.shape[2], selector.proposals)
@@ -105,7 +117,9 @@ class _Pass(TwoStage):
         causal = self._request.pattern.causal
         positions = [run.position + n * block if causal else end for n in range(run.count)]
         parts, first = [], 0
-        for rows, same in groupby(positions, self._selector.rows_at):
+        for most, same in groupby(positions, self._selector.rows_at):
+            # A cut block has no more groups than a complete one.
+            rows = -(-most * run.rows // block)
             blocks = slice(first, first + len(list(same)))
             parts.append(self._of_groups(q[:, :, blocks], rows, outside[:, blocks], width, space))
             first = blocks.stop

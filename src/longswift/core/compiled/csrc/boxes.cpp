@@ -1,10 +1,47 @@
 // What blocks of keys are described by: boxes, against which queries are bounded, and sums.
+#include <sys/mman.h>
+
 #include "common.h"
 #include "kernels.h"
 
 namespace longswift {
 
 namespace {
+
+// The first `n` numbers, at most as many as there are lanes.
+template <typename T>
+Vec wide(const T* x, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(x, n);
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto kept = static_cast<__mmask16>((1u << n) - 1);
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
+#endif
+  } else {
+    float line[kLanes];
+    convert(line, x, n);
+    return Vec::loadu(line, n);
+  }
+}
+
+// Smallest and largest number of every channel of rows [first, end).
+template <typename T>
+void extremes(const Rows<const T>& rows, int64_t first, int64_t end, int64_t dim, float* low,
+              float* high) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t some = std::min(kLanes, dim - d);
+    Vec bottom(-kHidden), top(kHidden);
+    for (int64_t i = first; i < end; ++i) {
+      const Vec x = wide(rows.row(i) + d, some);
+      bottom = at::vec::minimum(bottom, x);
+      top = at::vec::maximum(top, x);
+    }
+    bottom.store(low + d, some);
+    top.store(high + d, some);
+  }
+}
 
 // Boxes around blocks of keys, in panels: centre, radius and absolute centre, or, in panels of two
 // times the channels, the largest and the smallest.
@@ -18,7 +55,7 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
       panel * boxes.stride(1);
   static thread_local Buffer<F> lines;
   F* line = lines.get(width * inner);
-  float low[dim], high[dim], row[dim], box[3 * dim];
+  float low[dim], high[dim], box[3 * dim];
   for (int64_t j = 0; j < width; ++j) {
     const int64_t first = (panel * width + j) * key_block;
     const int64_t end = std::min(first + key_block, k_len);
@@ -26,15 +63,7 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
       std::memset(static_cast<void*>(line + j * inner), 0, inner * sizeof(F));
       continue;
     }
-    std::fill(low, low + dim, -kHidden);
-    std::fill(high, high + dim, kHidden);
-    for (int64_t t = first; t < end; ++t) {
-      convert(row, keys.row(t), dim);
-      for (int64_t d = 0; d < dim; ++d) {
-        low[d] = std::min(low[d], row[d]);
-        high[d] = std::max(high[d], row[d]);
-      }
-    }
+    extremes(keys, first, end, dim, low, high);
     if (inner == 2 * dim) {
       convert(line + j * inner, high, dim);
       convert(line + j * inner + dim, low, dim);
@@ -76,6 +105,16 @@ void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size) {
       }
     });
   });
+}
+
+void use_large_pages(at::Tensor x) {
+  constexpr uintptr_t page = 1 << 21;
+  const auto start = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (start + page - 1) / page * page, end = (start + x.nbytes()) / page * page;
+  if (first < end) {
+    // Advice: without it everything works, slower.
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  }
 }
 
 void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,

@@ -12,6 +12,9 @@ struct Choice {
   int64_t block, key_block, row_group, proposed, budget, sinks, sink_blocks;
   float scale, key_radius, row_radius;
   bool causal;
+
+  // Of a channel of a box around keys, to meet groups of rows.
+  int64_t numbers() const { return row_radius > 0.0f ? 3 : 2; }
 };
 
 struct Gather {
@@ -30,6 +33,9 @@ struct Rectangle {
 // Sums of every `size` rows of `x [B, H, L, D]`, fp32 `[B, H, L / size, D]`.
 void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size);
 
+// For memory that nothing has been written to yet, and that is read here and there.
+void use_large_pages(at::Tensor x);
+
 // A panel of boxes.
 void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
                     int64_t key_block);
@@ -39,7 +45,15 @@ void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
                       at::IntArrayRef places, const Choice& choice);
 
-// The same, with centroids of at most `rows` rows, more of them beyond `far`, and single keys.
+// The same by a tree of boxes: `top [B * Hkv, panels, numbers * D, width]` of the level at which it is
+// entered, `levels [B * Hkv, nodes, numbers * D, branch]` of those below, blocks of keys first.
+void choose_by_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                    const at::Tensor& top, at::TensorList levels, const at::Tensor& edges,
+                    at::Tensor tokens, at::IntArrayRef places, const Choice& choice,
+                    int64_t opened);
+
+// Some blocks of queries by centroids of at most `rows` rows, more of them beyond `far`, against
+// single keys: their first, how many, the first row, rows of a block.
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
                          const Choice& choice, int64_t rows, int64_t far, bool narrow);

@@ -27,6 +27,14 @@ void choose(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse
                    choice_of(sizes, scale, radii, causal));
 }
 
+void choose_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
+                 const at::Tensor& top, at::TensorList levels, const at::Tensor& edges,
+                 at::Tensor tokens, at::IntArrayRef places, at::IntArrayRef sizes, double scale,
+                 at::ArrayRef<double> radii, bool causal, int64_t opened) {
+  choose_by_tree(q, k, band_lse, top, levels, edges, tokens, places,
+                 choice_of(sizes, scale, radii, causal), opened);
+}
+
 void choose_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
                       at::IntArrayRef sizes, double scale, bool causal, int64_t rows, int64_t far,
@@ -65,10 +73,15 @@ void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
 
 TORCH_LIBRARY(longswift, m) {
   m.def("sum_groups(Tensor x, Tensor(a!) out, int size) -> ()");
+  m.def("use_large_pages(Tensor(a!) x) -> ()");
   m.def("describe(Tensor k, Tensor(a!) boxes, int[] places, int key_block) -> ()");
   m.def(
       "choose(Tensor q, Tensor k, Tensor band_lse, Tensor boxes, Tensor edges, Tensor(a!) tokens, "
       "int[] places, int[] sizes, float scale, float[] radii, bool causal) -> ()");
+  m.def(
+      "choose_tree(Tensor q, Tensor k, Tensor band_lse, Tensor top, Tensor[] levels, Tensor edges, "
+      "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
+      "int opened) -> ()");
   m.def(
       "choose_centroids(Tensor q, Tensor k, Tensor band_lse, Tensor edges, Tensor(a!) tokens, "
       "int[] places, int[] sizes, float scale, bool causal, int rows, int far, "
@@ -94,8 +107,10 @@ TORCH_LIBRARY(longswift, m) {
 
 TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("sum_groups", longswift::sum_groups);
+  m.impl("use_large_pages", longswift::use_large_pages);
   m.impl("describe", longswift::describe_boxes);
   m.impl("choose", longswift::choose);
+  m.impl("choose_tree", longswift::choose_tree);
   m.impl("choose_centroids", longswift::choose_centroids);
   m.impl("choose_few", longswift::choose_few);
   m.impl("choose_strict", longswift::choose_strict);

@@ -1,0 +1,130 @@
+"""A million tokens: how the cost of a token grows, with every box of keys bounded and with a tree.
+
+``python benchmarks/million.py [--lengths 131072,1048576] [--json results/million.json]``
+
+Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
+tokens takes many minutes a call. Both are also timed without the remainder, of whose means, one for
+256 tokens, every query sees all, and the tree with means of 2,048.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longswift import MSSwift
+from longswift.core.errors import LongSwiftError
+from longswift.eval import memory, options
+from longswift.eval.attention import AttentionBench, inputs
+from longswift.eval.results import Result, writable
+from longswift.eval.timing import Seconds, alternate
+from longswift.mechanisms.selectors.bounds import Bounds
+
+KIND = "million"
+HEADS, WIDTH = 2, 64
+TREE = Bounds(tree=16, row_group=16, key_radius=0.7, row_radius=0.0)
+MECHANISMS = {
+    "every box": MSSwift(key_tokens=128, selector=Bounds()),
+    "tree": MSSwift(key_tokens=128, selector=TREE),
+    "every box, no remainder": MSSwift(key_tokens=128, selector=Bounds(), remainder=None),
+    "tree, no remainder": MSSwift(key_tokens=128, selector=TREE, remainder=None),
+    "tree, remainder 2048": MSSwift(key_tokens=128, selector=TREE, remainder=2048),
+}
+
+
+def tensors(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standard normal q, k and v."""
+    bench = AttentionBench(
+        lengths=(length,), mechanisms=(), heads=HEADS, kv_heads=HEADS, head_dim=WIDTH, seed=seed
+    )
+    return inputs(bench, length)
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", default="131072,1048576")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--budget", type=float, default=120.0, help="seconds a mechanism and length"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", type=Path, default=Path("results/million.json"))
+    given = parser.parse_args()
+    try:
+        target = writable(given.json)
+        lengths = [options.length(text) for text in given.lengths.split(",")]
+        rows: list[dict[str, Any]] = []
+        for length in lengths:
+            rows += _measure(length, given)
+    except (LongSwiftError, OSError) as error:
+        print(f"million: {error}", file=sys.stderr)
+        return 2
+    config = {
+        "lengths": lengths,
+        "heads": HEADS,
+        "head_dim": WIDTH,
+        "dtype": "bfloat16",
+        "mechanisms": {name: mechanism.to_dict() for name, mechanism in MECHANISMS.items()},
+    }
+    Result(kind=KIND, config=config, seed=given.seed, rows=rows).save(target)
+    first = {row["name"]: row for row in rows if row["length"] == lengths[0]}
+    print(f"{'':26}{'tokens':>10}{'seconds':>10}{'us/token':>10}{'growth':>8}{'MiB':>8}")
+    for row in rows:
+        growth = row["microseconds_per_token"] / first[row["name"]]["microseconds_per_token"]
+        extra = "-" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 2**20:,.0f}"
+        print(
+            f"{row['name']:26}{row['length']:>10,}{row['median']:>10.2f}"
+            f"{row['microseconds_per_token']:>10.2f}{growth:>8.2f}{extra:>8}"
+        )
+    return 0
+
+
+def _seconds(length: int, given: argparse.Namespace) -> dict[str, Seconds]:
+    q, k, v = tensors(length, given.seed)
+
+    def call(mechanism: MSSwift) -> Callable[[], object]:
+        return lambda: mechanism(q, k, v)
+
+    with torch.no_grad():
+        return alternate(
+            {name: call(mechanism) for name, mechanism in MECHANISMS.items()},
+            repeats=given.repeats,
+            budget_seconds=given.budget,
+            tick=lambda name: print(f"{length} tokens: {name}", file=sys.stderr),
+        )
+
+
+def _measure(length: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    timed = _seconds(length, given)
+    rows = []
+    for name, mechanism in MECHANISMS.items():
+        extra = None
+        if not given.no_memory:
+            bench = AttentionBench(
+                lengths=(length,),
+                mechanisms=(mechanism.to_dict(),),
+                heads=HEADS,
+                kv_heads=HEADS,
+                head_dim=WIDTH,
+                seed=given.seed,
+            )
+            extra = memory.in_fresh_process(
+                "longswift.eval.attention:working_memory",
+                {"bench": bench.to_dict(), "rival": mechanism.name, "length": length},
+            )["extra"]
+        seconds = timed[name]
+        per_token = 1e6 * seconds.median / length
+        row = {"name": name, "length": length, **seconds.to_dict(), "extra_bytes": extra}
+        rows.append({**row, "microseconds_per_token": per_token})
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
