@@ -1,9 +1,9 @@
-"""A million tokens: how the cost of a token grows, with every box of keys bounded and with a tree.
+"""A million tokens: how the cost of a token grows, by default, with every box bounded, with a tree.
 
 ``python benchmarks/million.py [--lengths 131072,1048576] [--json results/million.json]``
 
 Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
-tokens takes many minutes a call. Both are also timed without the remainder, of whose means, one for
+tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one for
 256 tokens, every query sees all, and the tree with means of 2,048.
 """
 
@@ -29,6 +29,7 @@ KIND = "million"
 HEADS, WIDTH = 2, 64
 TREE = Bounds(tree=16, row_group=16, key_radius=0.7, row_radius=0.0)
 MECHANISMS = {
+    "default": MSSwift(),
     "every box": MSSwift(key_tokens=128, selector=Bounds()),
     "tree": MSSwift(key_tokens=128, selector=TREE),
     "every box, no remainder": MSSwift(key_tokens=128, selector=Bounds(), remainder=None),
