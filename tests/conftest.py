@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, register_random, settings
 
 from longswift.core.blocks import Workspace
 from longswift.kernels.native import choosing
+from longswift.kernels.native.factors import factors_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports triton: its kernels run on a GPU or in the interpreter.
@@ -67,7 +68,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 def exact_ranks() -> Iterator[None]:
     """fp32 inputs are ranked in fp32 everywhere, so that backends choose the same keys."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "ranks_in_16_bits", lambda q: False)
+        patch.setattr(choosing, "ranking_dtype", factors_of)
         yield
 
 

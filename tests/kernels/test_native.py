@@ -20,6 +20,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import Partial
 from longswift.kernels import dispatch, eager, native, reference
 from longswift.kernels.native import choosing
+from longswift.kernels.native.factors import ranking_dtype
 from longswift.mechanisms.selectors.base import Request, Selection
 from longswift.mechanisms.selectors.bounds import Bounds
 from longswift.mechanisms.selectors.centroids import Centroids
@@ -289,8 +290,7 @@ def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) 
     )
     everything = Full()(2 * q, k, v).lse
     with pytest.MonkeyPatch.context() as patch:
-        # As where the processor multiplies 16-bit numbers fast.
-        patch.setattr(choosing, "ranks_in_16_bits", lambda q: q.dtype == torch.float32)
+        patch.setattr(choosing, "ranking_dtype", ranking_dtype)
         mass = {
             backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
             for backend in ("native", "eager")

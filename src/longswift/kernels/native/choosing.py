@@ -12,7 +12,7 @@ from longswift.core import compiled
 from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import factors_of, in_pairs, is_narrow, ranks_in_16_bits
+from longswift.kernels.native.factors import in_pairs, ranking_dtype
 from longswift.kernels.native.pieces import batches, pieces
 
 # Boxes of a panel: the columns of one product.
@@ -73,8 +73,6 @@ def choose_by_bounds(
         candidates: Keys proposed by centroids.
     """
     operators = compiled.loaded()
-    if ranks_in_16_bits(q):
-        q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
     q, k = in_pairs(q), in_pairs(k)
     block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
     edges = block_edges(pattern, q_len, k_len)
@@ -100,7 +98,7 @@ def choose_by_bounds(
             )
         return
 
-    narrow = is_narrow(q)
+    narrow = ranking_dtype(q) != torch.float32
     for run in runs:
         if centroid_rows is not None and run.rows > 1:
             sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
@@ -138,7 +136,7 @@ def choose_by_bounds(
     cut = [run for run in runs if run.rows <= alone]
     if not cut:
         return
-    low, high = (x.to(k.dtype) for x in extremes())
+    low, high = extremes()
     for run in cut:
         sizes = (block, key_block, row_group, proposed(run.rows), *rest)
         few = [
@@ -193,7 +191,7 @@ def _boxes(k: Tensor, count: int, key_block: int, numbers: int, width: int = _WI
     batch, kv_heads, _, dim = k.shape
     panels = -(-count // width)
     shape = (batch * kv_heads, panels, numbers * dim, width)
-    boxes = torch.empty(shape, dtype=factors_of(k), device=k.device)
+    boxes = torch.empty(shape, dtype=ranking_dtype(k), device=k.device)
     operators.use_large_pages(boxes)
     work = [(b, h, p) for p in range(panels) for b in range(batch) for h in range(kv_heads)]
     for places in batches(work):

@@ -95,7 +95,7 @@ void sum_rows(const Rows<const T>& x, int64_t first, int64_t count, int64_t widt
 
 void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size) {
   const int64_t heads = x.size(1), groups = out.size(2), width = x.size(3);
-  by_types(x.scalar_type(), false, [&](auto in, auto) {
+  by_ranked_types(x.scalar_type(), false, [&](auto in, auto) {
     using T = decltype(in);
     at::parallel_for(0, x.size(0) * heads * groups, 16, [&](int64_t first, int64_t end) {
       for (int64_t i = first; i < end; ++i) {
@@ -119,7 +119,7 @@ void use_large_pages(at::Tensor x) {
 
 void describe_boxes(const at::Tensor& k, at::Tensor boxes, at::IntArrayRef places,
                     int64_t key_block) {
-  by_types(k.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+  by_ranked_types(k.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
     for_each_place(places, 3, [&](at::IntArrayRef at) {
       describe_keys<decltype(in), decltype(factor)>(k, boxes, at[0], at[1], at[2], key_block);
     });

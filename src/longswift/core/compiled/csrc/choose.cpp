@@ -262,7 +262,7 @@ class ByBoxes : Chooser<T, F> {
 void choose_by_bounds(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
                       at::IntArrayRef places, const Choice& choice) {
-  by_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+  by_ranked_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
     using F = decltype(factor);
     for_each_place(places, 5, [&](at::IntArrayRef at) {
       const F* panels = boxes.data_ptr<F>() + (at[0] * k.size(1) + at[1]) * boxes.stride(0);
@@ -276,7 +276,7 @@ void choose_by_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& top, at::TensorList levels, const at::Tensor& edges,
                     at::Tensor tokens, at::IntArrayRef places, const Choice& choice,
                     int64_t opened) {
-  by_types(q.scalar_type(), top.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+  by_ranked_types(q.scalar_type(), top.scalar_type() != at::kFloat, [&](auto in, auto factor) {
     using F = decltype(factor);
     for_each_place(places, 5, [&](at::IntArrayRef at) {
       const int64_t problem = at[0] * k.size(1) + at[1];

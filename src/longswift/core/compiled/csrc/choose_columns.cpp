@@ -252,7 +252,7 @@ class ByColumns : Chooser<T, F> {
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
                          const Choice& choice, int64_t rows, int64_t far, bool narrow) {
-  by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
+  by_ranked_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
     for_each_place(places, 6, [&](at::IntArrayRef at) {
       ByColumns<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
           .run_centroids(at[2], at[3], at[4], at[5], rows, far);
@@ -263,7 +263,7 @@ void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Ten
 void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                     const at::Tensor& low, const at::Tensor& high, const at::Tensor& edges,
                     at::Tensor tokens, at::IntArrayRef places, const Choice& choice, bool narrow) {
-  by_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
+  by_ranked_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
     for_each_place(places, 5, [&](at::IntArrayRef at) {
       ByColumns<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
           .run_cut(low, high, at[0], at[1], at[2], at[3], at[4]);

@@ -204,6 +204,16 @@ void by_types(at::ScalarType type, bool narrow, Call&& call) {
   }
 }
 
+// The same where products only rank: fp32 inputs, too, may be multiplied in 16 bits.
+template <typename Call>
+void by_ranked_types(at::ScalarType type, bool narrow, Call&& call) {
+  if (type == at::kFloat && narrow) {
+    call(float{}, at::BFloat16{});
+  } else {
+    by_types(type, narrow, call);
+  }
+}
+
 inline float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
 }

@@ -281,7 +281,7 @@ void choose_in_turn(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& boxes, const at::Tensor& edges, at::Tensor tokens,
                     at::Tensor since, at::IntArrayRef places, const Choice& choice) {
   TORCH_CHECK(boxes.size(3) == kWidth, "expected panels of ", kWidth, ", got ", boxes.size(3));
-  by_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
+  by_ranked_types(q.scalar_type(), boxes.scalar_type() != at::kFloat, [&](auto in, auto factor) {
     for_each_place(places, 6, [&](at::IntArrayRef at) {
       Strict<decltype(in), decltype(factor)>(q, k, band_lse, boxes, edges, tokens, since, at[0],
                                              at[1], choice)
