@@ -3,8 +3,8 @@
 ``python benchmarks/million.py [--lengths 131072,1048576] [--json results/million.json]``
 
 Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
-tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one for
-256 tokens, every query sees all, and the tree with means of 2,048.
+tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one
+for 256 tokens, every query sees all, and the tree with means of 2,048.
 """
 
 from __future__ import annotations
