@@ -212,9 +212,10 @@ class NaiveCentroids(NaiveSwift):
         return dict(zip(keys, rank.tolist(), strict=True))
 
     def halves(self, rows: list[Array]) -> list[list[Array]]:
-        """Groups of at most so many rows, or of an odd number."""
-        if len(rows) <= self.rows or len(rows) % 2:
+        """Groups of at most so many rows; of an odd number the last counts twice."""
+        if len(rows) <= self.rows:
             return [rows]
+        rows = rows + rows[-1:] * (len(rows) % 2)
         channel = int(np.argmax(np.var(rows, axis=0)))
         middle = len(rows) // 2
         order = sorted(range(len(rows)), key=lambda i: (rows[i][channel], i))

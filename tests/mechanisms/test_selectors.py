@@ -13,6 +13,7 @@ from torch import Tensor
 from longswift import MSSwift
 from longswift.mechanisms.selectors.base import take_in_turn
 from longswift.mechanisms.selectors.box_tree import descend, enclose
+from longswift.mechanisms.selectors.centroids import Centroids, centroids
 from tests.mechanisms.naive import NaiveSwift
 from tests.mechanisms.naive_selectors import (
     NaiveAnchor,
@@ -71,6 +72,34 @@ def test_centroids_are_weighed_by_a_sample_where_keys_are_many(data: st.DataObje
         for name, value in sample.items():
             patch.setattr(f"longswift.mechanisms.selectors.centroids._{name.upper()}", value)
         compare(naive, data, fewest=16)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 51, 128, 384])
+@pytest.mark.parametrize("most", [1, 3, 4])
+def test_no_group_has_too_many_rows(rows: int, most: int) -> None:
+    # Rows that differ in one channel only: groups are stretches of them.
+    q = torch.zeros(2, rows, 5, dtype=torch.float64)
+    q[:, :, 3] = torch.arange(rows)
+    means = centroids(q[:, torch.randperm(rows)], most)[..., 3].sort(-1).values
+    assert means.shape[1] >= rows / most
+    assert (means[:, :1] <= (most - 1) / 2).all()
+    assert (means[:, -1:] >= rows - 1 - (most - 1) / 2).all()
+    assert (means.diff() <= most).all()
+
+
+@pytest.mark.parametrize("rows", [2, 5, 17])
+def test_every_row_of_a_question_finds_its_key(rows: int) -> None:
+    """Far from each other, so that a mean of any two would find neither."""
+    keys = torch.zeros(1, 1, 5000, 32)
+    q = torch.zeros(1, 3, 4900 + rows, 32)[:, :, -rows:]
+    wanted = torch.arange(3 * rows) * 60 + 31
+    directions = torch.nn.functional.normalize(torch.randn(3 * rows, 32), dim=-1)
+    keys[0, 0] = 0.1 * torch.randn(5000, 32)
+    keys[0, 0, wanted] = directions
+    q[0] = 60 * directions.view(3, rows, 32)
+    mechanism = MSSwift(key_tokens=3 * rows, dense_below=0, selector=Centroids(proposals=1))
+    seen = mechanism.visible(q, keys[:, :, : 4900 + rows])
+    assert seen[0].any(0).any(0)[wanted].all()
 
 
 @pytest.mark.parametrize(

@@ -163,22 +163,26 @@ def _log_sums(scores: Tensor, many: Tensor) -> Tensor:
 def centroids(q: Tensor, most: int) -> Tensor:
     """Means of groups of similar rows, ``[*, R, D]`` to ``[*, groups, D]``.
 
-    Groups are halves of halves: of the rows in order of the channel in which they vary most, equal
-    ones in order of their index; until there are at most ``most`` in a group, or an odd number.
+    Groups are halves of halves, of the rows in order of the channel in which they vary most, equal
+    ones in order of their index, until there are at most ``most`` in a group. The last row of an
+    odd number counts twice.
     """
-    rows, dim = q.shape[-2:]
-    order = torch.arange(rows, device=q.device).expand(q.shape[:-1])
-    groups = 1
-    while rows // groups > most and rows // groups % 2 == 0:
-        parts = _take(q, order).unflatten(-2, (groups, -1))
+    rows = q.shape[-2]
+    order = torch.arange(rows, device=q.device).expand(q.shape[:-1]).unsqueeze(-2)
+    while order.shape[-1] > most:
+        if order.shape[-1] % 2:
+            order = torch.cat([order, order[..., -1:]], -1)
+        parts = _take(q, order)
         widest = parts.var(-2, correction=0).argmax(-1, keepdim=True)
         values = parts.gather(-1, widest.unsqueeze(-2).expand(*parts.shape[:-1], 1)).squeeze(-1)
-        halves = values.sort(dim=-1, stable=True).indices
-        halves = halves.unflatten(-1, (2, -1)).sort(-1).values.flatten(-2)
-        order = order.unflatten(-1, (groups, -1)).gather(-1, halves).flatten(-2)
-        groups *= 2
-    return _take(q, order).unflatten(-2, (groups, -1)).mean(-2)
+        halves = values.sort(dim=-1, stable=True).indices.unflatten(-1, (2, -1))
+        order = order.unsqueeze(-2).expand(halves.shape[:-1] + order.shape[-1:]).gather(-1, halves)
+        order = order.sort(-1).values.flatten(-3, -2)
+    return _take(q, order).mean(-2)
 
 
 def _take(q: Tensor, order: Tensor) -> Tensor:
-    return q.gather(-2, order.unsqueeze(-1).expand(q.shape))
+    """Rows ``[*, R, D]`` at ``order [*, groups, n]``, ``[*, groups, n, D]``."""
+    flat = order.flatten(-2)
+    found = q.gather(-2, flat.unsqueeze(-1).expand(*flat.shape, q.shape[-1]))
+    return found.unflatten(-2, order.shape[-2:])

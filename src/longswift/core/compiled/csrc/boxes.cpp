@@ -95,7 +95,7 @@ void sum_rows(const Rows<const T>& x, int64_t first, int64_t count, int64_t widt
 
 void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size) {
   const int64_t heads = x.size(1), groups = out.size(2), width = x.size(3);
-  by_ranked_types(x.scalar_type(), false, [&](auto in, auto) {
+  by_types(x.scalar_type(), false, [&](auto in, auto) {
     using T = decltype(in);
     at::parallel_for(0, x.size(0) * heads * groups, 16, [&](int64_t first, int64_t end) {
       for (int64_t i = first; i < end; ++i) {

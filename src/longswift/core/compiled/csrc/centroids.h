@@ -9,8 +9,8 @@
 namespace longswift {
 
 // Rows are halved at the median of the channel in which they differ most, until halves have at most
-// `most` rows or an odd number of them. Deterministic: of equal rows the earlier belong to the
-// first half.
+// `most` rows. The last row of an odd number counts twice. Deterministic: of equal rows the earlier
+// belong to the first half.
 class Centroids {
  public:
   // Rows [first, first + rows) of every head; returns how many groups there are.
@@ -25,16 +25,18 @@ class Centroids {
         convert(x + (h * rows + i) * dim, heads[h].row(first + i), dim);
       }
     }
-    int32_t* order = order_.get(count);
-    std::iota(order, order + count, 0);
-    size_ = count;
-    while (size_ > most && size_ % 2 == 0) {
-      for (int64_t start = 0; start < count; start += size_) {
-        halve(x, order + start);
+    order_.resize(count);
+    std::iota(order_.begin(), order_.end(), 0);
+    int64_t groups = 1;
+    for (size_ = count; size_ > most; size_ /= 2, groups *= 2) {
+      if (size_ % 2 != 0) {
+        make_even(groups);
       }
-      size_ /= 2;
+      for (int64_t g = 0; g < groups; ++g) {
+        halve(x, order_.data() + g * size_);
+      }
     }
-    return count / size_;
+    return groups;
   }
 
   // The mean of a group.
@@ -50,6 +52,17 @@ class Centroids {
   }
 
  private:
+  void make_even(int64_t groups) {
+    const std::vector<int32_t> odd = order_;
+    order_.resize(groups * (size_ + 1));
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto first = odd.begin() + g * size_, end = first + size_;
+      const auto out = std::copy(first, end, order_.begin() + g * (size_ + 1));
+      *out = *std::max_element(first, end);
+    }
+    ++size_;
+  }
+
   void add(float* out, const float* row) const {
     for (int64_t d = 0; d < dim_; ++d) {
       out[d] += row[d];
@@ -85,7 +98,7 @@ class Centroids {
   }
 
   Buffer<float> rows_;
-  Buffer<int32_t> order_;
+  std::vector<int32_t> order_;
   Buffer<int64_t> ranked_;
   int64_t dim_ = 0, size_ = 0;
 };
