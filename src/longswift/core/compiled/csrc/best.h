@@ -14,10 +14,12 @@ class Best {
       return 0;
     }
     float limit = kHidden;
-    const int64_t kept = above(x, n, n > kFew ? guess(x, n, most) : kHidden);
+    const float least = n > kFew ? guess(x, n, most) : kHidden;
+    const int64_t kept = above(x, n, least);
     int64_t ties = 0;
     if (kept >= most) {
-      limit = largest(keys_.get(0), kept, most, &ties);
+      // Never below what was kept: there may be more of the others than are wanted.
+      limit = std::max(least, largest(keys_.get(0), kept, most, &ties));
     } else if (n > kFew) {
       // The guess was too high, or there are fewer numbers than wanted.
       const int64_t all = above(x, n, kHidden);

@@ -180,7 +180,7 @@ class Merger {
     float *key = keys + column * dim_, *value = values + column * value_dim_;
     std::fill(key, key + dim_, 0.0f);
     std::fill(value, value + value_dim_, 0.0f);
-    for (int64_t g = from / how_.grain; g * how_.grain < to; ++g) {
+    for (int64_t g = from / how_.grain; from < to && g * how_.grain < to; ++g) {
       const float *more_key = key_grains_.row(g), *more_value = value_grains_.row(g);
       for (int64_t d = 0; d < dim_; ++d) {
         key[d] += more_key[d];
