@@ -42,6 +42,13 @@ class Asked(NamedTuple):
         return self.k[block * size : (block + 1) * size]
 
 
+def log_sum_of_best(scores: Array, places: Array, together: int = 16) -> Array:
+    """Log-sum-exp over the best of every so many places in a row of ``scores [*, n]``."""
+    parts = {int(place) // together for place in places}
+    best = [scores[..., places // together == part].max(-1) for part in parts]
+    return np.logaddexp.reduce(best)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NaiveSwift:
     """The options of ``MSSwift`` and of its ``bounds`` selector that decide what is seen."""
@@ -207,7 +214,9 @@ class NaiveSwift:
         proposed = self.propose(asked, sink_blocks, wanted)
         tokens = self.tokens_of([*proposed, *sink_blocks], n)
         probs = self.probabilities(q, k, tokens, window)
-        best = probs.max((0, 1))
+        scores = self.scores(q, k, tokens, self.positions)
+        total = np.logaddexp(log_sum_of_best(scores, np.argsort(np.argsort(tokens))), window)
+        best = (scores - total[..., None]).max((0, 1))
         free = [i for i, t in enumerate(tokens) if t >= self.sinks]
         chosen = sorted(free, key=lambda i: -best[i])[: self.key_tokens]
         if self.coverage is not None:

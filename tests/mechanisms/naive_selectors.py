@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from tests.mechanisms.naive import Array, Asked, NaiveSwift, softmax
+from tests.mechanisms.naive import Array, Asked, NaiveSwift, log_sum_of_best, softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,8 @@ class NaiveCentroids(NaiveSwift):
         rank = np.full(len(keys), -math.inf)
         for group in self.halves(list(asked.q.reshape(-1, asked.q.shape[-1]))):
             scores = asked.k[keys] @ (sum(group) / len(group))
-            rank = np.maximum(rank, scores - np.logaddexp.reduce(scores[sampled]))
+            total = log_sum_of_best(scores[sampled], np.array(keys)[sampled])
+            rank = np.maximum(rank, scores - total)
         return dict(zip(keys, rank.tolist(), strict=True))
 
     def halves(self, rows: list[Array]) -> list[list[Array]]:

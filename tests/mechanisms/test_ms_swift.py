@@ -102,7 +102,10 @@ def test_a_needle_is_found_while_training_and_decoding(options: dict[str, Any], 
 
 
 def test_decoding_chooses_the_most_probable_tokens() -> None:
-    """With enough proposals, the picks are the best keys outside window and sinks."""
+    """With enough proposals, the picks are the best keys outside window and sinks.
+
+    The sum that heads are weighed by takes the best of every 16 candidates.
+    """
     mechanism = small(selector={"name": "bounds", "key_block": 8, "proposals": 64})
     q, k = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 301, 8)
     seen = mechanism.visible(q, k)
@@ -114,10 +117,8 @@ def test_decoding_chooses_the_most_probable_tokens() -> None:
     picked = seen[..., 4:window].sum(-1)
     assert (picked == 16).all()
     window_lse = scores[..., window:].logsumexp(-1, keepdim=True)
-    sinks_lse = scores[..., :4].logsumexp(-1, keepdim=True)
-    base = torch.logaddexp(window_lse, sinks_lse)
-    rest = scores[..., 4:window]
-    probs = (rest - torch.logaddexp(base, rest.logsumexp(-1, keepdim=True))).exp()
+    rest_lse = scores[..., :window].unflatten(-1, (-1, 16)).amax(-1).logsumexp(-1, keepdim=True)
+    probs = (scores[..., 4:window] - torch.logaddexp(window_lse, rest_lse)).exp()
     best = probs.amax(2).topk(16, -1).indices + 4
     expected = torch.zeros(2, 2, 301, dtype=torch.bool).scatter_(2, best, True)[..., 4:window]
     for group in range(3):

@@ -1,8 +1,10 @@
 """Two stages: something cheap proposes key blocks, exact probabilities choose tokens inside them.
 
-Inside the proposals every row scores every key. Probabilities, normalised together with the window
-and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win. Ranks are
-logarithms of probabilities: those of large scores underflow, and would be told apart by chance.
+Inside the proposals every row scores every key. Log-probabilities, normalised together with the
+window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win. The sum
+they are normalised by takes the best of every 16 proposals, in order of position: the rest adds
+little to it, and only weighs rows against each other, but its exponentials would cost as much as the
+scores. Strictly causal choices, where each row takes for itself, use exact probabilities.
 
 Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they
 are (sums in fp32, each score rounded once): it decides between near ties only. Probabilities and
@@ -15,6 +17,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longswift.core.blocks import BlockRun, TokenTable, Workspace, row_positions, stack_queries
 from longswift.core.products import bmm, factor_dtype, mm
@@ -29,6 +32,8 @@ from longswift.mechanisms.selectors.base import (
 )
 
 _HIDDEN = float("-inf")
+# Proposals of which the best takes part in sums.
+TOGETHER = 16
 
 
 class TwoStage(ABC):
@@ -57,9 +62,9 @@ class TwoStage(ABC):
     def _block_scores(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> Tensor:
-        """Shares of the candidate blocks, ``[B, Hkv, N, rows or groups, W]``, summing to 1.
+        """What the candidate blocks are worth, ``[B, Hkv, N, rows or groups, W]``.
 
-        Their logarithms unless the choice is strictly causal.
+        Shares that sum to 1 if the choice is strictly causal, else numbers that only rank.
 
         Args:
             q: Scaled queries ``[B, Hkv, N, G * rows, D]``.
@@ -97,14 +102,14 @@ class TwoStage(ABC):
             return Selection(self._nothing(run), None)
         q = stack_queries(request.q, run, kv_heads).to(self._acc) * request.scale
         proposed, valid = self._propose(q, run, outside, width, space)
-        proposed, valid = self._with_sink_blocks(proposed, valid, outside)
+        proposed, valid = in_order(*self._with_sink_blocks(proposed, valid, outside))
         tokens = self._tokens(proposed)
         if request.coverage is None and q.device.type == "cpu":
-            rank = self._largest_probabilities(q, run, proposed, valid, space)
+            rank = self._ranks(q, run, proposed, valid, space)
         else:
             scores = self._scores(q, run, proposed, valid, space)
-            rank = torch.log_softmax(scores, -1)[..., :-1].amax(1)
-            probs = torch.softmax(scores, -1, out=scores)
+            probs = torch.softmax(scores, -1)
+            rank = log_shares(scores).amax(1)
         rank = rank.view(*proposed.shape[:3], -1)
         rank.masked_fill_(self._barred(tokens, valid), _HIDDEN)
         best, taken = best_of(rank, request.budget, ordered=request.coverage is not None)
@@ -180,7 +185,7 @@ class TwoStage(ABC):
             hidden |= self._tokens(proposed) >= self._request.k.shape[2]
         bias = torch.zeros(hidden.shape, dtype=self._acc, device=hidden.device)
         bias.masked_fill_(hidden, _HIDDEN)
-        return torch.nn.functional.pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
+        return pad(bias, (0, 1)).view(-1, 1, bias.shape[3] + 1)
 
     def _scores(
         self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
@@ -198,10 +203,10 @@ class TwoStage(ABC):
             scores[..., :-1] += bias
         return scores if hidden is None else scores.add_(hidden)
 
-    def _largest_probabilities(
+    def _ranks(
         self, q: Tensor, run: BlockRun, proposed: Tensor, valid: Tensor, space: Workspace
     ) -> Tensor:
-        """Logarithm of each proposed token's largest probability over the rows, ``[Z, M]``.
+        """The largest of each proposed token's ``log_shares`` over the rows, ``[Z, M]``.
 
         One problem at a time, so that its scores never leave the cache.
         """
@@ -211,7 +216,7 @@ class TwoStage(ABC):
         bias = self._bias(proposed, run)
         queries = q.flatten(0, 2).to(dtype)
         problems = zip(queries.unbind(), keys.transpose(1, 2).unbind(), lse, strict=True)
-        largest = space.get("largest", (len(keys), keys.shape[1]), self._acc)
+        ranks = space.get("ranks", (len(keys), keys.shape[1] - 1), self._acc)
         for index, (rows, columns, band) in enumerate(problems):
             scores = mm(rows, columns)
             if dtype != self._acc:
@@ -221,8 +226,8 @@ class TwoStage(ABC):
                 scores[:, :-1] += bias[index]
             if hidden is not None:
                 scores += hidden[index]
-            torch.amax(torch.log_softmax(scores, -1, out=scores), 0, out=largest[index])
-        return largest[:, :-1]
+            torch.amax(log_shares(scores), 0, out=ranks[index])
+        return ranks
 
     def _strict(self, run: BlockRun, space: Workspace) -> Selection:
         """At most ``budget`` tokens a block and the query position each is visible from."""
@@ -296,6 +301,32 @@ def share_among_blocks(
     total = torch.logaddexp(scores.logsumexp(-1), band_lse)
     scores.sub_(total.unsqueeze(-1))
     return scores.exp_() if strict else scores
+
+
+def log_shares(scores: Tensor) -> Tensor:
+    """Scores of tokens less the log-sum-exp of the best of every 16 of them and the band, in place.
+
+    Args:
+        scores: ``[*, M + 1]``, the band's log-sum-exp last.
+
+    Returns:
+        ``[*, M]``.
+    """
+    tokens, band = scores[..., :-1], scores[..., -1]
+    total = torch.logaddexp(best_of_each(tokens).logsumexp(-1), band)
+    return tokens.sub_(total.masked_fill_(total == _HIDDEN, 0.0).unsqueeze(-1))
+
+
+def best_of_each(scores: Tensor) -> Tensor:
+    """The largest of every 16 of ``scores [*, M]``."""
+    missing = -scores.shape[-1] % TOGETHER
+    return pad(scores, (0, missing), value=_HIDDEN).unflatten(-1, (-1, TOGETHER)).amax(-1)
+
+
+def in_order(blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks ``[*, M]`` in order of position, those that are no real choice last."""
+    order = blocks.masked_fill(~valid, torch.iinfo(blocks.dtype).max).argsort(-1)
+    return blocks.gather(-1, order), valid.gather(-1, order)
 
 
 def best_of(rank: Tensor, most: int, ordered: bool = False) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ void extremes(const Rows<const T>& rows, int64_t first, int64_t end, int64_t dim
     for (int64_t i = first; i < end; ++i) {
       const Vec x = wide(rows.row(i) + d, some);
       bottom = at::vec::minimum(bottom, x);
-      top = at::vec::maximum(top, x);
+      top = larger(top, x);
     }
     bottom.store(low + d, some);
     top.store(high + d, some);

@@ -240,7 +240,7 @@ class ByBoxes : Chooser<T, F> {
     for (; i + kLanes <= to; i += kLanes) {
       Vec best(kHidden);
       for (int64_t r = 0; r < rows_of_block_; ++r) {
-        best = at::vec::maximum(best, Vec::loadu(scores + r * step + i) - Vec(lse[r]));
+        best = larger(best, Vec::loadu(scores + r * step + i) - Vec(lse[r]));
       }
       best.store(rank + i);
     }

@@ -1,25 +1,32 @@
 // Key tokens by scores of columns: means of similar rows, or the few rows of a cut block.
 #include "centroids.h"
 #include "chooser.h"
+#include "columns.h"
 #include "common.h"
 #include "kernels.h"
-#include "tile_products.h"
 
 namespace longswift {
 
 namespace {
 
-// Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
-// that only weigh groups of rows against each other.
+// Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in
+// sums that only weigh groups of rows against each other.
 constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4;
 // Ranks of keys a thread holds at once.
 constexpr int64_t kRanks = 1 << 21;
+// Centroids that share what is read of the keys, and rows that are scored at once for themselves.
+constexpr int64_t kRows = 256, kColumns = 128;
 
 template <typename F>
 struct Space {
-  Buffer<F> means, highest, lowest;
-  Buffer<float> scores;
+  // Of centroids.
+  Buffer<F> means, panels, tile;
+  Buffer<float> maxima;
   Centroids centroids;
+  // Of rows for themselves.
+  Buffer<F> lines, queries, highest, lowest;
+  Buffer<float> scores;
+  Columns columns;
 };
 
 template <typename F>
@@ -59,8 +66,8 @@ class ByColumns : Chooser<T, F> {
       }
       const int64_t at_row = row + done * rows, together = most_at(done);
       const int64_t groups = own_.centroids.find(q_, at_row, rows, dim_, together);
-      const int64_t columns = round_up(groups, kLanes);
-      int64_t some = std::min(kColumns / columns, kRanks / std::max<int64_t>(blocks_, 1));
+      const int64_t wide = ColumnMaxima<F>::columns_for(groups);
+      int64_t some = std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
       const bool many = has_many(first + done);
       for (int64_t n = 1; n < some; ++n) {
@@ -68,7 +75,7 @@ class ByColumns : Chooser<T, F> {
           some = n;
         }
       }
-      propose_by_centroids(first + done, some, at_row, rows, together, groups, columns);
+      propose_by_centroids(first + done, some, at_row, rows, together, groups, wide);
       done += some;
     }
   }
@@ -95,30 +102,32 @@ class ByColumns : Chooser<T, F> {
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
-  using Base::for_rows;
+  using Base::for_candidates;
+  using Base::heads_;
   using Base::kCoarse;
-  using Base::kColumns;
   using Base::kKeys;
   using Base::k_;
   using Base::k_len_;
+  using Base::magnitude;
   using Base::mine_;
-  using Base::packed_at;
+  using Base::pack;
   using Base::q_;
   using Base::q_len_;
   using Base::reach;
   using Base::take;
+  using Base::tile_of;
   using Base::tokens_;
+  using Base::turn;
 
   bool has_many(int64_t block) const {
     return std::min(before(block), blocks_) + blocks_ - after(block) >= kMany;
   }
 
-  // Scores are computed for their sums and once more, as they would fill more than a core's caches.
+  // Blocks [first, first + count), `groups` centroids each, columns for `wide`.
   void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
-                            int64_t groups, int64_t columns) {
-    const int64_t all = count * columns;
-    F* packed = mine_.queries.get(dim_ * all);
-    F* lines = own_.means.get(groups * dim_);
+                            int64_t groups, int64_t wide) {
+    F* means = own_.means.get(groups * dim_);
+    F* panels = own_.panels.get(round_up(count * wide, ColumnMaxima<F>::kPanel) * dim_);
     float line[dim_];
     int64_t last = 0;
     for (int64_t n = 0; n < count; ++n) {
@@ -127,57 +136,100 @@ class ByColumns : Chooser<T, F> {
       }
       for (int64_t g = 0; g < groups; ++g) {
         own_.centroids.mean(g, line);
-        convert(lines + g * dim_, line, dim_);
+        convert(means + g * dim_, line, dim_);
       }
-      F* own = packed_at(packed, n * columns);
-      pack_transposed<F>(lines, dim_, groups, dim_, own, all);
-      clear_columns<F>(own, dim_, all, groups, columns);
+      turn(means, groups);
+      pack(means, groups, panels, n * wide, (n + 1) * wide);
       last = std::max(last, reach(first + n));
     }
-    float* scores = own_.scores.get(kKeys * all);
-    float* rank = mine_.rank.get(count * last);
-    std::fill(rank, rank + count * last, kHidden);
-    mine_.columns.begin(all, all);
-    const auto each_tile = [&](int64_t first_tile, int64_t every, auto&& use) {
-      const TileProducts<F> products(dim_);
-      for (int64_t t = first_tile * kKeys; t < last; t += every * kKeys) {
-        const int64_t tall = std::min(kKeys, last - t), next = t + every * kKeys;
-        fetch(k_, next, std::min(kKeys, last - next), dim_);
-        int64_t step;
-        const F* keys = boxes_of(k_, t, tall, mine_.keys, &step);
-        products.multiply(keys, step, kKeys, packed, all, scores);
-        for (int64_t n = 0; n < count; ++n) {
-          const int64_t from = std::max(t, before(first + n));
-          const int64_t to = std::min(t + tall, choice_.causal ? last : after(first + n));
-          for (int64_t k = from; k < to; ++k) {
-            float* of_key = scores + (k - t) * all + n * columns;
-            std::fill(of_key, of_key + columns, kHidden);
-          }
-        }
-        use(t, tall);
-      }
-    };
-    const bool many = has_many(first);
-    each_tile(many ? kFirst : 0, many ? kEvery : 1, [&](int64_t, int64_t tall) {
-      mine_.columns.template add<kCoarse>(scores, tall, choice_.scale);
-    });
-    mine_.columns.finish();
-    for (int64_t n = 0; n < count; ++n) {
-      mine_.columns.drop(n * columns + groups, (n + 1) * columns);
+    const int64_t step = round_up(last, kKeys);
+    float* rank = mine_.rank.get(count * step);
+    std::fill(rank, rank + count * step, kHidden);
+    {
+      const ColumnMaxima<F> maxima(dim_);
+      add_up(maxima, first, count, groups, wide, last);
+      raise_ranks(maxima, first, count, wide, last, rank, step);
     }
-    each_tile(0, 1, [&](int64_t t, int64_t tall) {
-      for (int64_t n = 0; n < count; ++n) {
-        mine_.columns.raise(scores, tall, choice_.scale, rank + n * last + t, n * columns, columns);
-      }
-    });
     for (int64_t n = 0; n < count; ++n) {
       const int64_t block = first + n;
       const int64_t start = std::min(before(block), blocks_);
       const int64_t end = choice_.causal ? start : blocks_;
-      const int64_t found = take(rank + n * last, start, after(block), end);
+      float* of_block = rank + n * step;
+      if (!choice_.causal) {
+        std::fill(of_block + start, of_block + std::max(start, after(block)), kHidden);
+      }
+      const int64_t found = take(of_block, start, after(block), end);
       if (found > 0) {
         choose(found, row + n * rows, rows, tokens_ + block * choice_.budget);
       }
+    }
+  }
+
+  // Sums of every centroid's largest products with 16 candidates, or with those of a sample.
+  void add_up(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t groups,
+              int64_t wide, int64_t last) {
+    constexpr int64_t some = ColumnMaxima<F>::kRows;
+    F* tile = own_.tile.get(kKeys * dim_);
+    float* best = own_.maxima.get(kKeys / some * count * wide);
+    own_.columns.begin(count * wide, count * wide);
+    const auto add = [&](int64_t n, const F* keys, int64_t step, int64_t tall) {
+      maxima.of_rows(keys, step, tall, own_.panels.get(0), n * wide, (n + 1) * wide, best,
+                     count * wide, [] {});
+      own_.columns.template add<kCoarse>(best + n * wide, count * wide, tall / some, magnitude(),
+                                         n * wide, wide);
+    };
+    const bool many = has_many(first);
+    const int64_t every = (many ? kEvery : 1) * kKeys;
+    for (int64_t t = (many ? kFirst : 0) * kKeys; t < last; t += every) {
+      fetch(k_, t + every, std::min(kKeys, last - t - every), dim_);
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t start = std::min(before(first + n), blocks_), end = after(first + n);
+        if (t + kKeys <= start || (end <= t && t + kKeys <= blocks_)) {
+          int64_t step, padded;
+          const F* keys = tile_of(t, kKeys, tile, &step, &padded);
+          add(n, keys, step, kKeys);
+          continue;
+        }
+        // Of every 16 keys those that are candidates, filled up by the last of them.
+        for (int64_t s = t; s < std::min(t + kKeys, blocks_); s += some) {
+          int64_t found = 0;
+          for (int64_t k = s; k < std::min(s + some, blocks_); ++k) {
+            if (k < start || k >= end) {
+              convert(tile + found++ * dim_, k_.row(k), dim_);
+            }
+          }
+          if (found > 0) {
+            for (int64_t i = found; i < some; ++i) {
+              std::memcpy(static_cast<void*>(tile + i * dim_), tile + (found - 1) * dim_,
+                          dim_ * sizeof(F));
+            }
+            add(n, tile, dim_, some);
+          }
+        }
+      }
+    }
+    own_.columns.finish();
+    for (int64_t n = 0; n < count; ++n) {
+      own_.columns.drop(n * wide + groups, (n + 1) * wide);
+    }
+  }
+
+  // How little every key's product with one of a block's centroids is below the centroid's sum.
+  void raise_ranks(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t wide,
+                   int64_t last, float* rank, int64_t rank_step) {
+    F* tile = own_.tile.get(kKeys * dim_);
+    const float* sums = own_.columns.sums(magnitude());
+    int64_t n = 0;
+    for (int64_t t = 0; t < last; t += kKeys) {
+      fetch(k_, t + kKeys, std::min(kKeys, last - t - kKeys), dim_);
+      // Blocks that reach no further are done with.
+      while (reach(first + n) <= t) {
+        ++n;
+      }
+      int64_t step, padded;
+      const F* keys = tile_of(t, std::min(kKeys, k_len_ - t), tile, &step, &padded);
+      maxima.raise_rows(keys, step, padded, own_.panels.get(0), n * wide, count * wide, wide, sums,
+                        rank + n * rank_step + t, rank_step);
     }
   }
 
@@ -187,10 +239,10 @@ class ByColumns : Chooser<T, F> {
     const int64_t last = choice_.causal ? start : blocks_;
     float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
-    for_rows(rows, kColumns, [&](int64_t first_row, int64_t some, int64_t columns) {
-      F* up = mine_.queries.get(2 * dim_ * columns);
+    for_rows(rows, [&](int64_t first_row, int64_t some, int64_t columns) {
+      F* up = own_.queries.get(2 * dim_ * columns);
       F* down = up + dim_ * columns;
-      F* lines = mine_.wide.get(2 * some * dim_);
+      F* lines = own_.lines.get(2 * some * dim_);
       F* others = lines + some * dim_;
       float line[dim_], other[dim_];
       for (int64_t c = 0; c < some; ++c) {
@@ -205,7 +257,7 @@ class ByColumns : Chooser<T, F> {
       clear_columns<F>(up, dim_, columns, some, columns);
       clear_columns<F>(down, dim_, columns, some, columns);
       float* scores = own_.scores.get((blocks_ + kKeys) * columns);
-      mine_.columns.begin(some, columns);
+      own_.columns.begin(some, columns);
       const int64_t stretches[2][2] = {{0, start}, {end, last}};
       for (const auto& stretch : stretches) {
         for (int64_t j = stretch[0]; j < stretch[1]; j += kKeys) {
@@ -217,16 +269,25 @@ class ByColumns : Chooser<T, F> {
           multiply<F>(kKeys, columns, dim_, box, step, up, columns, part, columns);
           box = boxes_of(low, j, tall, own_.lowest, &step);
           multiply<F>(kKeys, columns, dim_, box, step, down, columns, part, columns, true);
-          mine_.columns.template add<kCoarse>(part, tall, 1.0f);
+          own_.columns.template add<kCoarse>(part, columns, tall, 1.0f, 0, columns);
         }
       }
-      mine_.columns.finish();
+      own_.columns.finish();
       for (const auto& stretch : stretches) {
-        mine_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0], 1.0f,
+        own_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0], 1.0f,
                             rank + stretch[0], 0, columns);
       }
     });
     return take(rank, start, end, last);
+  }
+
+  // Some of the rows of all heads at a time: first, how many, columns.
+  template <typename Call>
+  void for_rows(int64_t rows, Call&& call) const {
+    for (int64_t first = 0; first < heads_ * rows; first += kColumns) {
+      const int64_t some = std::min(kColumns, heads_ * rows - first);
+      call(first, some, round_up(some, kLanes));
+    }
   }
 
   // `kKeys` rows, of which `count` are there.

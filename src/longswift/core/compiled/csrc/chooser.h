@@ -4,10 +4,10 @@
 #include <vector>
 
 #include "best.h"
+#include "column_maxima.h"
 #include "columns.h"
 #include "common.h"
 #include "kernels.h"
-#include "tile_products.h"
 
 namespace longswift {
 
@@ -16,9 +16,8 @@ template <typename T, typename F>
 class Chooser {
  protected:
   static constexpr bool kCoarse = !std::is_same_v<F, float>;
-  // Keys of a tile of scores, and rows, its columns, at most.
+  // Keys of a tile.
   static constexpr int64_t kKeys = 64;
-  static constexpr int64_t kColumns = 128;
 
   Chooser(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
           const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
@@ -63,15 +62,6 @@ class Chooser {
     }
   }
 
-  // Some of the rows of all heads at a time, at most `most`: first, how many, columns.
-  template <typename Call>
-  void for_rows(int64_t rows, int64_t most, Call&& call) const {
-    for (int64_t first = 0; first < heads_ * rows; first += most) {
-      const int64_t some = std::min(most, heads_ * rows - first);
-      call(first, some, round_up(some, kLanes));
-    }
-  }
-
   // Writes the candidates, ascending, to `blocks`: those with sinks, then those of highest rank.
   int64_t take(float* rank, int64_t start, int64_t end, int64_t last) {
     int32_t* found = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
@@ -85,74 +75,110 @@ class Chooser {
     return count + mine_.order.find(rank, last, choice_.proposed, found + count);
   }
 
-  // The best tokens of the proposed blocks, by their largest probability in any row.
+  // The best tokens of the proposed blocks, by how little a row's score of them is below the sum of its
+  // band and the best of every 16 of them.
   void choose(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
-    const int32_t* blocks = mine_.blocks.get(0);
-    int32_t* tokens = mine_.tokens.get(proposed * choice_.key_block);
-    int64_t count = 0;
-    for (int64_t i = 0; i < proposed; ++i) {
-      for (int64_t inside = 0; inside < choice_.key_block; ++inside) {
-        const int64_t token = blocks[i] * choice_.key_block + inside;
-        if (token < k_len_) {
-          tokens[count++] = static_cast<int32_t>(token);
-        }
+    const int64_t count = list_tokens(proposed), tall = round_up(count, ColumnMaxima<F>::kRows);
+    const int32_t* tokens = mine_.tokens.get(0);
+    const int64_t all = heads_ * rows, wide = ColumnMaxima<F>::columns_for(all);
+    F* queries = mine_.rows.get(all * dim_);
+    mine_.columns.begin(all, wide);
+    for (int64_t g = 0; g < heads_; ++g) {
+      for (int64_t i = 0; i < rows; ++i) {
+        convert(queries + (g * rows + i) * dim_, q_[g].row(row + i), dim_);
       }
+      mine_.columns.start_with(lse_[g] + row, g * rows, rows);
     }
-    const int64_t tall = round_up(count, 32);
+    turn(queries, all);
+    float* best = mine_.maxima.get(kKeys / ColumnMaxima<F>::kRows * wide);
+    F* panels = mine_.panels.get(round_up(wide, ColumnMaxima<F>::kPanel) * dim_);
+    pack(queries, all, panels, 0, wide);
     F* keys = mine_.keys.get(tall * dim_);
-    gather(tokens, count, keys);
-    std::memset(static_cast<void*>(keys + count * dim_), 0, (tall - count) * dim_ * sizeof(F));
-    float* rank = mine_.exact.get(count);
-    std::fill(rank, rank + count, kHidden);
-    // As many rows at a time as leave scores in the cache of a core.
-    const int64_t most = std::clamp<int64_t>(kExact / tall / 32 * 32, 32, kColumns);
-    for_rows(rows, most, [&](int64_t first_row, int64_t some, int64_t columns) {
-      float* scores = mine_.scores.get(tall * columns);
-      F* packed = mine_.queries.get(dim_ * columns);
-      mine_.columns.begin(some, columns);
-      for (int64_t c = 0; c < some;) {
-        const int64_t head = (first_row + c) / rows, first = (first_row + c) % rows;
-        const int64_t count_here = std::min(rows - first, some - c);
-        int64_t step;
-        const F* queries =
-            factors<T, F>(q_[head], row + first, count_here, dim_, mine_.wide, &step);
-        pack_transposed<F>(queries, step, count_here, dim_, packed_at(packed, c), columns);
-        mine_.columns.start_with(lse_[head] + row + first, c, count_here);
-        c += count_here;
-      }
-      clear_columns<F>(packed, dim_, columns, some, columns);
-      const TileProducts<F> products(dim_);
+    float* rank = mine_.exact.get(tall);
+    std::fill(rank, rank + tall, kHidden);
+    {
+      const ColumnMaxima<F> maxima(dim_);
+      int64_t fetched = 0;
       for (int64_t t = 0; t < tall; t += kKeys) {
-        const int64_t more = std::min(kKeys, tall - t);
-        float* part = scores + t * columns;
-        products.multiply(keys + t * dim_, dim_, more, packed, columns, part);
-        mine_.columns.template add<kCoarse>(part, std::min(more, count - t), choice_.scale);
+        const int64_t some = std::min(kKeys, tall - t);
+        for (int64_t i = t; i < t + some; ++i) {
+          convert(keys + i * dim_, k_.row(tokens[std::min(i, count - 1)]), dim_);
+        }
+        fetched = std::max(fetched, std::min(t + some, count));
+        const int64_t limit = std::min(count, t + 2 * kKeys);
+        // The next keys are fetched a few at a time: all at once they would wait for each other.
+        const auto fetch_few = [&]() __attribute__((always_inline)) {
+          for (int64_t few = 0; few < kFew && fetched < limit; ++few) {
+            fetch(k_, tokens[fetched++], 1, dim_);
+          }
+        };
+        maxima.of_rows(keys + t * dim_, dim_, some, panels, 0, wide, best, wide, fetch_few);
+        mine_.columns.template add<kCoarse>(best, wide, some / ColumnMaxima<F>::kRows, magnitude(), 0,
+                                            wide);
       }
       mine_.columns.finish();
-      mine_.columns.raise(scores, count, choice_.scale, rank, 0, columns);
-    });
+      maxima.raise_rows(keys, dim_, tall, panels, 0, wide, wide, mine_.columns.sums(magnitude()), rank,
+                        0);
+    }
     for (int64_t t = 0; t < count && tokens[t] < choice_.sinks; ++t) {
       rank[t] = kHidden;
     }
-    int32_t* best = mine_.best.get(choice_.budget);
-    const int64_t taken = mine_.order.find(rank, count, choice_.budget, best);
+    int32_t* chosen_of = mine_.best.get(choice_.budget);
+    const int64_t taken = mine_.order.find(rank, count, choice_.budget, chosen_of);
     for (int64_t i = 0; i < taken; ++i) {
-      chosen[i] = tokens[best[i]];
+      chosen[i] = tokens[chosen_of[i]];
     }
   }
 
-  // A column takes 32 bits: one number, or two of 16.
-  static F* packed_at(F* packed, int64_t column) {
-    return packed + column * static_cast<int64_t>(sizeof(float) / sizeof(F));
+  // Products with rows that were turned, times the magnitude, are scores: maxima of products are
+  // those of scores whatever the sign of the scale.
+  float magnitude() const { return choice_.scale == 0.0f ? 1.0f : std::abs(choice_.scale); }
+  void turn(F* rows, int64_t count) const {
+    if (choice_.scale <= 0.0f) {
+      const float sign = choice_.scale < 0.0f ? -1.0f : 0.0f;
+      for (int64_t i = 0; i < count * dim_; ++i) {
+        rows[i] = F(static_cast<float>(rows[i]) * sign);
+      }
+    }
+  }
+
+  // `count` rows as columns [first, end) of panels, those that are not there as zeros.
+  void pack(const F* rows, int64_t count, F* panels, int64_t first, int64_t end) const {
+    constexpr int64_t wide = ColumnMaxima<F>::kPanel;
+    for (int64_t c = first; c < end;) {
+      const int64_t inside = c % wide, some = std::min(wide - inside, end - c);
+      const int64_t here = std::clamp<int64_t>(first + count - c, 0, some);
+      F* panel = panels + (c - inside) * dim_;
+      F* columns = panel + inside * static_cast<int64_t>(sizeof(float) / sizeof(F));
+      pack_transposed<F>(rows + (c - first) * dim_, dim_, here, dim_, columns, wide);
+      clear_columns<F>(panel, dim_, wide, inside + here, inside + some);
+      c += some;
+    }
+  }
+
+  // Keys [first, first + count), as many as they are filled up to by the last; `padded` of them.
+  const F* tile_of(int64_t first, int64_t count, F* tile, int64_t* step, int64_t* padded) const {
+    *padded = round_up(count, ColumnMaxima<F>::kRows);
+    if constexpr (std::is_same_v<T, F>) {
+      if (count == *padded) {
+        *step = k_.step;
+        return k_.row(first);
+      }
+    }
+    for (int64_t i = 0; i < *padded; ++i) {
+      convert(tile + i * dim_, k_.row(first + std::min(i, count - 1)), dim_);
+    }
+    *step = dim_;
+    return tile;
   }
 
  private:
-  // Exact scores held at once.
-  static constexpr int64_t kExact = 5 << 16;
+  // Keys fetched while two tiles of products are taken.
+  static constexpr int64_t kFew = 4;
 
   struct Space {
-    Buffer<F> queries, keys, wide;
-    Buffer<float> rank, exact, scores;
+    Buffer<F> rows, panels, keys;
+    Buffer<float> rank, exact, maxima;
     Buffer<int32_t> blocks, tokens, best;
     Best order;
     Columns columns;
@@ -163,20 +189,23 @@ class Chooser {
     return mine;
   }
 
-  // Tokens come in whole blocks, the last one of the sequence perhaps cut.
-  void gather(const int32_t* tokens, int64_t count, F* keys) {
-    if constexpr (std::is_same_v<T, F>) {
-      if (k_.step == dim_ && count % choice_.key_block == 0) {
-        for (int64_t t = 0; t < count; t += choice_.key_block) {
-          std::memcpy(static_cast<void*>(keys + t * dim_), k_.row(tokens[t]),
-                      choice_.key_block * dim_ * sizeof(F));
-        }
-        return;
+  // Tokens of the proposed blocks; the last block of the sequence is perhaps cut.
+  int64_t list_tokens(int64_t proposed) {
+    const int32_t* blocks = mine_.blocks.get(0);
+    int32_t* tokens = mine_.tokens.get(proposed * choice_.key_block);
+    if (choice_.key_block == 1) {
+      std::copy(blocks, blocks + proposed, tokens);
+      return proposed;
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < proposed; ++i) {
+      const int64_t first = blocks[i] * choice_.key_block;
+      const int64_t end = std::min(first + choice_.key_block, k_len_);
+      for (int64_t token = first; token < end; ++token) {
+        tokens[count++] = static_cast<int32_t>(token);
       }
     }
-    for (int64_t t = 0; t < count; ++t) {
-      convert(keys + t * dim_, k_.row(tokens[t]), dim_);
-    }
+    return count;
   }
 
  protected:

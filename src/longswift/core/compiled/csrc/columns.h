@@ -25,19 +25,21 @@ class Columns {
     }
   }
 
-  // Adds the scores `[keys, padded]`, times `scale` (positive), while they are in the nearest cache.
+  // Adds the scores of columns [first, first + count), in rows `step` apart, times `scale`
+  // (positive), while they are in the nearest cache.
   template <bool coarse>
-  void add(const float* scores, int64_t keys, float scale) {
+  void add(const float* scores, int64_t step, int64_t keys, float scale, int64_t first,
+           int64_t count) {
     int64_t c = 0;
-    for (; c + 4 * kLanes <= padded_; c += 4 * kLanes) {
-      add_to<coarse, 4>(scores + c, keys, scale, c);
+    for (; c + 4 * kLanes <= count; c += 4 * kLanes) {
+      add_to<coarse, 4>(scores + c, step, keys, scale, first + c);
     }
-    if (c + 2 * kLanes <= padded_) {
-      add_to<coarse, 2>(scores + c, keys, scale, c);
+    if (c + 2 * kLanes <= count) {
+      add_to<coarse, 2>(scores + c, step, keys, scale, first + c);
       c += 2 * kLanes;
     }
-    if (c < padded_) {
-      add_to<coarse, 1>(scores + c, keys, scale, c);
+    if (c < count) {
+      add_to<coarse, 1>(scores + c, step, keys, scale, first + c);
     }
   }
 
@@ -53,6 +55,15 @@ class Columns {
   // Columns [first, end) are no rows.
   void drop(int64_t first, int64_t end) {
     std::fill(total_.get(0) + first, total_.get(0) + end, -kHidden);
+  }
+
+  // Logarithms of the sums, in the units of scores that are to be multiplied by `scale`.
+  const float* sums(float scale) {
+    float* total = total_.get(0);
+    for (int64_t c = 0; c < padded_; ++c) {
+      total[c] /= scale * kLog2e;
+    }
+    return total;
   }
 
   // Raises the rank of every key to its largest log-probability in columns [first, first + count).
@@ -85,7 +96,7 @@ class Columns {
       Vec best = at::vec::fmsub(Vec::loadu(of_key), by, lse[0]);
       for (int p = 1; p < parts; ++p) {
         const Vec x = at::vec::fmsub(Vec::loadu(of_key + p * kLanes), by, lse[p]);
-        best = at::vec::maximum(best, x);
+        best = larger(best, x);
       }
       return best;
     };
@@ -96,7 +107,7 @@ class Columns {
       for (int64_t i = 0; i < kLanes; ++i) {
         best[i] = best_of(k + i);
       }
-      at::vec::maximum(Vec::loadu(rank + k), max_of_each(best)).store(rank + k);
+      larger(Vec::loadu(rank + k), max_of_each(best)).store(rank + k);
     }
     for (; k < keys; ++k) {
       rank[k] = std::max(rank[k], max_of(best_of(k)));
@@ -106,7 +117,7 @@ class Columns {
   // `parts` vectors of columns from `column` on; several keys at once, as one waits for its maximum
   // and its sum.
   template <bool coarse, int parts>
-  void add_to(const float* scores, int64_t keys, float scale, int64_t column) {
+  void add_to(const float* scores, int64_t step, int64_t keys, float scale, int64_t column) {
     constexpr int ways = 4 / parts;
     float *top = top_.get(0) + column, *total = total_.get(0) + column;
     const Vec by(scale * kLog2e);
@@ -119,28 +130,28 @@ class Columns {
     }
     const int64_t even = keys / ways * ways;
     const auto value = [&](int64_t k, int p) __attribute__((always_inline)) {
-      return Vec::loadu(scores + k * padded_ + p * kLanes);
+      return Vec::loadu(scores + k * step + p * kLanes);
     };
     for (int64_t k = 0; k < even; k += ways) {
       for (int w = 0; w < ways; ++w) {
         for (int p = 0; p < parts; ++p) {
-          high[w][p] = at::vec::maximum(high[w][p], value(k + w, p));
+          high[w][p] = larger(high[w][p], value(k + w, p));
         }
       }
     }
     for (int64_t k = even; k < keys; ++k) {
       for (int p = 0; p < parts; ++p) {
-        high[0][p] = at::vec::maximum(high[0][p], value(k, p));
+        high[0][p] = larger(high[0][p], value(k, p));
       }
     }
     Vec limit[parts];
     for (int p = 0; p < parts; ++p) {
       for (int w = 1; w < ways; ++w) {
-        high[0][p] = at::vec::maximum(high[0][p], high[w][p]);
+        high[0][p] = larger(high[0][p], high[w][p]);
       }
       const Vec before = Vec::loadu(top + p * kLanes);
       // A column that has seen nothing is below everything.
-      limit[p] = at::vec::maximum(at::vec::maximum(before, high[0][p] * by), Vec(kLowest));
+      limit[p] = larger(larger(before, high[0][p] * by), Vec(kLowest));
       sum[0][p] = Vec::loadu(total + p * kLanes) * quick_exp2(before - limit[p]);
     }
     for (int64_t k = 0; k < even; k += ways) {

@@ -214,6 +214,11 @@ void by_ranked_types(at::ScalarType type, bool narrow, Call&& call) {
   }
 }
 
+// Unlike torch's maximum this does not look for NaN, which costs thrice as much.
+inline Vec larger(const Vec& a, const Vec& b) {
+  return at::vec::clamp_min(a, b);
+}
+
 inline float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
 }
@@ -223,7 +228,7 @@ inline float max_of(const Vec& x) {
   return _mm512_reduce_max_ps(x);
 #else
   return at::vec::vec_reduce_all<float>(
-      [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, x);
+      [](const Vec& a, const Vec& b) { return larger(a, b); }, x);
 #endif
 }
 
@@ -255,7 +260,7 @@ inline float max_over(const float* x, int64_t n) {
   Vec best(kHidden);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    best = at::vec::maximum(best, Vec::loadu(x + i));
+    best = larger(best, Vec::loadu(x + i));
   }
   float top = max_of(best);
   for (; i < n; ++i) {

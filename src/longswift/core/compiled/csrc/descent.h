@@ -122,7 +122,7 @@ class Descent {
     for (; i + kLanes <= width; i += kLanes) {
       Vec best(kHidden);
       for (int64_t r = 0; r < rows; ++r) {
-        best = at::vec::maximum(best, Vec::loadu(bounds + r * step + i) - Vec(lse[r]));
+        best = larger(best, Vec::loadu(bounds + r * step + i) - Vec(lse[r]));
       }
       best.store(rank + i);
     }

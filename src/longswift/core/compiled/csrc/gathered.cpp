@@ -237,7 +237,7 @@ class Merger {
     for (int64_t i = 0; i < width; i += kLanes) {
       const Vec x = at::vec::fmadd(Vec::loadu(scores + i), scale, Vec::loadu(bias + i));
       x.store(scores + i);
-      highest = at::vec::maximum(highest, x);
+      highest = larger(highest, x);
     }
     *top = max_of(highest);
     *sum = exponentials(scores, width, 1.0f, *top, probs);

@@ -26,13 +26,13 @@ class Lines {
     const Vec before = high;
     const int64_t whole = n / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
-      high = at::vec::maximum(high, Vec::loadu(scores + i) * by);
+      high = larger(high, Vec::loadu(scores + i) * by);
     }
     const Vec last = Vec::blendv(Vec(kHidden), Vec::loadu(scores + whole, n - whole) * by,
                                  Vec::arange(0.0f, 1.0f) < Vec(static_cast<float>(n - whole)));
-    high = at::vec::maximum(high, last);
+    high = larger(high, last);
     // A lane that has seen nothing is below everything.
-    high = at::vec::maximum(high, Vec(kLowest));
+    high = larger(high, Vec(kLowest));
     Vec sum = Vec::loadu(total_.get(0) + row * kLanes) * quick_exp2(before - high);
     for (int64_t i = 0; i < whole; i += kLanes) {
       sum += power<coarse>(at::vec::fmsub(Vec::loadu(scores + i), by, high));

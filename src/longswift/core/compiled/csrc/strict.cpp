@@ -257,7 +257,7 @@ class Strict {
     }
     const Vec by(1.0f / sum);
     for (i = 0; i + kLanes <= n; i += kLanes) {
-      at::vec::maximum(Vec::loadu(wanted + i), Vec::loadu(scores + i) * by).store(wanted + i);
+      larger(Vec::loadu(wanted + i), Vec::loadu(scores + i) * by).store(wanted + i);
     }
     for (; i < n; ++i) {
       wanted[i] = std::max(wanted[i], scores[i] / sum);
