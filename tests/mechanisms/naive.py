@@ -60,7 +60,7 @@ class NaiveSwift:
     key_radius: float = 0.5
     row_radius: float = 0.25
     page_radius: float = 0.75
-    least_share: float = 0.25
+    least_share: float = 0.125
     tree: int | None = None
     beam: int = 1
     remainder: int | None = None

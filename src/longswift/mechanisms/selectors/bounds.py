@@ -88,7 +88,7 @@ class Bounds(Selector):
     key_radius: float = 0.5
     row_radius: float = 0.5
     page_radius: float = 0.75
-    least_share: float = 0.1875
+    least_share: float = 0.125
     tree: int | None = None
     beam: int = 1
 
