@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from longswift.kernels.native.factors import ranking_dtype
 from longswift.mechanisms.selectors.base import Request, Selection
 from longswift.mechanisms.selectors.bounds import Bounds
 from longswift.mechanisms.selectors.centroids import Centroids
+from longswift.memory.paged_kv import PagedKV
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import Problem, problems
 
@@ -396,6 +398,31 @@ def test_a_tree_is_descended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     found = attend(4)
     assert not torch.equal(found, everything)
     assert (found - everything).exp().mean() > 0.9
+
+
+@needs_them
+def test_sums_of_a_growing_cache_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers have room for more; a copy for every token would cost more than attending."""
+    pages = PagedKV()
+    with torch.no_grad():
+        for length in (600, 200):
+            k, v = pages.append(*torch.randn(2, 1, 2, length, 32))
+            summary = pages.summary()
+    assert summary is not None and not summary.k_sum.is_contiguous()
+    operators, read = compiled.loaded(), []
+
+    def merge(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, *rest: Any) -> None:
+        read.extend(rest[:2])
+        operators.merge(q, k, v, tokens, *rest)
+
+    names = {name: getattr(operators, name) for name in ("tiles", "choose_few")}
+    spied = SimpleNamespace(merge=merge, **names)
+    mechanism, q = MSSwift(windows=(64,), key_tokens=8, dense_below=0), torch.randn(1, 4, 1, 32)
+    plain = mechanism(q, k, v, backend="native")
+    monkeypatch.setattr(compiled, "loaded", lambda: spied)
+    found = mechanism(q, k, v, backend="native", summary=summary)
+    assert [x.data_ptr() for x in read] == [x.data_ptr() for x in (summary.k_sum, summary.v_sum)]
+    torch.testing.assert_close(found.out, plain.out, rtol=1e-5, atol=1e-6)
 
 
 @needs_them

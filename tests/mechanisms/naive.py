@@ -66,6 +66,8 @@ class NaiveSwift:
     most_proposals: int = 3
     key_radius: float = 0.5
     row_radius: float = 0.25
+    page_radius: float = 0.75
+    least_share: float = 0.125
     tree: int | None = None
     beam: int = 1
     remainder: int | None = None
@@ -108,7 +110,9 @@ class NaiveSwift:
             16 % self.key_block == 0 and self.block % 16 == 0 and (self.remainder or 16) % 16 == 0
         )
         decodes = q_len == 1 and fits and self.pages
-        return replace(self, key_block=16) if decodes else self
+        if not decodes or self.key_block == 16:
+            return self
+        return replace(self, key_block=16, key_radius=self.page_radius)
 
     def scale_order(self) -> list[int]:
         """Windows in the order in which heads take them: the middle one, then the next narrower."""
@@ -211,6 +215,9 @@ class NaiveSwift:
         offered = min(self.most_proposals, self.proposals * self.block // len(rows))
         offered = max(self.proposals, offered)
         wanted = math.ceil(offered * self.key_tokens / self.key_block)
+        if len(rows) == 1 < self.block:
+            before = offset + rows[0] if self.causal else len(k)
+            wanted = max(wanted, math.ceil(self.least_share * before / self.key_block))
         proposed = self.propose(asked, sink_blocks, wanted)
         tokens = self.tokens_of([*proposed, *sink_blocks], n)
         probs = self.probabilities(q, k, tokens, window)

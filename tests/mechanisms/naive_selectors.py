@@ -29,6 +29,7 @@ class NaivePooled(NaiveByRow):
     """Mean keys, perhaps with the variance of every channel."""
 
     selector: ClassVar[str] = "pooled"
+    least_share: float = 0.0
     variance: bool = False
 
     def worth_to_row(self, asked: Asked, g: int, i: int) -> Array:
@@ -50,6 +51,7 @@ class NaiveLowRank(NaiveByRow):
 
     selector: ClassVar[str] = "lowrank"
     pages: ClassVar[bool] = False
+    least_share: float = 0.0
     rank: int = 3
     fit: int = 1 << 20
 

@@ -40,6 +40,7 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
         selector["tree"] = draw(st.sampled_from([None, None, 2, 8]))
         selector["beam"] = draw(st.integers(1, 3))
         selector["row_radius"] = draw(st.sampled_from([0.0, 0.5]))
+        selector["least_share"] = draw(st.sampled_from([0.0, 0.5, 1.0]))
     if name == "lowrank":
         selector["rank"] = draw(st.sampled_from([None, 1, 3, 64]))
         selector["fit"] = draw(st.sampled_from([1, 20, 64, 4096]))

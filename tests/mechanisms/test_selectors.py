@@ -43,6 +43,7 @@ TWINS: dict[str, tuple[type[NaiveSwift], dict[str, Any]]] = {
     "centroids": (NaiveCentroids, {"windows": (16, 32), "remainder": 24, "key_tokens": 7}),
     "centroids_coverage": (NaiveCentroids, {"windows": (16,), "coverage": 0.8, "sinks": 11}),
     "centroids_few": (NaiveCentroids, {"windows": (24,), "block": 8, "rows": 1, "proposals": 1}),
+    "centroids_tokens": (NaiveCentroids, {**TOKENS, "least_share": 0.5, "proposals": 1}),
     "centroids_odd": (NaiveCentroids, {"windows": (16,), "block": 24, "rows": 2, "key_block": 1}),
     "anchor": (NaiveAnchor, {"windows": (16, 32), "remainder": 24}),
     "anchor_coverage": (NaiveAnchor, {"windows": (16,), "coverage": 0.7, "sinks": 11}),
@@ -100,6 +101,47 @@ def test_every_row_of_a_question_finds_its_key(rows: int) -> None:
     mechanism = MSSwift(key_tokens=3 * rows, dense_below=0, selector=Centroids(proposals=1))
     seen = mechanism.visible(q, keys[:, :, : 4900 + rows])
     assert seen[0].any(0).any(0)[wanted].all()
+
+
+@pytest.mark.parametrize("name", ["bounds", "centroids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_decoding_looks_further_the_more_pages_there_are(name: str, dtype: torch.dtype) -> None:
+    """Pages whose keys are large in different channels seem better than the one that is asked for.
+
+    They are as large a share of the pages at every length.
+    """
+    for pages in (100, 800):
+        keys = torch.zeros(1, 1, pages, 16, 32, dtype=dtype)
+        for channel in range(16):
+            keys[:, :, : pages // 8, channel, [channel, channel + 16]] = 1.0
+        keys[0, 0, pages // 2, 5] = 0.25
+        keys = keys.flatten(2, 3)
+        q = torch.full((1, 2, 1, 32), 9.0, dtype=dtype)
+        options: dict[str, Any] = {"name": name, "proposals": 1, "most_proposals": 2}
+        found = []
+        for share in (0.0, 0.1875):
+            selector = options | {"least_share": share, "page_radius": 1.0}
+            mechanism = MSSwift(windows=(128,), key_tokens=16, dense_below=0, selector=selector)
+            found.append(bool(mechanism.visible(q, keys)[0, 0, 0, pages // 2 * 16 + 5]))
+        assert found == [False, True]
+
+
+def test_what_follows_a_row_proposes_nothing_more_to_it() -> None:
+    """A block's only row chooses the same keys however many rows of other blocks come with it."""
+    q, k = torch.randn(1, 2, 1500, 8), torch.randn(1, 1, 2500, 8)
+    mechanism = MSSwift(
+        windows=(16,),
+        key_tokens=16,
+        block=8,
+        dense_below=0,
+        selector=Centroids(proposals=1, most_proposals=1, least_share=0.1),
+    )
+    rows = slice(1007 - 1000, None)
+    seen = [
+        mechanism.visible(q[:, :, :end][:, :, rows], k[:, :, : 1000 + end])[:, :, 0, :1007]
+        for end in (9, 1500)
+    ]
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,7 @@ def attend(
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
-        out, lse = (
-            x if x.stride(-1) == 1 else x.contiguous()
-            for x in (bands.out.to(q.dtype), bands.lse.to(torch.float32))
-        )
+        out, lse = _with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
         _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
         return Partial(out, lse)
 
@@ -133,7 +130,8 @@ def _merge_gathered(
     sums = [torch.empty(1, k.shape[1], 0, 1)] * 4
     if pattern.pool is not None:
         pools = build_pools(k, v, pattern, summary, _group_sums)
-        sums = [x.contiguous() for x in (pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)]
+        # A cache's sums are part of a larger buffer: copies of all would be most of a token's work.
+        sums = _with_whole_rows(pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)
     narrow = is_narrow(q)
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
     q = in_pairs(q)
@@ -141,6 +139,11 @@ def _merge_gathered(
         operators.merge(
             q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
         )
+
+
+def _with_whole_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose last dimension is contiguous: themselves if it is."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _group_sums(x: Tensor, size: int) -> Tensor:

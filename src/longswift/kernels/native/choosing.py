@@ -31,7 +31,7 @@ def choose_by_bounds(
     row_group: int,
     key_radius: float,
     row_radius: float,
-    proposed: Callable[[int], int],
+    proposed: Callable[[BlockRun], int],
     sinks: int,
     extremes: Callable[[], tuple[Tensor, Tensor]],
     since: Tensor | None = None,
@@ -55,7 +55,7 @@ def choose_by_bounds(
         row_group: Query rows per box.
         key_radius: Share of a key box's radius that counts.
         row_radius: Share of a row box's radius that counts.
-        proposed: Key blocks proposed to a block of so many query rows.
+        proposed: Key blocks proposed to each block of a run.
         sinks: Leading tokens never chosen.
         extremes: Minimum and maximum of every candidate key block, ``[B, Hkv, W, D]``; asked for
             if a block of queries is cut, unless the choice is strictly causal.
@@ -84,7 +84,7 @@ def choose_by_bounds(
 
     if since is not None:
         boxes = _boxes(k, min(int(edges[..., 0].max()) // key_block, blocks), key_block, 2)
-        sizes = (block, key_block, row_group, proposed(block), *rest)
+        sizes = (block, key_block, row_group, proposed(runs[0]), *rest)
         turns = [
             (b, h, run.first + i, run.row + i * block, run.rows, run.position + i * block)
             for run in reversed(runs)
@@ -111,7 +111,7 @@ def choose_by_bounds(
             continue
         if run.rows < block or block == 1:
             continue
-        sizes = (block, key_block, row_group, proposed(block), *rest)
+        sizes = (block, key_block, row_group, proposed(run), *rest)
         for part, level in _parts(run, pattern, key_block, blocks, levels):
             seen = edges[:, run.first + part.start : run.first + part.stop, 0]
             reach = min(int(seen.max()) // key_block, blocks) if pattern.causal else blocks
@@ -138,7 +138,7 @@ def choose_by_bounds(
         return
     low, high = extremes()
     for run in cut:
-        sizes = (block, key_block, row_group, proposed(run.rows), *rest)
+        sizes = (block, key_block, row_group, proposed(run), *rest)
         few = [
             (b, head, run.first + index, run.row + index * run.rows, run.rows)
             for index in range(run.count)

@@ -149,6 +149,18 @@ class Selector(ABC):
                     )
                 )
 
+    def _check_share(self, **values: float) -> None:
+        for field_name, value in values.items():
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise ConfigError(
+                    problem(
+                        f"{type(self).__name__}.{field_name}",
+                        expected="a number from 0 to 1",
+                        got=repr(value),
+                        fix="Leave it at its measured default.",
+                    )
+                )
+
 
 def candidate_blocks(request: Request, run: BlockRun, key_block: int) -> tuple[Tensor, int]:
     """Key blocks outside the bands.

@@ -12,6 +12,8 @@
 Rows of a block that is not complete, as when decoding or asking a short question, are few: they are
 bounded one by one, and more blocks are proposed to them. Decoding uses pages of 16 keys, as in
 Quest (Tang et al., 2024, arXiv 2406.10774), from a cache's incremental summaries when it has them.
+The more pages there are, the more seem better than the right one, so that a share of them is
+proposed: ``least_share * D n`` multiply-adds for a token's exact stage.
 
 Cost per query and head: ``3 D n / (row_group * key_block)`` multiply-adds for the bounds (1/43 of
 full attention's scores at 32 x 4) and ``proposals * budget * D`` for the exact stage. In strict
@@ -27,6 +29,7 @@ and so does strict mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +43,7 @@ from torch.nn.functional import pad
 from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.blocks import BlockRun, Workspace, row_positions
 from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
@@ -66,6 +70,9 @@ class Bounds(Selector):
             once, so that shares below 1, which make it an upper bound, rank blocks better.
         row_radius: Likewise for a group of rows; 0 stands for its centre, and saves a third of the
             products.
+        page_radius: ``key_radius`` of the larger pages that decoding scores.
+        least_share: Least share of the keys before it that is proposed to a single row of a block,
+            as when a token is decoded. Not used in strict causality.
         tree: Key blocks in a box of the next level, a power of two; None bounds every key block. 16
             is faster from some 200k tokens on; coarser boxes miss some of what finer ones find.
         beam: Boxes opened a level per proposed block.
@@ -80,6 +87,8 @@ class Bounds(Selector):
     most_proposals: int = 64
     key_radius: float = 0.5
     row_radius: float = 0.5
+    page_radius: float = 0.75
+    least_share: float = 0.125
     tree: int | None = None
     beam: int = 1
 
@@ -96,28 +105,14 @@ class Bounds(Selector):
                         fix="Use 4, 8 or 16, or None for no tree.",
                     )
                 )
-        for name in ("proposals", "most_proposals", "beam"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(
-                    problem(
-                        f"Bounds.{name}",
-                        expected="an integer >= 1",
-                        got=repr(value),
-                        fix="Leave it at its measured default; more finds more and costs more.",
-                    )
-                )
-        for name in ("key_radius", "row_radius"):
-            share = getattr(self, name)
-            if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
-                raise ConfigError(
-                    problem(
-                        f"Bounds.{name}",
-                        expected="a number from 0 to 1",
-                        got=repr(share),
-                        fix="Leave it at its measured default; 1 gives upper bounds.",
-                    )
-                )
+        counts = {name: getattr(self, name) for name in ("proposals", "most_proposals", "beam")}
+        check_positive(type(self).__name__, **counts)
+        self._check_share(
+            key_radius=self.key_radius,
+            row_radius=self.row_radius,
+            page_radius=self.page_radius,
+            least_share=self.least_share,
+        )
 
     def grain(self, q_len: int) -> int:
         """Decoding scores a cache's pages where they fit, everything else blocks of its own."""
@@ -160,7 +155,7 @@ class Bounds(Selector):
         """What a backend's kernel is told beyond the request."""
         options = {
             "row_group": self.row_group,
-            "key_radius": self.key_radius,
+            "key_radius": self.radius_of_keys(request),
             "row_radius": self.row_radius,
         }
         if self.tree is None:
@@ -184,13 +179,26 @@ class Bounds(Selector):
             tokens,
             scale=request.scale,
             key_block=request.key_block,
-            proposed=lambda rows: wanted_blocks(request, self.proposals, self.most_proposals, rows),
+            proposed=partial(self.proposed, request),
             sinks=request.sinks,
             extremes=lambda: key_extremes(request, request.key_block),
             since=since,
             **self._options(request),
         )
         return Selection(tokens, since)
+
+    def radius_of_keys(self, request: Request) -> float:
+        """Share of the radius of a request's key blocks that counts."""
+        return self.key_radius if request.key_block == self.key_block else self.page_radius
+
+    def proposed(self, request: Request, run: BlockRun) -> int:
+        """Key blocks proposed to each block of a run."""
+        wanted = wanted_blocks(request, self.proposals, self.most_proposals, run.rows)
+        if request.strict or run.rows > 1 or request.pattern.block == 1:
+            return wanted
+        # Of the keys before the row, however many follow: every chunk proposes alike.
+        keys = run.position if request.pattern.causal else request.k.shape[2]
+        return max(wanted, math.ceil(self.least_share * keys / request.key_block))
 
     def opened(self, wanted: int) -> int:
         """Boxes opened a level where ``wanted`` key blocks are proposed.
@@ -238,6 +246,9 @@ class BoundsPass(TwoStage):
             groups |= {selector.row_group} if self._group_boxes else set()
             for group in groups:
                 self._largest[group] = request.bias.largest(size + group - 1, size)
+
+    def _proposed(self, run: BlockRun) -> int:
+        return self._selector.proposed(self._request, run)
 
     def _opened(self, rows: int) -> int:
         """Boxes opened a level of the tree."""
@@ -326,7 +337,7 @@ class BoundsPass(TwoStage):
             return super()._propose(q, run, outside, width, space)
         rows = torch.cat(self._row_factors(q, run), -1)
         keys = torch.cat(self._boxes(run), -1)[:, :width].to(self._acc)
-        most = min(self._wanted_blocks(run.rows), width)
+        most = min(self._proposed(run), width)
         return self._request.best_blocks(
             rows, keys.unflatten(0, q.shape[:2]), outside, self._sink_blocks, most
         )
@@ -346,7 +357,7 @@ class BoundsPass(TwoStage):
         # with the smallest one in proportion, it is the bound of a box of a smaller radius.
         rows = q if by_row else centre
         up, down = rows.clamp(min=0), rows.clamp(max=0)
-        share = (1 + self._selector.key_radius) / 2
+        share = (1 + self._selector.radius_of_keys(self._request)) / 2
         return [torch.lerp(down, up, share), torch.lerp(up, down, share)]
 
     def _group_features(self, centre: Tensor, radius: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ class TwoStage(ABC):
         """Blocks proposed to a block of ``rows`` query rows."""
         return wanted_blocks(self._request, self._proposals, self._most_proposals, rows)
 
+    def _proposed(self, run: BlockRun) -> int:
+        """Blocks proposed to each block of a run."""
+        return self._wanted_blocks(run.rows)
+
     def choose(self, run: BlockRun, space: Workspace) -> Selection:
         """At most ``budget`` tokens for every block of a run, not strictly causal."""
         request = self._request
@@ -126,7 +130,7 @@ class TwoStage(ABC):
         scores = self._block_scores(q, run, outside, width, space)
         rank = scores.amax(3).masked_fill_(~outside, _HIDDEN)
         rank[..., : self._sink_blocks] = _HIDDEN
-        return best_of(rank, self._wanted_blocks(run.rows))
+        return best_of(rank, self._proposed(run))
 
     def _nothing(self, run: BlockRun) -> Tensor:
         batch, kv_heads = self._request.k.shape[:2]
