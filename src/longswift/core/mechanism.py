@@ -97,6 +97,52 @@ class Mechanism(ABC):
             UnsupportedError: The mechanism has no causal (or bidirectional) form, or no scores to
                 add a bias to.
         """
+        result, call = None, None
+        if key_mask is None and summary is None and bias is None and _are_plain(q, k, v):
+            result = self._at_once(q, k, v, causal, scale, backend)
+        if result is None:
+            call = self._checked(q, k, v, causal, key_mask, scale, backend, training, summary, bias)
+            result = self._attended(q, k, v, key_mask, call)
+        if observed():
+            tell(
+                self,
+                q=q,
+                k=k,
+                v=v,
+                causal=causal,
+                key_mask=key_mask,
+                scale=check_scale(scale, q.shape[-1]),
+                training=bool(training) if call is None else call.training,
+                bias=bias,
+                result=result,
+            )
+        return result
+
+    def _at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+    ) -> AttentionResult | None:
+        """The whole of an unpadded call without gradients, if one kernel both checks and attends.
+
+        Short calls are overhead, most of it in what comes after this. Nothing but that the tensors
+        are four-dimensional has been checked; whatever this does not take, or finds fault with, is
+        left to the long way: None.
+        """
+        return None
+
+    def _checked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        key_mask: Tensor | None,
+        scale: float | None,
+        backend: str,
+        training: bool | None,
+        summary: KeySummary | None,
+        bias: PositionBias | None,
+    ) -> Call:
+        """What is asked for, once everything has been checked."""
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])
@@ -107,12 +153,10 @@ class Mechanism(ABC):
             check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
         else:
             check_finite(q=q, k=k, v=v)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         added = self._bias_of(bias, q, k, causal)
         if training is None:
-            training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            training = training or added is not None and added.requires_grad
-        call = Call(
+            training = _tracked(q, k, v) or added is not None and added.requires_grad
+        return Call(
             causal=causal,
             scale=scale,
             backend=backend,
@@ -120,26 +164,16 @@ class Mechanism(ABC):
             summary=summary,
             bias=added,
         )
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
+    ) -> AttentionResult:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if torch.is_autocast_enabled(q.device.type):
             # Autocast would round scores and selections that the contract keeps in fp32.
             with torch.autocast(q.device.type, enabled=False):
-                result = self._dispatch(q, k, v, key_mask, call)
-        else:
-            result = self._dispatch(q, k, v, key_mask, call)
-        if observed():
-            tell(
-                self,
-                q=q,
-                k=k,
-                v=v,
-                causal=causal,
-                key_mask=key_mask,
-                scale=scale,
-                training=training,
-                bias=bias,
-                result=result,
-            )
-        return result
+                return self._dispatch(q, k, v, key_mask, call)
+        return self._dispatch(q, k, v, key_mask, call)
 
     def visible(
         self,
@@ -347,6 +381,20 @@ class Mechanism(ABC):
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
+
+
+def _tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether gradients are recorded."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def _are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are tensors of four dimensions, of no class but that, without gradients."""
+    return (
+        type(q) is type(k) is type(v) is Tensor
+        and q.dim() == k.dim() == v.dim() == 4
+        and not _tracked(q, k, v)
+    )
 
 
 def _take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:

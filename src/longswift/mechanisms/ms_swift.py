@@ -56,7 +56,7 @@ from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.parts import joined, room_for
-from longswift.mechanisms.patterned import full_pattern, pattern_stats
+from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
@@ -228,6 +228,15 @@ class MSSwift(Mechanism):
 
     def exact_part(self) -> Mechanism | None:
         return replace(self, remainder=None, delta=None, collect=False)
+
+    def _at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+    ) -> AttentionResult | None:
+        # Below the crossover; what needs bands to be seen to be dense takes the long way.
+        below = causal and k.shape[2] <= self.dense_below and self.scale_of_head is None
+        if not below or self._heads_differ or self.collect:
+            return None
+        return attend_at_once(self.name, q, k, v, causal, scale, backend)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:

@@ -1,8 +1,8 @@
 """MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
 
 Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
-leave the cache; torch's threads take blocks. Full attention, gradients, position biases, lists
-that differ from row to row and fp64 are the eager kernel's.
+leave the cache; torch's threads take blocks. Gradients, position biases, lists that differ from
+row to row and fp64 are the eager kernel's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
+from longswift.kernels.native.whole import attend_whole, is_whole
 from longswift.kernels.native.windows import attend_windows
 
-__all__ = ["WRITES_INTO", "attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
+__all__ = [
+    "WRITES_INTO",
+    "attend",
+    "attend_bands",
+    "attend_whole",
+    "choose_by_bounds",
+    "refusal",
+    "verify",
+]
 
 # `attend_bands` takes the memory of its result, and `attend` adds to it where it is.
 WRITES_INTO = True
@@ -70,10 +79,14 @@ def attend_bands(
     found = None
     if bias is None and scale > 0.0 and q.numel() and k.numel():
         with torch.no_grad():
-            found = attend_windows(q, k, v, pattern, scale, into)
-    if found is not None:
-        return found
-    found = eager.attend_bands(q, k, v, pattern, scale, bias)
+            if is_whole(pattern, q.shape[2], k.shape[2]):
+                found = attend_whole(q, k, v, causal=pattern.causal, scale=scale)
+            else:
+                found = attend_windows(q, k, v, pattern, scale, into)
+                if found is not None:
+                    return found
+    if found is None:
+        found = eager.attend_bands(q, k, v, pattern, scale, bias)
     if into is None:
         return found
     for place, value in zip(into, found, strict=True):
