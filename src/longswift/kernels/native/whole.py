@@ -34,8 +34,7 @@ def is_whole(pattern: BlockPattern, q_len: int, k_len: int) -> bool:
     """Whether the bands show every query every key, or every key up to its own."""
     for band in set(pattern.bands):
         found = jobs(band, q_len, k_len, pattern.causal)
-        if len(found) != 1 or band.reach is not None:
-            return False
-        if found[0].rows < q_len or found[0].width < k_len:
+        rows = sum(job.rows * job.count for job in found)
+        if rows < q_len or band.reach is not None or any(job.width < k_len for job in found):
             return False
     return True

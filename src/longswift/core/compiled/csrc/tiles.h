@@ -62,6 +62,8 @@ class Tiles {
     float *top = mine_.top.get(rows), *total = mine_.total.get(rows);
     std::fill(top, top + rows, kHidden);
     std::fill(total, total + rows, 0.0f);
+    // What lies there by chance may be slow to multiply.
+    std::fill(probs + rows * kStep, probs + tall * kStep, F(0.0f));
     const int64_t begin = first_key(first) / kPanel * kPanel, end = end_key(first + rows - 1);
     if (begin >= end) {
       std::fill(part, part + rows * value_dim_, 0.0f);

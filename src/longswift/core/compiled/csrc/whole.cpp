@@ -15,8 +15,9 @@ constexpr int64_t kKept = 8 << 20;
 constexpr int64_t kAlone = 512;
 // Keys up to which packed ones are few enough to be kept; for more, other kernels are as fast.
 constexpr int64_t kMost = 8192;
-// Rows of a KV head for which packing its keys is worth while.
-constexpr int64_t kFewest = 16;
+// Query rows for which products as high as these are worth while; those of 16 bits are cheap.
+constexpr int64_t kFewest = 32;
+constexpr int64_t kFewestNarrow = 4;
 // Farther than any key.
 constexpr int64_t kFar = int64_t{1} << 40;
 
@@ -41,9 +42,15 @@ class Whole {
 
   // Whether all inputs are finite; if they are not, nothing else is of use.
   bool run() {
-    const int64_t heads = q_.size(0) * kv_heads_;
-    if (keys_ <= kAlone && heads % at::get_num_threads() == 0) {
-      for_each_index(heads, [&](int64_t head) { attend_head(head); });
+    const int64_t heads = q_.size(0) * kv_heads_, threads = at::get_num_threads();
+    if (keys_ <= kAlone && heads % threads == 0) {
+      // The same heads every time, whose results lie in the thread's own cache.
+      at::parallel_for(0, heads, heads / threads, [&](int64_t first, int64_t end) {
+        for (int64_t head = first; head < end; ++head) {
+          attend_head(head);
+        }
+        at::native::cpublas::brgemm_release();
+      });
       return finite_;
     }
     const int64_t some = std::clamp<int64_t>(kKept / (size_ * sizeof(F)), 1, heads);
@@ -163,8 +170,9 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   }
   const bool fit = k.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(0) == k.size(0) &&
       v.size(1) == k.size(1) && v.size(2) == k.size(2) && q.size(1) % k.size(1) == 0;
+  const int64_t fewest = multiplies(q.scalar_type()) ? kFewestNarrow : kFewest;
   return fit && scale > 0.0 && k.size(2) <= kMost && (!causal || q.size(2) <= k.size(2)) &&
-      q.size(2) * (q.size(1) / k.size(1)) >= kFewest;
+      q.size(2) >= fewest;
 }
 
 }  // namespace
