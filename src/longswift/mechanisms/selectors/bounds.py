@@ -206,15 +206,22 @@ class Bounds(Selector):
 
 
 class BoundsPass(TwoStage):
-    """One selection: boxes around key blocks."""
+    """One selection: boxes around key blocks.
 
-    def __init__(self, selector: Bounds, request: Request) -> None:
+    Args:
+        selector: The options.
+        request: The request.
+        complete: Whether complete blocks of queries, whose rows meet boxes in groups, are among
+            those that will be chosen for.
+    """
+
+    def __init__(self, selector: Bounds, request: Request, *, complete: bool = True) -> None:
         low, high = key_extremes(request, request.key_block)
         super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
         offset = k_len - request.q.shape[2]
-        whole = -(-offset // block) * block + block <= k_len and block > 1
+        whole = complete and -(-offset // block) * block + block <= k_len and block > 1
         cut = bool(offset % block or k_len % block) or not whole
         # Bounds only propose, so 16-bit input may be bounded in 16 bits.
         dtype = factor_dtype(request.k)

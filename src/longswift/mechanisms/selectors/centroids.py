@@ -92,7 +92,7 @@ class Centroids(Bounds):
             return super()._select(request)
         single = _Pass(self, replace(request, key_block=1))
         alone = any(run.rows == 1 for run in request.runs(1))
-        boxes = BoundsPass(self, request) if alone else None
+        boxes = BoundsPass(self, request, complete=False) if alone else None
 
         def choose(run: BlockRun, space: Workspace) -> Selection:
             return (boxes if boxes is not None and run.rows == 1 else single).choose(run, space)
