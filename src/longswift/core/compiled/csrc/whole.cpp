@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kKept = 8 << 20;
 // Keys of a head that one thread packs and reads: for another they would have to change caches.
 constexpr int64_t kAlone = 512;
-// Keys up to which packed ones are few enough to be kept; for more, other kernels are as fast.
+// Keys up to which packed ones are few enough for a thread to keep their memory.
 constexpr int64_t kMost = 8192;
 // Query rows for which products as high as these are worth while; those of 16 bits are cheap.
 constexpr int64_t kFewest = 32;
