@@ -252,9 +252,8 @@ class MSSwift(Mechanism):
             if exact_rows < q_len:
                 first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
             everything = full_pattern(end, k.shape[1], call.causal)
-            parts.append(
-                backend.attend(first, keys, values, everything, call.scale, bias=call.bias)
-            )
+            part = backend.attend(first, keys, values, everything, call.scale, bias=call.bias)
+            parts.append(part)
         pattern: BlockPattern | None = None
         short: Short | None = None
         extra: dict[str, Any] = {}
@@ -264,16 +263,8 @@ class MSSwift(Mechanism):
             into = None if room is None else Partial(*(x[:, :, exact_rows:] for x in room))
             pattern, bands = self._choose(rest, k, v, call, q_len, into)
             # Decoding may be handed page summaries; longer calls derive their own pools.
-            part = backend.attend(
-                rest,
-                k,
-                v,
-                pattern,
-                call.scale,
-                bands=bands,
-                summary=call.summary,
-                bias=call.bias,
-            )
+            more = {"summary": call.summary, "bias": call.bias}
+            part = backend.attend(rest, k, v, pattern, call.scale, bands=bands, **more)
             extra["selector"] = self._selector.name
             if self.min_coverage is not None:
                 short = self._short_blocks(rest, k, pattern, call)

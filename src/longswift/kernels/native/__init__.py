@@ -13,6 +13,7 @@ from torch import Tensor
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
+from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges, build_pools
 from longswift.core.summary import KeySummary
@@ -107,9 +108,8 @@ def attend(
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``; see ``kernels.eager.attend``."""
     _refuse(q, k, v)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     gathers = pattern.tokens is not None or pattern.pool is not None
-    if tracked or bias is not None:
+    if tracked(q, k, v) or bias is not None:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     if bands is None:
         bands = attend_bands(q, k, v, pattern, scale)
