@@ -69,6 +69,8 @@ def test_bench_writes_json_and_a_picture(tmp_path: Path) -> None:
         (["--lengths", "many"], "'many'"),
         (["--lengths", ""], "at least one"),
         (["--mechanism", "ms_swfit"], "Did you mean 'ms_swift'"),
+        (["--mechanism", "infni"], "transformer_xl, all, got 'infni'. Did you mean 'infini'"),
+        (["--mechanism", "ms--swift"], "'-' is accepted for '_'"),
         (["--mechanism", "full", "--set", "full.size=3"], "size"),
         (["--dtype", "int8"], "int8"),
         (["--heads", "3", "--kv-heads", "2"], "multiple"),

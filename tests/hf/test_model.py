@@ -7,34 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longswift import ConfigError, Full, SlidingWindow, get_mechanism
 from longswift.hf import LongSwiftConfig, LongSwiftLM, attention_of, memory_parameters
 from longswift.memory.compressive import Infini
-from longswift.memory.segment import TransformerXL
-from tests.hf.models import SPARSE, VOCAB, batch
-
-SIZES: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
-MIXED = [SlidingWindow(window=6), Infini(segment=5), TransformerXL(segment=4, memory=4), "full"]
-
-
-def build(attention: Any = MIXED, **more: Any) -> LongSwiftLM:
-    torch.manual_seed(0)
-    model = LongSwiftLM(LongSwiftConfig(attention=attention, **{**SIZES, **more})).eval()
-    with torch.no_grad():
-        for parameter in memory_parameters(model):
-            parameter.normal_(std=0.3)
-    return model
+from tests.hf.models import SPARSE, batch
+from tests.hf.own_model import MIXED, SIZES, build, check_teacher_forcing, train
 
 
 @pytest.mark.parametrize("rope", [True, False])
@@ -43,18 +22,7 @@ def build(attention: Any = MIXED, **more: Any) -> LongSwiftLM:
 )
 @torch.no_grad()
 def test_generating_is_teacher_forcing(attention: Any, rope: bool) -> None:
-    model, inputs = build(attention, rope=rope), batch(20, "left")
-    grown = model.generate(
-        **inputs,
-        max_new_tokens=9,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 9, dtype=torch.long)], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    whole = model(grown.sequences, attention_mask=mask, position_ids=positions).logits
-    torch.testing.assert_close(torch.stack(grown.logits, 1), whole[:, 19:-1], rtol=1e-3, atol=1e-3)
+    check_teacher_forcing(build(attention, rope=rope), batch(20, "left"), with_positions=True)
 
 
 @torch.no_grad()
@@ -83,21 +51,7 @@ def test_saved_and_loaded_by_the_auto_classes(tmp_path: Path) -> None:
 
 
 def test_trainer(tmp_path: Path) -> None:
-    model = build()
-    rows = torch.randint(3, VOCAB, (4, 18))
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-        gradient_checkpointing=True, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in rows])
-    decayed = trainer.get_decay_parameter_names(model)
-    assert not any("bias" in name for name in decayed)
-    result = trainer.train()
-    assert result.training_loss > 0
-    unchanged = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
-    assert not unchanged
+    assert train(build(), tmp_path) > 0
 
 
 def test_shape_and_tying() -> None:

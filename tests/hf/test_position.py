@@ -15,15 +15,13 @@ from transformers import (
     MptForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
 )
 
 from longswift import ConfigError, Full, MSSwift, SlidingWindow, UnsupportedError
 from longswift.hf import LongSwiftConfig, LongSwiftLM, SwiftCache, convert, set_attention
 from longswift.memory.compressive import Infini
 from tests.hf.models import SPARSE, VOCAB, batch
-from tests.hf.test_model import SIZES, build
+from tests.hf.own_model import SIZES, build, check_teacher_forcing, train
 
 BIASED = ("alibi", "t5")
 ATTENTIONS = ["full", SPARSE, [SlidingWindow(window=6), "full", SPARSE, {"name": "chunked"}]]
@@ -43,16 +41,7 @@ def test_generating_is_teacher_forcing(position: str, attention: Any, padding: s
             alone = model(inputs["input_ids"][row : row + 1, mask]).logits
             torch.testing.assert_close(whole[row, mask], alone[0], rtol=1e-4, atol=1e-4)
         return
-    grown = model.generate(
-        **inputs,
-        max_new_tokens=9,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 9, dtype=torch.long)], 1)
-    whole = model(grown.sequences, attention_mask=mask).logits
-    torch.testing.assert_close(torch.stack(grown.logits, 1), whole[:, 19:-1], rtol=1e-3, atol=1e-3)
+    check_teacher_forcing(model, inputs, with_positions=False)
 
 
 @pytest.mark.parametrize("position", BIASED)
@@ -97,19 +86,8 @@ def test_saved_and_loaded(position: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", BIASED)
 def test_trainer(position: str, tmp_path: Path) -> None:
-    """With recomputed activations; every table of every layer is trained, without decay."""
-    model = build("full", position=position, relative_attention_num_buckets=8)
-    rows = torch.randint(3, VOCAB, (4, 18))
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-        gradient_checkpointing=True, report_to=[], save_strategy="no", use_cpu=True,
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": x, "labels": x} for x in rows])
-    assert not any("bias" in name for name in trainer.get_decay_parameter_names(model))
-    trainer.train()
-    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    """Every table of every layer is trained, without decay."""
+    train(build("full", position=position, relative_attention_num_buckets=8), tmp_path)
 
 
 def test_t5_tables_are_as_asked() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,40 @@ def block_runs(q_len: int, k_len: int, block: int, most: int) -> Iterator[BlockR
             rows, count = block, min(most, (k_len - position) // block)
         yield BlockRun(index, count, position - offset, rows, position)
         position, index = position + rows * count, index + count
+
+
+def equal_neighbours(values: Iterable[int]) -> Iterator[tuple[slice, int]]:
+    """Stretches of equal values, and the value of each."""
+    first = 0
+    for value, same in groupby(values):
+        end = first + len(list(same))
+        yield slice(first, end), value
+        first = end
+
+
+def key_blocks_before(run: BlockRun, index: int, block: int, key_block: int) -> int:
+    """Key blocks that begin before block ``index`` of a run does, whatever is seen of them."""
+    return (run.position // block + index) * block // key_block
+
+
+def entry_levels(
+    run: BlockRun, block: int, key_block: int, blocks: int | None, levels: Callable[[int], int]
+) -> Iterator[tuple[slice, int]]:
+    """Blocks of a run that enter a tree of boxes around key blocks at one level, and the level.
+
+    It depends on the position alone, so that the tree is entered alike in every chunk.
+
+    Args:
+        run: The run.
+        block: Query rows of a complete block.
+        key_block: Keys of a key block.
+        blocks: Key blocks that every query may see, or None in causal attention.
+        levels: Levels above so many key blocks at which their tree is entered.
+    """
+    return equal_neighbours(
+        levels(key_blocks_before(run, index, block, key_block) if blocks is None else blocks)
+        for index in range(run.count)
+    )
 
 
 def tokens_of_blocks(blocks: Tensor, block: int, k_len: int) -> Tensor:

@@ -208,3 +208,40 @@ def split_padding(key_mask: Tensor, q_len: int, k_len: int, aligned: bool) -> li
             queries = _span(mask[k_len - q_len :].nonzero().flatten())
         groups[key] = RowGroup([row], keys, queries)
     return list(groups.values())
+
+
+def take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:
+    """Rows and positions of a ``RowGroup`` in ``[B, H, L, D]``; a view when both are contiguous."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        x = x[rows[0] : rows[0] + len(rows)]
+    else:
+        x = x[rows]
+    return x[:, :, positions.to(x.device) if isinstance(positions, Tensor) else positions]
+
+
+def indices(positions: slice | Tensor, device: torch.device) -> Tensor:
+    """Positions of a ``RowGroup``, one by one."""
+    if isinstance(positions, Tensor):
+        return positions.to(device)
+    return torch.arange(positions.start, positions.stop, device=device)
+
+
+def places(group: RowGroup, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of a group's rows, of all heads and of its queries, to broadcast to ``[R, H, L]``."""
+    rows = torch.tensor(group.rows, device=device)
+    query = indices(group.queries, device)
+    return rows[:, None, None], torch.arange(heads, device=device)[:, None], query
+
+
+def tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether gradients are recorded."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are tensors of four dimensions, of no class but that, without gradients."""
+    return (
+        type(q) is type(k) is type(v) is Tensor
+        and q.dim() == k.dim() == v.dim() == 4
+        and not tracked(q, k, v)
+    )

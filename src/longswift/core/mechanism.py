@@ -13,11 +13,16 @@ from longswift.core.bias import PositionBias, ScoreBias
 from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.inputs import (
     RowGroup,
+    are_plain,
     check_finite,
     check_inputs,
     check_scale,
     check_summary,
+    indices,
+    places,
     split_padding,
+    take,
+    tracked,
 )
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
@@ -97,6 +102,51 @@ class Mechanism(ABC):
             UnsupportedError: The mechanism has no causal (or bidirectional) form, or no scores to
                 add a bias to.
         """
+        result, call = None, None
+        if key_mask is None and summary is None and bias is None and are_plain(q, k, v):
+            result = self._at_once(q, k, v, causal, scale, backend)
+        if result is None:
+            call = self._checked(q, k, v, causal, key_mask, scale, backend, training, summary, bias)
+            result = self._attended(q, k, v, key_mask, call)
+        if observed():
+            tell(
+                self,
+                q=q,
+                k=k,
+                v=v,
+                causal=causal,
+                key_mask=key_mask,
+                scale=check_scale(scale, q.shape[-1]),
+                training=bool(training) if call is None else call.training,
+                bias=bias,
+                result=result,
+            )
+        return result
+
+    def _at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+    ) -> AttentionResult | None:
+        """The whole of an unpadded call without gradients, if one kernel both checks and attends.
+
+        None for all that it does not take, or finds fault with: four dimensions are all it can be
+        sure of. Most of a short call is overhead, and most of that comes after this.
+        """
+        return None
+
+    def _checked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        key_mask: Tensor | None,
+        scale: float | None,
+        backend: str,
+        training: bool | None,
+        summary: KeySummary | None,
+        bias: PositionBias | None,
+    ) -> Call:
+        """What is asked for, once everything has been checked."""
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])
@@ -107,12 +157,10 @@ class Mechanism(ABC):
             check_finite(q=q, k=k[:, :, new], v=v[:, :, new])
         else:
             check_finite(q=q, k=k, v=v)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         added = self._bias_of(bias, q, k, causal)
         if training is None:
-            training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            training = training or added is not None and added.requires_grad
-        call = Call(
+            training = tracked(q, k, v) or added is not None and added.requires_grad
+        return Call(
             causal=causal,
             scale=scale,
             backend=backend,
@@ -120,26 +168,16 @@ class Mechanism(ABC):
             summary=summary,
             bias=added,
         )
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
+    ) -> AttentionResult:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if torch.is_autocast_enabled(q.device.type):
             # Autocast would round scores and selections that the contract keeps in fp32.
             with torch.autocast(q.device.type, enabled=False):
-                result = self._dispatch(q, k, v, key_mask, call)
-        else:
-            result = self._dispatch(q, k, v, key_mask, call)
-        if observed():
-            tell(
-                self,
-                q=q,
-                k=k,
-                v=v,
-                causal=causal,
-                key_mask=key_mask,
-                scale=scale,
-                training=training,
-                bias=bias,
-                result=result,
-            )
-        return result
+                return self._dispatch(q, k, v, key_mask, call)
+        return self._dispatch(q, k, v, key_mask, call)
 
     def visible(
         self,
@@ -153,8 +191,7 @@ class Mechanism(ABC):
         bias: PositionBias | None = None,
     ) -> Tensor:
         """Exactly the keys each query sees, bool ``[B, Hq, Lq, Lk]``. O(Lq * Lk): small n only."""
-        v = k
-        check_inputs(q, k, v, key_mask, causal)
+        check_inputs(q, k, k, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         batch, heads, q_len, _ = q.shape
         seen = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.bool, device=q.device)
@@ -169,19 +206,12 @@ class Mechanism(ABC):
         if key_mask is None:
             return self._visible(q, k, call).expand_as(seen).clone()
         for group in self._groups(q, k, key_mask, causal):
-            qg, kg = _take(q, group.rows, group.queries), _take(k, group.rows, group.keys)
+            qg, kg = take(q, group.rows, group.queries), take(k, group.rows, group.keys)
             if qg.shape[2] == 0 or kg.shape[2] == 0:
                 continue
             part = self._visible(qg, kg, call).expand(len(group.rows), heads, -1, -1)
-            rows = torch.tensor(group.rows, device=q.device)
-            query = _indices(group.queries, q.device)
-            keys = _indices(group.keys, q.device)
-            seen[
-                rows[:, None, None, None],
-                torch.arange(heads, device=q.device)[None, :, None, None],
-                query[None, None, :, None],
-                keys[None, None, None, :],
-            ] = part
+            rows, head, query = (x.unsqueeze(-1) for x in places(group, heads, q.device))
+            seen[rows, head, query, indices(group.keys, q.device)] = part
         return seen
 
     def reference(
@@ -310,26 +340,19 @@ class Mechanism(ABC):
         """Each group of rows with equal padding is attended as if the padding were not there."""
         batch, heads, q_len, _ = q.shape
         out = q.new_zeros(batch, heads, q_len, v.shape[-1])
-        lse = torch.full(
-            (batch, heads, q_len), float("-inf"), dtype=accumulator_dtype(q.dtype), device=q.device
-        )
+        acc = accumulator_dtype(q.dtype)
+        lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         all_stats: list[AttentionStats] = []
         for group in self._groups(q, k, key_mask, call.causal):
-            qg = _take(q, group.rows, group.queries)
-            kg, vg = (_take(x, group.rows, group.keys) for x in (k, v))
+            qg = take(q, group.rows, group.queries)
+            kg, vg = (take(x, group.rows, group.keys) for x in (k, v))
             if qg.shape[2] == 0 or kg.shape[2] == 0:
                 continue
             summary = None
             if call.summary is not None and isinstance(group.keys, slice):
                 summary = call.summary.rows(group.rows, group.keys)
             part = self._forward(qg, kg, vg, replace(call, summary=summary))
-            rows = torch.tensor(group.rows, device=q.device)
-            query = _indices(group.queries, q.device)
-            place = (
-                rows[:, None, None],
-                torch.arange(heads, device=q.device)[None, :, None],
-                query[None, None, :],
-            )
+            place = places(group, heads, q.device)
             out = out.index_put(place, part.out)
             lse = lse.index_put(place, part.lse)
             all_stats.extend([part.stats] * len(group.rows))
@@ -347,21 +370,6 @@ class Mechanism(ABC):
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
-
-
-def _take(x: Tensor, rows: list[int], positions: slice | Tensor) -> Tensor:
-    """Rows and positions of ``[B, H, L, D]``; a view when both are contiguous."""
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        x = x[rows[0] : rows[0] + len(rows)]
-    else:
-        x = x[rows]
-    return x[:, :, positions.to(x.device) if isinstance(positions, Tensor) else positions]
-
-
-def _indices(positions: slice | Tensor, device: torch.device) -> Tensor:
-    if isinstance(positions, Tensor):
-        return positions.to(device)
-    return torch.arange(positions.start, positions.stop, device=device)
 
 
 def check_count(owner: str, **values: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -10,6 +11,28 @@ from typing import Any, Generic, TypeVar
 from longswift.core.errors import ConfigError, problem
 
 T = TypeVar("T")
+
+
+def unknown_name(kind: str, name: object, known: Sequence[str], *also: str) -> ConfigError:
+    """The error for a name that nobody knows, with the nearest one that somebody does.
+
+    Args:
+        kind: What was named.
+        name: What it was called.
+        known: Every name, as the tables have them.
+        also: What else is accepted in this place.
+    """
+    names = [*known, *also]
+    near = difflib.get_close_matches(str(name).replace("-", "_"), names, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Pick one of these names."
+    return ConfigError(
+        problem(
+            kind,
+            expected=f"one of {', '.join(names)}",
+            got=repr(name),
+            fix=f"{hint} '-' is accepted for '_'.",
+        )
+    )
 
 
 class Registry(Generic[T]):
@@ -38,21 +61,12 @@ class Registry(Generic[T]):
         """The class behind ``name``.
 
         Raises:
-            ConfigError: The name is unknown; the message lists the names and the nearest one.
+            ConfigError: The name is unknown; see ``unknown_name``.
         """
         targets = self._targets()
         name = name.replace("-", "_") if isinstance(name, str) else name
         if not isinstance(name, str) or name not in targets:
-            near = difflib.get_close_matches(str(name), list(targets), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Pick one of these names."
-            raise ConfigError(
-                problem(
-                    self._kind,
-                    expected=f"one of {', '.join(self.names())}",
-                    got=repr(name),
-                    fix=hint,
-                )
-            )
+            raise unknown_name(self._kind, name, self.names())
         module, _, attribute = targets[name].partition(":")
         return getattr(import_module(module), attribute)
 

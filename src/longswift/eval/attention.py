@@ -14,11 +14,11 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import check_positive
-from longswift.eval import baselines, memory, options, roofline
+from longswift.eval import baselines, cases, memory, options, roofline
 from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, carried, rivals
 from longswift.eval.attention_table import AttentionRow, series, summarise
-from longswift.eval.progress import Bar, Share, bar
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.progress import Bar
+from longswift.eval.results import Result
 from longswift.eval.timing import alternate, fit_exponent
 
 _PROCESSES = 2
@@ -282,35 +282,32 @@ def run(
     Returns:
         One row per rival and length, with the fitted exponents in the summary.
     """
-    if output is not None:
-        writable(output)
-    baselines.check(
-        bench.against,
-        dtype=options.dtype(bench.dtype),
-        device=bench.device,
-        backward=bench.backward,
-    )
-    result = Result(kind="attention", config=bench.to_dict(), seed=bench.seed, rows=[])
-    kept = Progress(result, output, fresh=fresh)
+    result = cases.begin("attention", bench, output, backward=bench.backward)
     every = rivals(bench)
-    share = len(every) * (bench.repeats + 1 + bench.memory)
-    skipped = []
-    with bar(len(bench.lengths) * share, "starting", shown=progress) as step:
-        for length in bench.lengths:
-            slow = _too_slow(bench, length, series(result))
-            skipped += [
-                {"name": name, "length": length, "predicted_seconds": told}
-                for name, told in slow.items()
-            ]
-            if kept.find(length=length) is None:
-                measured = Share(step, share)
-                able = [rival for rival in every if rival.name not in slow]
-                kept.add(*(asdict(row) for row in _measure(bench, length, measured, able)))
-                measured.finish()
-            else:
-                step(share, f"{length} tokens: measured before")
-    result.summary.update(summarise(result), skipped=skipped)
-    if output is not None:
-        result.save(output)
-        kept.done()
-    return result
+
+    def rows_of(case: dict[str, Any], step: Bar) -> list[AttentionRow]:
+        length = case["length"]
+        slow = _too_slow(bench, length, series(result))
+        return _measure(bench, length, step, [rival for rival in every if rival.name not in slow])
+
+    return cases.measure(
+        result,
+        [{"length": length} for length in bench.lengths],
+        rows_of,
+        share=len(every) * (bench.repeats + 1 + bench.memory),
+        summarise=lambda: {**summarise(result), "skipped": _skipped(bench, series(result))},
+        output=output,
+        fresh=fresh,
+        progress=progress,
+    )
+
+
+def _skipped(
+    bench: AttentionBench, rows: dict[str, list[AttentionRow]]
+) -> list[dict[str, str | int | float]]:
+    """What was not measured, as rows of shorter lengths told how long it would take."""
+    return [
+        {"name": name, "length": length, "predicted_seconds": told}
+        for length in bench.lengths
+        for name, told in _too_slow(bench, length, rows).items()
+    ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from longswift.core.errors import ConfigError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.registry import unknown_name
 
 if TYPE_CHECKING:
     import torch
@@ -134,6 +135,7 @@ def choose(text: str, settings: Sequence[str] = ()) -> tuple[list[Mechanism], di
     from longswift.mechanisms import list_mechanisms
 
     if text.strip() != ALL:
+        _check_known(text, list_mechanisms())
         return list(mechanisms(text, settings).values()), {}
     return _every(list_mechanisms(), settings, from_json)
 
@@ -145,10 +147,18 @@ def choose_attentions(
     from longswift.mechanisms import list_mechanisms
     from longswift.memory import list_memories
 
+    known = [*list_mechanisms(), *list_memories()]
     if text.strip() != ALL:
+        _check_known(text, known)
         chosen = configs("mechanism", text, settings)
         return [attention_from_json(config) for _, config in chosen], {}
-    return _every([*list_mechanisms(), *list_memories()], settings, attention_from_json)
+    return _every(known, settings, attention_from_json)
+
+
+def _check_known(text: str, known: Sequence[str]) -> None:
+    for name in names(text):
+        if name.replace("-", "_") not in known:
+            raise unknown_name("mechanism", name, known, ALL)
 
 
 def _every(

@@ -10,12 +10,12 @@ from typing import Any
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import check_positive
-from longswift.eval import baselines, memory, options, phase_work
+from longswift.eval import baselines, cases, memory, options, phase_work
 from longswift.eval.phase_table import PhaseRow, summarise
 from longswift.eval.phase_work import ATTENTION, MODEL, Job, Place
-from longswift.eval.progress import Bar, Share, bar
+from longswift.eval.progress import Bar
 from longswift.eval.reading import check_chunk
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.results import Result
 from longswift.eval.timing import Seconds, alternate
 
 DECODE, PREFILL, TRAIN = "decode", "prefill", "train"
@@ -122,32 +122,19 @@ def run(
     Returns:
         One row per part (attention alone, the whole model), batch, length and rival.
     """
-    if output is not None:
-        writable(output)
-    baselines.check(
-        bench.against,
-        dtype=options.dtype(bench.dtype),
-        device=bench.device,
-        backward=bench.phase == TRAIN,
-    )
+    result = cases.begin(bench.phase, bench, output, backward=bench.phase == TRAIN)
     work = phase_work.Work(bench)
-    result = Result(kind=bench.phase, config=bench.to_dict(), seed=bench.seed, rows=[])
-    kept = Progress(result, output, fresh=fresh)
     measured = bench.memory and bench.phase != DECODE
-    share = (len(bench.mechanisms) + 1) * (bench.repeats + 1 + measured)
-    places = list(bench.places())
-    with bar(len(places) * share, "starting", shown=progress) as whole:
-        for place in places:
-            step = Share(whole, share)
-            if kept.find(**place._asdict()) is None:
-                rows = _measure(bench, work, place, measured, step)
-                kept.add(*(asdict(row) for row in rows))
-            step.finish()
-    result.summary.update(summarise(result))
-    if output is not None:
-        result.save(output)
-        kept.done()
-    return result
+    return cases.measure(
+        result,
+        [place._asdict() for place in bench.places()],
+        lambda case, step: _measure(bench, work, Place(**case), measured, step),
+        share=(len(bench.mechanisms) + 1) * (bench.repeats + 1 + measured),
+        summarise=lambda: summarise(result),
+        output=output,
+        fresh=fresh,
+        progress=progress,
+    )
 
 
 def _measure(

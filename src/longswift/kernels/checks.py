@@ -20,7 +20,8 @@ Results = dict[str, Tensor]
 def _attend(module: ModuleType, device: torch.device, biased: bool = False) -> Results:
     """Bands, gathered tokens row by row, the remainder, grouped heads and every gradient.
 
-    And once without gradients for whole blocks, for which a backend may have other kernels.
+    And once without gradients for whole blocks, and for full attention: a backend may have other
+    kernels for them.
     """
     shapes = (1, 4, 70, 32), (1, 2, 90, 32), (1, 2, 90, 32), (4, 159)
     *leaves, values = _leaves(device, *shapes)
@@ -41,10 +42,15 @@ def _attend(module: ModuleType, device: torch.device, biased: bool = False) -> R
         leaves.append(values)
     grads = torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
     shared = replace(pattern, visible_from=None)
+    full = BlockPattern(causal=True, bands=(Band(tile=90, left=0),) * 2)
     with torch.no_grad():
-        whole = module.attend(*leaves[:3], shared, 0.2, bias=bias)
-    names = "output, log-sum-exp, shared output, shared log-sum-exp, dq, dk, dv"
-    return _named(names + ", gradient of the bias" * biased, out, lse, *whole, *grads)
+        found = (
+            *module.attend(*leaves[:3], shared, 0.2, bias=bias),
+            *module.attend(*leaves[:3], full, 0.2, bias=bias),
+        )
+    names = "output, log-sum-exp, shared output, shared log-sum-exp, full output, full log-sum-exp"
+    names += ", dq, dk, dv" + ", gradient of the bias" * biased
+    return _named(names, out, lse, *found, *grads)
 
 
 def _attend_linear(module: ModuleType, device: torch.device) -> Results:

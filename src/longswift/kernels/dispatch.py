@@ -9,13 +9,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.types import Partial
 from longswift.kernels import eager, flex, native, reference, triton
 from longswift.kernels.checks import CHECKS
 
 # What "auto" tries before the eager kernel, best first.
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "flex")}
+
+_CPU = torch.device("cpu")
 
 BACKENDS: dict[str, ModuleType] = {
     "eager": eager,
@@ -87,6 +91,30 @@ def resolve(
             )
         )
     return backend, BACKENDS[backend]
+
+
+def attend_whole(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+) -> tuple[str, Partial] | None:
+    """Full attention of unchecked inputs by a backend that checks them as it reads them.
+
+    Args:
+        backend: ``"auto"`` or a name.
+        q: ``[B, Hq, Lq, D]``, for all that is known, as are k and v.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        causal: Whether keys after a query are hidden.
+        scale: Factor on the scores.
+
+    Returns:
+        Name of the backend and its result; None if there is no such backend, or anything is wrong.
+    """
+    if backend not in ("auto", "native") or not (q.is_cpu and k.is_cpu and v.is_cpu):
+        return None
+    if compiled.operators() is None or not trusted("native", _CPU):
+        return None
+    part = native.attend_whole(q, k, v, causal=causal, scale=scale)
+    return None if part is None else ("native", part)
 
 
 def _automatic(

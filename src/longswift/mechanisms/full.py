@@ -14,8 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from longswift.core.pattern import BlockPattern
-from longswift.mechanisms.patterned import Patterned, full_pattern
+from longswift.core.types import AttentionResult
+from longswift.mechanisms.patterned import Patterned, attend_at_once, full_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,11 @@ class Full(Patterned):
     name: ClassVar[str] = "full"
     mode: ClassVar[str] = "dense"
     supports_cross: ClassVar[bool] = True
+
+    def _at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+    ) -> AttentionResult | None:
+        return attend_at_once(self.name, q, k, v, causal, scale, backend)
 
     def pattern(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> BlockPattern:
         return full_pattern(k_len, kv_heads, causal, q_len=q_len)

@@ -56,7 +56,7 @@ from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.parts import joined, room_for
-from longswift.mechanisms.patterned import full_pattern, pattern_stats
+from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
 
@@ -229,6 +229,15 @@ class MSSwift(Mechanism):
     def exact_part(self) -> Mechanism | None:
         return replace(self, remainder=None, delta=None, collect=False)
 
+    def _at_once(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+    ) -> AttentionResult | None:
+        # Below the crossover; what needs bands to be seen to be dense takes the long way.
+        below = causal and k.shape[2] <= self.dense_below and self.scale_of_head is None
+        if not below or self._heads_differ or self.collect:
+            return None
+        return attend_at_once(self.name, q, k, v, causal, scale, backend)
+
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
             return attend_by_head(self.name, head_groups(self, k.shape[1]), q, k, v, call)
@@ -243,9 +252,8 @@ class MSSwift(Mechanism):
             if exact_rows < q_len:
                 first, keys, values = q[:, :, :exact_rows], k[:, :, :end], v[:, :, :end]
             everything = full_pattern(end, k.shape[1], call.causal)
-            parts.append(
-                backend.attend(first, keys, values, everything, call.scale, bias=call.bias)
-            )
+            part = backend.attend(first, keys, values, everything, call.scale, bias=call.bias)
+            parts.append(part)
         pattern: BlockPattern | None = None
         short: Short | None = None
         extra: dict[str, Any] = {}
@@ -255,16 +263,8 @@ class MSSwift(Mechanism):
             into = None if room is None else Partial(*(x[:, :, exact_rows:] for x in room))
             pattern, bands = self._choose(rest, k, v, call, q_len, into)
             # Decoding may be handed page summaries; longer calls derive their own pools.
-            part = backend.attend(
-                rest,
-                k,
-                v,
-                pattern,
-                call.scale,
-                bands=bands,
-                summary=call.summary,
-                bias=call.bias,
-            )
+            more = {"summary": call.summary, "bias": call.bias}
+            part = backend.attend(rest, k, v, pattern, call.scale, bands=bands, **more)
             extra["selector"] = self._selector.name
             if self.min_coverage is not None:
                 short = self._short_blocks(rest, k, pattern, call)

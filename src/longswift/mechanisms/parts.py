@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from longswift.core.inputs import tracked
 from longswift.core.mechanism import Call
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import Partial
@@ -14,8 +15,7 @@ from longswift.core.types import Partial
 
 def room_for(backend: ModuleType, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Partial | None:
     """Memory for the whole result, if the backend writes its part of it there."""
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not getattr(backend, "WRITES_INTO", False) or tracked or call.bias is not None:
+    if not getattr(backend, "WRITES_INTO", False) or tracked(q, k, v) or call.bias is not None:
         return None
     return Partial(
         q.new_empty(*q.shape[:3], v.shape[3]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.bias import ScoreBias
+from longswift.core.inputs import check_scale
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats, Partial
@@ -84,6 +85,26 @@ def attend_rows(
         part = backend.attend(q[:, :, first : first + count], k, v, pattern, scale, bias=moved)
         parts.append(part)
     return Partial(*(torch.cat(of, 2) for of in zip(*parts, strict=True)))
+
+
+def attend_at_once(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float | None,
+    backend: str,
+) -> AttentionResult | None:
+    """A call of mechanism ``name`` that is full attention; see ``Mechanism._at_once``."""
+    found = dispatch.attend_whole(
+        backend, q, k, v, causal=causal, scale=check_scale(scale, q.shape[3])
+    )
+    if found is None:
+        return None
+    ran, (out, lse) = found
+    kv_heads, k_len = k.shape[1:3]
+    return AttentionResult(out, lse, dense_stats(name, ran, q.shape[2], k_len, kv_heads, causal))
 
 
 @lru_cache(maxsize=256)
@@ -182,6 +203,22 @@ def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
     return change.view(heads, -1).cumsum(1)[:, :q_len] / real.shape[0]
 
 
+@lru_cache(maxsize=256)
+def dense_stats(
+    mechanism: str, backend: str, q_len: int, k_len: int, kv_heads: int, causal: bool
+) -> AttentionStats:
+    """Statistics of an unpadded call in which every query saw every key it may see."""
+    return AttentionStats(
+        mechanism=mechanism,
+        backend=backend,
+        mode="dense",
+        keys_per_query=dense_keys(q_len, k_len, causal),
+        density=1.0,
+        dense_rows=1.0,
+        density_by_head=(1.0,) * kv_heads,
+    )
+
+
 def pattern_stats(
     mechanism: str,
     backend: str,
@@ -208,15 +245,8 @@ def pattern_stats(
     """
     rest = q_len - exact_rows
     if mode == "dense":
-        return AttentionStats(
-            mechanism=mechanism,
-            backend=backend,
-            mode=mode,
-            keys_per_query=dense_keys(q_len, k_len, pattern.causal),
-            density=1.0,
-            dense_rows=1.0,
-            density_by_head=(1.0,) * len(pattern.bands),
-        )
+        heads = len(pattern.bands)
+        return dense_stats(mechanism, backend, q_len, k_len, heads, pattern.causal)
     dense = exact_rows
     total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:

@@ -29,6 +29,7 @@ _SOURCES = (
     "ops.cpp",
     "strict.cpp",
     "tiles.cpp",
+    "whole.cpp",
 )
 # Compiled for OpenMP, not linked to it: it is torch's own copy, and so are the threads.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-Wno-unknown-pragmas")

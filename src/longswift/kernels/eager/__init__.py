@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
+from longswift.core.inputs import tracked
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
@@ -79,8 +80,7 @@ def attend(
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
     """
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if tracked or bias is not None and bias.requires_grad:
+    if tracked(q, k, v) or bias is not None and bias.requires_grad:
         values = None if bias is None else bias.values
         out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias)
         return Partial(out, lse)

@@ -1,8 +1,8 @@
 """MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
 
 Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
-leave the cache; torch's threads take blocks. Full attention, gradients, position biases, lists
-that differ from row to row and fp64 are the eager kernel's.
+leave the cache; torch's threads take blocks. Gradients, position biases, lists that differ from
+row to row and fp64 are the eager kernel's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
+from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges, build_pools
 from longswift.core.summary import KeySummary
@@ -21,9 +22,18 @@ from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
+from longswift.kernels.native.whole import attend_whole, is_whole
 from longswift.kernels.native.windows import attend_windows
 
-__all__ = ["WRITES_INTO", "attend", "attend_bands", "choose_by_bounds", "refusal", "verify"]
+__all__ = [
+    "WRITES_INTO",
+    "attend",
+    "attend_bands",
+    "attend_whole",
+    "choose_by_bounds",
+    "refusal",
+    "verify",
+]
 
 # `attend_bands` takes the memory of its result, and `attend` adds to it where it is.
 WRITES_INTO = True
@@ -70,10 +80,14 @@ def attend_bands(
     found = None
     if bias is None and scale > 0.0 and q.numel() and k.numel():
         with torch.no_grad():
-            found = attend_windows(q, k, v, pattern, scale, into)
-    if found is not None:
-        return found
-    found = eager.attend_bands(q, k, v, pattern, scale, bias)
+            if is_whole(pattern, q.shape[2], k.shape[2]):
+                found = attend_whole(q, k, v, causal=pattern.causal, scale=scale)
+            else:
+                found = attend_windows(q, k, v, pattern, scale, into)
+                if found is not None:
+                    return found
+    if found is None:
+        found = eager.attend_bands(q, k, v, pattern, scale, bias)
     if into is None:
         return found
     for place, value in zip(into, found, strict=True):
@@ -94,9 +108,8 @@ def attend(
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``; see ``kernels.eager.attend``."""
     _refuse(q, k, v)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     gathers = pattern.tokens is not None or pattern.pool is not None
-    if tracked or bias is not None:
+    if tracked(q, k, v) or bias is not None:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     if bands is None:
         bands = attend_bands(q, k, v, pattern, scale)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.blocks import BlockRun, block_runs
+from longswift.core.blocks import BlockRun, block_runs, entry_levels
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
 from longswift.kernels.native.factors import in_pairs, ranking_dtype
@@ -72,83 +72,163 @@ def choose_by_bounds(
             it doubles.
         candidates: Keys proposed by centroids.
     """
-    operators = compiled.loaded()
-    q, k = in_pairs(q), in_pairs(k)
-    block, q_len, k_len = pattern.block, q.shape[2], k.shape[2]
-    edges = block_edges(pattern, q_len, k_len)
-    band_lse = band_lse.contiguous()
-    blocks = k_len // key_block if pattern.causal else -(-k_len // key_block)
-    rest = (tokens.shape[3], sinks, min(-(-sinks // key_block), blocks))
-    how = (scale, (key_radius, row_radius), pattern.causal)
-    runs = list(block_runs(q_len, k_len, block, q_len))
-
+    edges = block_edges(pattern, q.shape[2], k.shape[2])
+    total = k.shape[2] // key_block if pattern.causal else -(-k.shape[2] // key_block)
+    choice = _Choice(
+        q=in_pairs(q),
+        k=in_pairs(k),
+        band_lse=band_lse.contiguous(),
+        edges=edges,
+        tokens=tokens,
+        pattern=pattern,
+        scale=scale,
+        key_block=key_block,
+        row_group=row_group,
+        radii=(key_radius, row_radius),
+        proposed=proposed,
+        sinks=sinks,
+        blocks=total,
+    )
+    runs = list(block_runs(q.shape[2], k.shape[2], pattern.block, q.shape[2]))
     if since is not None:
-        boxes = _boxes(k, min(int(edges[..., 0].max()) // key_block, blocks), key_block, 2)
-        sizes = (block, key_block, row_group, proposed(runs[0]), *rest)
+        choice.in_turn(runs, since)
+        return
+    # Blocks of fewer rows are chosen for row by row.
+    fewest = 2 if centroid_rows is not None else max(2, pattern.block)
+    for run in (run for run in runs if run.rows >= fewest):
+        if centroid_rows is not None:
+            choice.by_centroids(run, centroid_rows, far, candidates)
+        else:
+            choice.by_boxes(run, branch, opened, levels)
+    cut = [run for run in runs if run.rows < fewest]
+    if cut:
+        choice.for_few(cut, *extremes())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """One call of ``choose_by_bounds``; ``blocks`` are the key blocks that may be candidates."""
+
+    q: Tensor
+    k: Tensor
+    band_lse: Tensor
+    edges: Tensor
+    tokens: Tensor
+    pattern: BlockPattern
+    scale: float
+    key_block: int
+    row_group: int
+    radii: tuple[float, float]
+    proposed: Callable[[BlockRun], int]
+    sinks: int
+    blocks: int
+
+    @property
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.band_lse
+
+    @property
+    def _narrow(self) -> bool:
+        return ranking_dtype(self.q) != torch.float32
+
+    def _sizes(self, run: BlockRun) -> tuple[int, ...]:
+        """What the kernels are told of the blocks of a run."""
+        return (
+            self.pattern.block,
+            self.key_block,
+            self.row_group,
+            self.proposed(run),
+            self.tokens.shape[3],
+            self.sinks,
+            min(-(-self.sinks // self.key_block), self.blocks),
+        )
+
+    def _reach(self, edges: Tensor) -> int:
+        """Key blocks before the last of some bands, ``[Hkv, N, 2]``: those that are candidates."""
+        if not self.pattern.causal:
+            return self.blocks
+        return min(int(edges[..., 0].max()) // self.key_block, self.blocks)
+
+    def in_turn(self, runs: list[BlockRun], since: Tensor) -> None:
+        """The strictly causal choice, the longest contexts first."""
+        boxes = _boxes(self.k, self._reach(self.edges), self.key_block, 2)
+        block = self.pattern.block
         turns = [
             (b, h, run.first + i, run.row + i * block, run.rows, run.position + i * block)
             for run in reversed(runs)
             for i in reversed(range(run.count))
-            for b in range(k.shape[0])
-            for h in range(k.shape[1])
+            for b in range(self.k.shape[0])
+            for h in range(self.k.shape[1])
         ]
         for places in batches(turns):
-            operators.choose_strict(
-                q, k, band_lse, boxes, edges, tokens, since, places, sizes, scale, how[1]
+            compiled.loaded().choose_strict(
+                *(*self._inputs, boxes, self.edges, self.tokens, since, places),
+                *(self._sizes(runs[0]), self.scale, self.radii),
             )
-        return
 
-    narrow = ranking_dtype(q) != torch.float32
-    for run in runs:
-        if centroid_rows is not None and run.rows > 1:
-            sizes = (block, 1, row_group, candidates, tokens.shape[3], sinks, sinks)
-            work = [(*piece, run.rows) for piece in _pieces(k, run, range(run.count))]
-            for places in batches(work):
-                operators.choose_centroids(
-                    *(q, k, band_lse, edges, tokens, places, sizes),
-                    *(scale, pattern.causal, centroid_rows, far, narrow),
-                )
-            continue
-        if run.rows < block or block == 1:
-            continue
-        sizes = (block, key_block, row_group, proposed(run), *rest)
-        for part, level in _parts(run, pattern, key_block, blocks, levels):
-            seen = edges[:, run.first + part.start : run.first + part.stop, 0]
-            reach = min(int(seen.max()) // key_block, blocks) if pattern.causal else blocks
-            numbers, size = 3 if row_radius else 2, branch**level
-            nodes = -(-reach // size)
-            boxes = _boxes(k, nodes, key_block * size, numbers)
-            # In panels of those that are opened together.
-            below = [
-                _boxes(k, nodes * size // branch**i, key_block * branch**i, numbers, branch)
-                for i in range(level)
-            ]
-            for places in batches(_pieces(k, run, part)):
-                if below:
-                    operators.choose_tree(
-                        *(q, k, band_lse, boxes, below, edges, tokens, places, sizes),
-                        *(*how, opened),
-                    )
-                else:
-                    operators.choose(q, k, band_lse, boxes, edges, tokens, places, sizes, *how)
+    def by_centroids(self, run: BlockRun, rows: int, far: int, candidates: int) -> None:
+        """Means of rows, against single keys."""
+        budget = self.tokens.shape[3], self.sinks, self.sinks
+        sizes = (self.pattern.block, 1, self.row_group, candidates, *budget)
+        work = [(*piece, run.rows) for piece in _pieces(self.k, run, range(run.count))]
+        for places in batches(work):
+            compiled.loaded().choose_centroids(
+                *(*self._inputs, self.edges, self.tokens, places, sizes),
+                *(self.scale, self.pattern.causal, rows, far, self._narrow),
+            )
 
-    alone = 1 if centroid_rows is not None else max(1, block - 1)
-    cut = [run for run in runs if run.rows <= alone]
-    if not cut:
-        return
-    low, high = extremes()
-    for run in cut:
-        sizes = (block, key_block, row_group, proposed(run), *rest)
-        few = [
-            (b, head, run.first + index, run.row + index * run.rows, run.rows)
-            for index in range(run.count)
-            for b in range(k.shape[0])
-            for head in range(k.shape[1])
+    def by_boxes(
+        self, run: BlockRun, branch: int, opened: int, levels: Callable[[int], int]
+    ) -> None:
+        """Boxes of rows, against all boxes of keys or down a tree of them."""
+        block, every = self.pattern.block, None if self.pattern.causal else self.blocks
+        for part, level in entry_levels(run, block, self.key_block, every, levels):
+            pieces = _pieces(self.k, run, range(part.start, part.stop))
+            self._descend(run, part, level, branch, opened, pieces)
+
+    def _descend(
+        self,
+        run: BlockRun,
+        part: slice,
+        level: int,
+        branch: int,
+        opened: int,
+        work: list[tuple[int, ...]],
+    ) -> None:
+        """The blocks of a run that enter the tree at one level."""
+        reach = self._reach(self.edges[:, run.first + part.start : run.first + part.stop])
+        numbers, size = 3 if self.radii[1] else 2, branch**level
+        nodes = -(-reach // size)
+        boxes = _boxes(self.k, nodes, self.key_block * size, numbers)
+        # In panels of those that are opened together.
+        below = [
+            _boxes(self.k, nodes * size // branch**i, self.key_block * branch**i, numbers, branch)
+            for i in range(level)
         ]
-        for places in batches(few):
-            operators.choose_few(
-                q, k, band_lse, low, high, edges, tokens, places, sizes, *how, narrow
-            )
+        sizes = self._sizes(run)
+        how = (self.scale, self.radii, self.pattern.causal)
+        for places in batches(work):
+            rest = (self.edges, self.tokens, places, sizes, *how)
+            if below:
+                compiled.loaded().choose_tree(*self._inputs, boxes, below, *rest, opened)
+            else:
+                compiled.loaded().choose(*self._inputs, boxes, *rest)
+
+    def for_few(self, runs: list[BlockRun], low: Tensor, high: Tensor) -> None:
+        """Every row for itself, against the boxes ``[B, Hkv, W, D]`` of all key blocks."""
+        for run in runs:
+            few = [
+                (b, head, run.first + index, run.row + index * run.rows, run.rows)
+                for index in range(run.count)
+                for b in range(self.k.shape[0])
+                for head in range(self.k.shape[1])
+            ]
+            for places in batches(few):
+                compiled.loaded().choose_few(
+                    *(*self._inputs, low, high, self.edges, self.tokens, places),
+                    *(self._sizes(run), self.scale, self.radii),
+                    *(self.pattern.causal, self._narrow),
+                )
 
 
 def _pieces(k: Tensor, run: BlockRun, part: range) -> list[tuple[int, ...]]:
@@ -157,29 +237,6 @@ def _pieces(k: Tensor, run: BlockRun, part: range) -> list[tuple[int, ...]]:
         (*piece, run.row + (piece[2] - run.first) * run.rows)
         for piece in pieces(k, len(part), run.first + part.start)
     ]
-
-
-def _parts(
-    run: BlockRun,
-    pattern: BlockPattern,
-    key_block: int,
-    blocks: int,
-    levels: Callable[[int], int],
-) -> list[tuple[range, int]]:
-    """Blocks of a run that enter the tree at the same level, and the level.
-
-    It depends on the position alone, so that the tree is entered alike in every chunk.
-    """
-    first, per_block = run.position // pattern.block, pattern.block // key_block
-    level_of = [
-        levels((first + index) * per_block if pattern.causal else blocks)
-        for index in range(run.count)
-    ]
-    parts = []
-    for level, same in groupby(range(run.count), key=level_of.__getitem__):
-        inside = list(same)
-        parts.append((range(inside[0], inside[-1] + 1), level))
-    return parts
 
 
 def _boxes(k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH) -> Tensor:

@@ -28,10 +28,7 @@ def attend_windows(
     scale: float,
     into: Partial | None = None,
 ) -> Partial | None:
-    """Attention over the pattern's bands, or None where a band is no narrow window.
-
-    Full attention, a single rectangle, is as fast in torch's fused kernel.
-    """
+    """Attention over the pattern's bands, or None where a band is no narrow window."""
     q_len, k_len = q.shape[2], k.shape[2]
     work: list[tuple[int, ...]] = []
     for band, heads in band_heads(pattern.bands):

@@ -30,10 +30,9 @@ and so does strict mode.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +40,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.bias import PositionBias, ScoreBias
-from longswift.core.blocks import BlockRun, Workspace, row_positions
+from longswift.core.blocks import (
+    BlockRun,
+    Workspace,
+    entry_levels,
+    key_blocks_before,
+    row_positions,
+)
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
@@ -209,15 +214,22 @@ class Bounds(Selector):
 
 
 class BoundsPass(TwoStage):
-    """One selection: boxes around key blocks."""
+    """One selection: boxes around key blocks.
 
-    def __init__(self, selector: Bounds, request: Request) -> None:
+    Args:
+        selector: The options.
+        request: The request.
+        complete: Whether complete blocks of queries, whose rows meet boxes in groups, are among
+            those that will be chosen for.
+    """
+
+    def __init__(self, selector: Bounds, request: Request, *, complete: bool = True) -> None:
         low, high = key_extremes(request, request.key_block)
         super().__init__(request, selector.proposals, low.shape[2], selector.most_proposals)
         self._selector = selector
         block, k_len = request.pattern.block, request.k.shape[2]
         offset = k_len - request.q.shape[2]
-        whole = -(-offset // block) * block + block <= k_len and block > 1
+        whole = complete and -(-offset // block) * block + block <= k_len and block > 1
         cut = bool(offset % block or k_len % block) or not whole
         # Bounds only propose, so 16-bit input may be bounded in 16 bits.
         dtype = factor_dtype(request.k)
@@ -272,10 +284,13 @@ class BoundsPass(TwoStage):
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
     ) -> tuple[Tensor, Tensor]:
         parts = []
-        for part, level in self._segments(run):
+        pattern = self._request.pattern
+        for part, level in self._parts(run):
             rows, candidates = q[:, :, part], outside[:, part]
             if level:
-                candidates = candidates[..., : self._leaves_before(run, part.stop - 1)]
+                if pattern.causal:
+                    last = key_blocks_before(run, part.stop - 1, pattern.block, self._key_block)
+                    candidates = candidates[..., :last]
                 parts.append(self._descend(rows, run, candidates, level))
             else:
                 parts.append(self._propose_from_all(rows, run, candidates, width, space))
@@ -287,31 +302,19 @@ class BoundsPass(TwoStage):
             torch.cat([pad(valid, (0, most - valid.shape[3])) for _, valid in parts], 2),
         )
 
-    def _segments(self, run: BlockRun) -> Iterator[tuple[slice, int]]:
+    def _parts(self, run: BlockRun) -> Iterable[tuple[slice, int]]:
         """Blocks of a run that start at the same level of the tree, and the level."""
         tree = self._selector.tree
         if tree is None or self.by_row(run):
-            yield slice(0, run.count), 0
-            return
-        kept = self._opened(run.rows)
-        levels = [
-            levels_above(self._leaves_before(run, index), tree, kept) for index in range(run.count)
-        ]
-        done = 0
-        for level, same in groupby(levels):
-            end = done + len(list(same))
-            yield slice(done, end), level
-            done = end
-
-    def _leaves_before(self, run: BlockRun, index: int) -> int:
-        """Key blocks among which a block of a run may choose, whatever the window of the head.
-
-        It depends on the position alone, so that the tree is entered alike in every chunk.
-        """
-        if not self._request.pattern.causal:
-            return self._blocks
-        block = self._request.pattern.block
-        return (run.position // block + index) * block // self._key_block
+            return [(slice(0, run.count), 0)]
+        pattern, kept = self._request.pattern, self._opened(run.rows)
+        return entry_levels(
+            run,
+            pattern.block,
+            self._key_block,
+            None if pattern.causal else self._blocks,
+            partial(levels_above, branch=tree, kept=kept),
+        )
 
     def _descend(
         self, q: Tensor, run: BlockRun, outside: Tensor, level: int

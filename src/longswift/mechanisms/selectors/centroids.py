@@ -23,14 +23,13 @@ rows whenever ``n`` has doubled beyond ``far``, and ``proposals * budget * D`` f
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longswift.core.blocks import BlockRun, Workspace
+from longswift.core.blocks import BlockRun, Workspace, equal_neighbours
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import check_positive
 from longswift.core.products import bmm, factor_dtype
@@ -93,7 +92,7 @@ class Centroids(Bounds):
             return super()._select(request)
         single = _Pass(self, replace(request, key_block=1))
         alone = any(run.rows == 1 for run in request.runs(1))
-        boxes = BoundsPass(self, request) if alone else None
+        boxes = BoundsPass(self, request, complete=False) if alone else None
 
         def choose(run: BlockRun, space: Workspace) -> Selection:
             return (boxes if boxes is not None and run.rows == 1 else single).choose(run, space)
@@ -116,13 +115,11 @@ class _Pass(TwoStage):
         block, end = self._request.pattern.block, self._request.k.shape[2]
         causal = self._request.pattern.causal
         positions = [run.position + n * block if causal else end for n in range(run.count)]
-        parts, first = [], 0
-        for most, same in groupby(positions, self._selector.rows_at):
+        parts = []
+        for blocks, most in equal_neighbours(map(self._selector.rows_at, positions)):
             # A cut block has no more groups than a complete one.
             rows = -(-most * run.rows // block)
-            blocks = slice(first, first + len(list(same)))
             parts.append(self._of_groups(q[:, :, blocks], rows, outside[:, blocks], width, space))
-            first = blocks.stop
         if len(parts) == 1:
             return parts[0]
         # Groups that are no more score nothing.

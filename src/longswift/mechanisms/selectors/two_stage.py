@@ -3,7 +3,7 @@
 Inside the proposals every row scores every key. Log-probabilities, normalised together with the
 window and the sinks, are maximised over rows and GQA group; the best ``budget`` tokens win. The sum
 they are normalised by takes the best of every 16 proposals, in order of position: the rest adds
-little to it, and only weighs rows against each other, but its exponentials would cost as much as the
+little to what only weighs rows against each other, and its exponentials would cost as much as the
 scores. Strictly causal choices, where each row takes for itself, use exact probabilities.
 
 Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they

@@ -86,20 +86,33 @@ Rows<T> rows_of(const at::Tensor& x, int64_t batch, int64_t head) {
   return {data + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
 }
 
-// Calls `work` with every place, `size` numbers each, on torch's own threads; they take the next one
-// when they are done, so that the longest should come first.
+// Calls `work` with every index below `count`, on torch's own threads; they take the next one when
+// they are done, so that the longest should come first.
 template <typename Work>
-void for_each_place(at::IntArrayRef places, int64_t size, const Work& work) {
-  const int64_t count = static_cast<int64_t>(places.size()) / size;
+void for_each_index(int64_t count, const Work& work) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) {
-      work(places.slice(i * size, size));
+      work(i);
     }
     // Some processors keep a tile unit switched on for products.
     at::native::cpublas::brgemm_release();
   });
+}
+
+// Calls `work` with every place, `size` numbers each.
+template <typename Work>
+void for_each_place(at::IntArrayRef places, int64_t size, const Work& work) {
+  for_each_index(static_cast<int64_t>(places.size()) / size,
+                 [&](int64_t i) { work(places.slice(i * size, size)); });
+}
+
+// Whether 16-bit factors in pairs, as the kernels lay them out, can be multiplied here.
+inline bool multiplies(at::ScalarType type) {
+  static const bool bf16 = at::native::cpublas::could_pack(at::kBFloat16);
+  static const bool fp16 = at::native::cpublas::could_pack(at::kHalf);
+  return type == at::kBFloat16 ? bf16 : type == at::kHalf && fp16;
 }
 
 // c [m, n] (+)= a [m, k] @ b, where b is [k, n], and for 16-bit factors [k / 2, n, 2].
@@ -109,10 +122,36 @@ void multiply(int64_t m, int64_t n, int64_t k, const F* a, int64_t lda, const F*
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<F, float>);
 }
 
+// A vector of numbers in another type.
+template <typename To>
+void convert(To* out, const Vec& in) {
+  if constexpr (std::is_same_v<To, float>) {
+    in.store(out);
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  } else if constexpr (std::is_same_v<To, at::BFloat16>) {
+    // ATen does not know the instruction.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(in)));
+#endif
+  } else {
+    float line[kLanes];
+    in.store(line);
+    at::vec::convert(line, out, kLanes);
+  }
+}
+
 template <typename To, typename From>
 void convert(To* out, const From* in, int64_t n) {
   if constexpr (std::is_same_v<To, From>) {
     std::memcpy(out, in, n * sizeof(To));
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  } else if constexpr (std::is_same_v<To, at::BFloat16> && std::is_same_v<From, float>) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      convert(out + i, Vec::loadu(in + i));
+    }
+    at::vec::convert(in + i, out + i, n - i);
+#endif
   } else {
     at::vec::convert(in, out, n);
   }
@@ -257,8 +296,16 @@ inline Vec max_of_each(const Vec* x) {
 }
 
 inline float max_over(const float* x, int64_t n) {
-  Vec best(kHidden);
+  Vec best(kHidden), second(kHidden), third(kHidden), fourth(kHidden);
   int64_t i = 0;
+  // One of them would wait for itself.
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    best = larger(best, Vec::loadu(x + i));
+    second = larger(second, Vec::loadu(x + i + kLanes));
+    third = larger(third, Vec::loadu(x + i + 2 * kLanes));
+    fourth = larger(fourth, Vec::loadu(x + i + 3 * kLanes));
+  }
+  best = larger(larger(best, second), larger(third, fourth));
   for (; i + kLanes <= n; i += kLanes) {
     best = larger(best, Vec::loadu(x + i));
   }
@@ -305,27 +352,37 @@ Vec power(const Vec& x) {
   return quick_exp2(x);
 }
 
+// 2 ** x for -126 <= x <= 0, with a relative error of 3e-7.
+inline Vec exact_exp2(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 whole = _mm512_roundscale_ps(x, 0);
+  const __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(0.0013276472f);
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.00967554148f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.0555071327f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.240221197f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.693146967f));
+  y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.00000007f));
+  return _mm512_scalef_ps(y, whole);
+#else
+  return (x * Vec(1.0f / kLog2e)).exp_u20();
+#endif
+}
+
 // probs = exp(x * scale - top), and their sum before they are rounded; `n` a multiple of the lanes.
 template <typename F>
 float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
   constexpr bool whole = std::is_same_v<F, float>;
-  // What is rounded to 16 bits may be less exact, and then powers of two are quicker.
-  const float unit = whole ? 1.0f : kLog2e;
   Vec total(0.0f);
-  const Vec by(scale * unit), shift(top * unit), least(kNegligible * unit);
+  // What is rounded to 16 bits may be less exact.
+  const Vec by(whole ? scale : scale * kLog2e), shift(whole ? top : top * kLog2e);
+  const Vec least(whole ? kNegligible : kNegligible * kLog2e);
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec shifted = at::vec::fmsub(Vec::loadu(x + i), by, shift);
-    const Vec power = whole ? shifted.exp_u20() : quick_exp2(shifted);
+    const Vec power = whole ? exact_exp2(shifted * Vec(kLog2e)) : quick_exp2(shifted);
     const Vec e = Vec::blendv(Vec(0.0f), power, shifted > least);
     total += e;
-    if constexpr (whole) {
-      e.store(probs + i);
-    } else {
-      e.store(x + i);
-    }
-  }
-  if constexpr (!whole) {
-    convert(probs, x, n);
+    convert(probs + i, e);
   }
   return sum_of(total);
 }
@@ -343,11 +400,23 @@ void pack_pairs(const F* in, int64_t step, int64_t rows, int64_t width, F* out, 
     const F zero(0.0f);
     for (int64_t r = 0; r < padded; r += 2) {
       const F *even = in + r * step, *odd = even + step;
-      const bool has_even = r < rows, has_odd = r + 1 < rows;
       F* to = out + r * width;
-      for (int64_t c = 0; c < width; ++c) {
-        to[2 * c] = has_even ? even[c] : zero;
-        to[2 * c + 1] = has_odd ? odd[c] : zero;
+      int64_t c = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+      for (; r + 1 < rows && c + 32 <= width; c += 32) {
+        const __m512i first = _mm512_loadu_si512(even + c), second = _mm512_loadu_si512(odd + c);
+        // Pairs of 128 bits each, to be sorted.
+        const __m512i low = _mm512_unpacklo_epi16(first, second);
+        const __m512i high = _mm512_unpackhi_epi16(first, second);
+        const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        _mm512_storeu_si512(to + 2 * c, _mm512_permutex2var_epi64(low, front, high));
+        _mm512_storeu_si512(to + 2 * c + 32, _mm512_permutex2var_epi64(low, back, high));
+      }
+#endif
+      for (; c < width; ++c) {
+        to[2 * c] = r < rows ? even[c] : zero;
+        to[2 * c + 1] = r + 1 < rows ? odd[c] : zero;
       }
     }
   }

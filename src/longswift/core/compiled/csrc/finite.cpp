@@ -1,38 +1,21 @@
 // Whether tensors hold neither NaN nor infinity.
-#include "common.h"
+#include "finite.h"
 #include "kernels.h"
 
 namespace longswift {
 
 namespace {
 
-// Numbers between two looks at what has been found, and those worth another thread.
-constexpr int64_t kStretch = 4096;
+// Numbers worth another thread.
 constexpr int64_t kShare = 1 << 16;
 
-// All bits of the exponent are set in NaN and infinity, and in nothing else.
-template <typename Bits>
-bool stretch_finite(const Bits* x, int64_t n, Bits exponent) {
-  for (int64_t first = 0; first < n; first += kStretch) {
-    const int64_t end = std::min(n, first + kStretch);
-    Bits found = 0;
-    for (int64_t i = first; i < end; ++i) {
-      found |= (x[i] & exponent) == exponent;
-    }
-    if (found) {
-      return false;
-    }
-  }
-  return true;
-}
-
-template <typename Bits>
-bool rows_finite(const at::Tensor& x, Bits exponent) {
-  const auto* data = static_cast<const Bits*>(x.const_data_ptr());
+template <typename T>
+bool all_finite(const at::Tensor& x) {
   std::atomic<bool> finite{true};
   if (x.is_contiguous()) {
+    const T* data = x.const_data_ptr<T>();
     at::parallel_for(0, x.numel(), kShare, [&](int64_t first, int64_t end) {
-      if (!stretch_finite<Bits>(data + first, end - first, exponent)) {
+      if (!stretch_finite(data + first, end - first)) {
         finite = false;
       }
     });
@@ -43,9 +26,7 @@ bool rows_finite(const at::Tensor& x, Bits exponent) {
   at::parallel_for(0, x.size(0) * heads * rows, share, [&](int64_t first, int64_t end) {
     for (int64_t i = first; i < end && finite; ++i) {
       const int64_t head = i / rows;
-      const Bits* row = data + head / heads * x.stride(0) + head % heads * x.stride(1) +
-          i % rows * x.stride(2);
-      if (!stretch_finite<Bits>(row, width, exponent)) {
+      if (!rows_finite(rows_of<const T>(x, head / heads, head % heads), i % rows, 1, width)) {
         finite = false;
       }
     }
@@ -53,17 +34,17 @@ bool rows_finite(const at::Tensor& x, Bits exponent) {
   return finite;
 }
 
-bool all_finite(const at::Tensor& x) {
+bool finite(const at::Tensor& x) {
   switch (x.scalar_type()) {
     case at::kDouble:
-      return rows_finite<uint64_t>(x, 0x7ff0000000000000u);
+      return all_finite<double>(x);
     case at::kFloat:
-      return rows_finite<uint32_t>(x, 0x7f800000u);
+      return all_finite<float>(x);
     case at::kBFloat16:
-      return rows_finite<uint16_t>(x, 0x7f80u);
+      return all_finite<at::BFloat16>(x);
     default:
       TORCH_CHECK(x.scalar_type() == at::kHalf, "expected a floating dtype, got ", x.scalar_type());
-      return rows_finite<uint16_t>(x, 0x7c00u);
+      return all_finite<at::Half>(x);
   }
 }
 
@@ -71,7 +52,7 @@ bool all_finite(const at::Tensor& x) {
 
 int64_t first_not_finite(at::TensorList tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!all_finite(tensors[i])) {
+    if (!finite(tensors[i])) {
       return static_cast<int64_t>(i);
     }
   }

@@ -1,16 +1,15 @@
 // How Python calls the kernels.
-#include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include "common.h"
 #include "kernels.h"
 
 namespace longswift {
 
 namespace {
 
-// Whether 16-bit factors in pairs, as the kernels lay them out, can be multiplied here.
-bool multiplies(const at::Tensor& like) {
-  return at::native::cpublas::could_pack(like.scalar_type());
+bool multiplies_like(const at::Tensor& like) {
+  return multiplies(like.scalar_type());
 }
 
 Choice choice_of(at::IntArrayRef sizes, double scale, at::ArrayRef<double> radii, bool causal) {
@@ -101,6 +100,8 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
+  m.def(
+      "whole(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor, int)");
   m.def("multiplies(Tensor like) -> bool");
   m.def("first_not_finite(Tensor[] tensors) -> int");
 }
@@ -116,6 +117,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::attend_tiles);
-  m.impl("multiplies", longswift::multiplies);
+  m.impl("whole", longswift::attend_whole);
+  m.impl("multiplies", longswift::multiplies_like);
   m.impl("first_not_finite", longswift::first_not_finite);
 }
