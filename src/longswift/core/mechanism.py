@@ -341,9 +341,10 @@ class Mechanism(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None
     ) -> AttentionResult:
         """No query sees any key: zeros that still belong to the graph of the inputs."""
-        out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
+        # Sums of nothing: a sum of 16-bit values may overflow, and 0 times infinity is NaN.
+        out = q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x[..., :0].sum() for x in (q, k, v))
         if bias is not None:
-            out = out + (0 * bias.values.sum()).to(out.dtype)
+            out = out + bias.values[..., :0].sum().to(out.dtype)
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
