@@ -388,6 +388,6 @@ def check_positive(owner: str, **values: int) -> None:
                     f"{owner}.{field_name}",
                     expected="a positive integer",
                     got=repr(value),
-                    fix="Give a number of tokens of at least 1.",
+                    fix="Give a whole number of at least 1.",
                 )
             )
