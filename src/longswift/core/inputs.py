@@ -135,6 +135,21 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
         )
 
 
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of different dtypes in autocast's, as PyTorch's own attention takes them there.
+
+    Rotated queries and keys are fp32 under autocast, values are not.
+    """
+    given = q, k, v
+    if not all(isinstance(x, Tensor) and x.dtype in FLOATS[:3] for x in given):
+        return given
+    device = q.device.type
+    if q.dtype == k.dtype == v.dtype or not torch.is_autocast_enabled(device):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor on the scores, ``head_dim ** -0.5`` when None.
 

@@ -18,6 +18,7 @@ from longswift.core.inputs import (
     check_scale,
     check_summary,
     split_padding,
+    under_autocast,
 )
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
@@ -93,10 +94,11 @@ class Mechanism(ABC):
                 parameters (see ``longswift.extend.bias``).
 
         Raises:
-            InputError: Wrong shapes, dtypes, devices, or NaN.
+            InputError: Wrong shapes, dtypes (under autocast they may differ), devices, or NaN.
             UnsupportedError: The mechanism has no causal (or bidirectional) form, or no scores to
                 add a bias to.
         """
+        q, k, v = under_autocast(q, k, v)
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])
