@@ -44,7 +44,7 @@ def _debug() -> bool:
 
 @contextmanager
 def _ctrl_c() -> Iterator[None]:
-    """Ctrl-C is KeyboardInterrupt, even where it hit an import that turned it into another error."""
+    """Ctrl-C is KeyboardInterrupt, even if it hit an import that made another error of it."""
     pressed = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:

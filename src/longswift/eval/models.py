@@ -120,7 +120,7 @@ class Loaded(Codec):
             set_attention(self.model, mechanism)
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes and sums of the weights, as integers: floats depend on threads."""
+        """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""
         state = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
