@@ -140,7 +140,7 @@ def test_the_table_shows_quality_before_and_after(
     )
     assert result.config["tuning"] == {**asdict(small(text, rate=0.02)), "file": "words.txt"}
     assert str(tmp_path) not in output.read_text()
-    table = mechanism_table.table(result)
+    table = mechanism_table.quality(result)
     assert "needle, tuned" in table.columns and "4 equal steps" in table.title
     assert all(len(line) == len(table.columns) for line in table.rows)
     assert plot_comparison(result, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
