@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from longswift.core.errors import InputError, LongSwiftError, problem
-from longswift.eval import approximation, attention_table, demo, phase_table
+from longswift.eval import approximation, attention_table, demo, mechanism_table, phase_table
 from longswift.eval.results import Result, load, write_text
 from longswift.eval.text import Table
 
@@ -29,6 +29,7 @@ def attention(result: Result) -> Table:
 KINDS = {
     "approximation": approximation.table,
     "attention": attention,
+    "compare": mechanism_table.quality,
     "decode": phase_table.table,
     "demo": demo.table,
     "prefill": phase_table.table,
@@ -52,7 +53,10 @@ def section(name: str, result: Result) -> str:
             )
         )
     table, here = KINDS[result.kind](result), result.environment
-    told = result.summary.get("sentences") or [result.summary["verdict"]]
+    if result.kind == "compare":
+        told = [f"{sentence.rstrip('.')}." for sentence in mechanism_table.sentences(result)]
+    else:
+        told = result.summary.get("sentences") or [result.summary["verdict"]]
     versions = ", ".join(f"{k} {v}" for k, v in here.versions.items() if k in ("python", "torch"))
     provenance = (
         f"{here.cpu} ({' '.join(here.cpu_features)}), {here.threads} thread(s) of {here.cores} "

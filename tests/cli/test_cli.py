@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +88,36 @@ def test_bench_writes_json_and_a_picture(tmp_path: Path) -> None:
 )
 def test_bench_refuses(options: list[str], why: str) -> None:
     assert why in refuse("bench", "attention", *options)
+
+
+def test_ctrl_c_stays_ctrl_c_where_an_import_turned_it_into_an_error(
+    monkeypatch: pytest.MonkeyPatch, document: Path
+) -> None:
+    def importing(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            raise ModuleNotFoundError("Could not import module 'X'.") from RuntimeError("numpy")
+
+    monkeypatch.setattr("longswift.eval.answering.Question", importing)
+    result = run("generate", "tiny", "--file", document)
+    assert result.exit_code == 130, result.output
+    assert result.output.strip() == "longswift: interrupted; no half-written file is left."
+
+
+def test_a_lazy_import_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, document: Path
+) -> None:
+    def importing(*_: object, **__: object) -> None:
+        try:
+            raise ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("Could not import module 'X'.") from error
+
+    monkeypatch.setattr("longswift.eval.answering.Question", importing)
+    assert "pip install sentencepiece" in refuse("generate", "tiny", "--file", document)
 
 
 def test_unknown_and_missing_commands() -> None:

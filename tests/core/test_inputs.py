@@ -19,6 +19,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "five_dims": ({"q": GOOD[None]}, "4-D tensor"),
     "integers": ({"q": GOOD.long()}, "floating dtype"),
     "complex": ({"v": GOOD.to(torch.complex64)}, "floating dtype"),
+    "sparse": ({"k": GOOD.to_sparse()}, "a dense tensor, got"),
+    "no_values": (dict.fromkeys("qkv", GOOD.to("meta")), "tensors with values"),
+    "no_channels": ({"q": GOOD[..., :0], "k": GOOD[..., :0]}, "one channel wide"),
+    "no_value_channels": ({"v": GOOD[..., :0]}, "v: expected heads at least one channel wide"),
     "mixed_dtypes": ({"k": GOOD.half()}, "one dtype"),
     "mixed_devices": ({"k": GOOD.to("meta")}, "one device"),
     "batch": ({"q": GOOD[:1]}, "q \\[B, Hq, Lq, D\\]"),
@@ -117,3 +121,14 @@ def test_split_padding_groups_equal_rows() -> None:
     assert groups[3].keys == slice(0, 0)
     assert groups[3].queries == slice(0, 0)
     assert split_padding(mask, 2, 4, aligned=False)[0].queries == slice(0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_batch_of_padding_alone_gives_zeros_however_large_its_values(dtype: torch.dtype) -> None:
+    """A 16-bit sum of these values overflows."""
+    x = torch.full((2, 1, 64, 2048), 100.0, dtype=dtype, requires_grad=True)
+    out = Full()(x, x, x, key_mask=torch.zeros(2, 64, dtype=torch.bool)).out
+    out.sum().backward()
+    assert x.grad is not None
+    for found in (out, x.grad):
+        assert torch.equal(found, torch.zeros_like(found))

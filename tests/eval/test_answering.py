@@ -51,6 +51,8 @@ def test_a_text_longer_than_the_model_is_refused_until_it_is_extended(
 def test_impossible_requests_are_refused(model_directory: Path, document: Path) -> None:
     with pytest.raises(ConfigError, match="block"):
         question(model_directory, document, mechanism=longswift.MSSwift(), chunk=100)
+    with pytest.raises(ConfigError, match="yarn"):
+        question(model_directory, document, rope="yawn")
     with pytest.raises(ConfigError, match="max_new_tokens"):
         question(model_directory, document, max_new_tokens=0)
     with pytest.raises(ConfigError, match="one mechanism"):

@@ -87,8 +87,12 @@ def test_every_mechanism_has_a_row(
     config = result.config["speed"]["mechanisms"]
     assert {m["name"]: m for m in config}["sliding_window"]["window"] == result.summary["window"]
     assert load_result(output, "compare").rows == result.rows
-    table = mechanism_table.table(result)
+    table = mechanism_table.speed(result)
     assert len(table.rows) == 5 and "(bidirectional)" in table.rows[3][0]
+    table = mechanism_table.quality(result)
+    # Timed at other lengths: the share of keys there is none of the tasks'.
+    assert [line[0] for line in table.rows] == list(rows)[:3] and "keys" not in table.columns
+    assert all(len(line) == len(table.columns) for line in table.rows)
     assert len(mechanism_table.sentences(result)) == 3
     picture = plot_comparison(result, tmp_path / "table.png")
     assert picture.read_bytes().startswith(b"\x89PNG")

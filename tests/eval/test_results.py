@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="directory"):
         writable(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes there")
+def test_devices_and_pipes_are_refused_and_stay(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="device or a pipe"):
+        writable(pipe)
+    with pytest.raises(InputError, match="plain file"):
+        result().save(pipe)
+    assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe.json"]
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    file, link = tmp_path / "far" / "r.json", tmp_path / "r.json"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    assert result().save(link) == link
+    assert link.is_symlink() and load(file) == load(link)
 
 
 def test_rows_of_the_same_run_are_reused_and_others_not(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from longswift.core.errors import ConfigError, UnsupportedError
+from longswift.core.errors import ConfigError, LongSwiftError, UnsupportedError
 from longswift.eval import mechanism_runs, mechanism_table, suite, tuning
 from longswift.eval.comparison_plot import plot_comparison
 from longswift.eval.models import load
@@ -140,7 +140,7 @@ def test_the_table_shows_quality_before_and_after(
     )
     assert result.config["tuning"] == {**asdict(small(text, rate=0.02)), "file": "words.txt"}
     assert str(tmp_path) not in output.read_text()
-    table = mechanism_table.table(result)
+    table = mechanism_table.quality(result)
     assert "needle, tuned" in table.columns and "4 equal steps" in table.title
     assert all(len(line) == len(table.columns) for line in table.rows)
     assert plot_comparison(result, tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
@@ -161,6 +161,25 @@ def test_training_on_the_measured_text_is_refused(model_directory: Path, text: P
     asked = comparison(model_directory, "full,ms_swift")
     with pytest.raises(ConfigError, match="another text"):
         mechanism_runs.Comparison(**{**vars(asked), "file": str(text), "tuning": small(text)})
+
+
+def test_what_cannot_be_read_is_found_out_before_anything_is_timed(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mechanism_runs, "_measured", lambda *_: pytest.fail("timed first"))
+    missing = tmp_path / "none.txt"
+    asked = vars(comparison(model_directory, "full,ms_swift"))
+    for wrong in (
+        {"tuning": small(missing)},
+        {"file": str(missing)},
+        vars(comparison(model_directory, "full,ms_swift", file=missing)),
+        vars(comparison(tmp_path / "no-model", "full,ms_swift")),
+        vars(comparison(model_directory, "full,ms_swift", lengths=(10**9,))),
+    ):
+        with pytest.raises(LongSwiftError):
+            mechanism_runs.run(
+                mechanism_runs.Comparison(**{**asked, **wrong}), tmp_path / "t.json", progress=False
+            )
 
 
 def test_without_a_text_it_trains_on_what_is_not_held_out(tmp_path: Path) -> None:

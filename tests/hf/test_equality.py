@@ -129,6 +129,20 @@ def test_training_gradients(implementation: str, padding: str, checkpointing: st
         torch.testing.assert_close(got[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mixed_precision(implementation: str, name: str) -> None:
+    """Under autocast rotated queries and keys are fp32 and values bf16."""
+    model, inputs = build(name).train(), batch(40, "left")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = _grads(model, inputs)
+        model.set_attn_implementation(implementation)
+        got = _grads(model, inputs)
+    for key, grad in expected.items():
+        bound = 0.05 * float(grad.abs().max()) + 1e-4
+        torch.testing.assert_close(got[key], grad, rtol=0.05, atol=bound, msg=key)
+
+
 def test_switching_at_run_time_and_back() -> None:
     model, inputs = build("llama"), batch(40)
     with torch.no_grad():

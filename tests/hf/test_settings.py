@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,16 @@ def test_spoiled_settings_are_named() -> None:
     model.config.longswift = {"attention": {"name": "ms_swift", "windowz": 3}}
     with pytest.raises(ConfigError, match="windowz"):
         model(**batch())
+
+
+@pytest.mark.parametrize("given", [None, MSSwift, 3, {"name": "full"}])
+def test_what_is_no_mechanism_is_refused(given: Any) -> None:
+    model = build("llama")
+    with pytest.raises(ConfigError, match="a mechanism such as"):
+        set_attention(model, given)
+    with pytest.raises(ConfigError, match="a mechanism such as"):
+        set_attention(model, Full(), layers={0: given})
+    assert attention_of(model) is None
 
 
 def test_architectures_with_their_own_attention_are_refused() -> None:

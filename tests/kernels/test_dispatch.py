@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from longswift import ConfigError, Full
+from longswift import ConfigError, Full, MSSwift, SlidingWindow
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError
 from longswift.core.states import LinearResult, LinearState
@@ -46,6 +47,24 @@ def test_an_unusable_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_backend_without_the_kernel_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="attend_landmarks .*eager"):
         dispatch.resolve("flex", torch.device("cpu"), kernel="attend_landmarks")
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_tangents_are_refused_and_not_lost(backend: str) -> None:
+    q, k, v, t = torch.randn(4, 1, 2, 64, 16)
+    for mechanism in (MSSwift(), Full()):
+        with pytest.raises(UnsupportedError, match="tangents"):
+            torch.func.jvp(lambda x, m=mechanism: m(x, k, v, backend=backend).out, (q,), (t,))
+    window = SlidingWindow(window=8)
+    with pytest.raises(UnsupportedError, match="tangents"):
+        torch.func.jvp(lambda x: window(x, k, v, backend=backend).out, (q,), (t,))
+    right = torch.func.jvp(lambda x: window(x, k, v, backend="reference").out, (q,), (t,))[1]
+    with forward_ad.dual_level():
+        moved = window(forward_ad.make_dual(q, t), k, v, backend="reference").out
+        torch.testing.assert_close(forward_ad.unpack_dual(moved).tangent, right)
+    step = 1e-3 * t
+    slope = (window(q + step, k, v).out - window(q - step, k, v).out) / 2e-3
+    torch.testing.assert_close(right, slope, rtol=1e-2, atol=1e-3)
 
 
 @pytest.fixture

@@ -104,5 +104,6 @@ def compare(
     result = mechanism_runs.run(asked, json, fresh=fresh)
     for sentence in mechanism_table.sentences(result):
         typer.echo(sentence)
-    render.table(*mechanism_table.table(result))
+    render.table(*mechanism_table.speed(result))
+    render.table(*mechanism_table.quality(result))
     render.wrote(json, None if plot is None else plot_comparison(result, plot))

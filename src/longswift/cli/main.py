@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +42,32 @@ def _debug() -> bool:
     return os.environ.get("LONGSWIFT_DEBUG", "") not in ("", "0")
 
 
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, even if it hit an import that made another error of it."""
+    pressed = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.default_int_handler(number, frame)
+
+    # What a shell starts in the background ignores it, and other threads cannot listen.
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    mine = mine and threading.current_thread() is threading.main_thread()
+    if mine:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Program(TyperGroup):
     """The root command: user errors are one line and exit code 2, Ctrl-C is exit code 130."""
 
@@ -45,7 +76,8 @@ class Program(TyperGroup):
         from longswift.core.errors import LongSwiftError
 
         try:
-            return super().invoke(ctx)
+            with _ctrl_c():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             _say("interrupted; no half-written file is left.")
             raise typer.Exit(_INTERRUPTED) from None
@@ -56,7 +88,7 @@ class Program(TyperGroup):
         except ModuleNotFoundError as error:
             if _debug() or (error.name or "").startswith("longswift"):
                 raise
-            _say(f"this command needs {error.name}. Install it with pip install {error.name}.")
+            _say(_missing(error))
             raise typer.Exit(_USER) from None
         except (LongSwiftError, OSError, MemoryError) as error:
             if _debug():
@@ -87,6 +119,16 @@ class Program(TyperGroup):
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    # Lazy imports raise anew, without a name, what an import of theirs raised.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return f"this command needs {cause.name}. Install it with pip install {cause.name}."
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 def _describe(error: BaseException) -> str:

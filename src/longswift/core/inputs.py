@@ -54,6 +54,24 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
             raise InputError(
                 problem(name, expected="a floating dtype", got=x.dtype, fix="Call .float() on it.")
             )
+        if x.layout is not torch.strided:
+            raise InputError(
+                problem(
+                    name,
+                    expected="a dense tensor",
+                    got=x.layout,
+                    fix="Call .to_dense() on it.",
+                )
+            )
+        if x.shape[3] == 0:
+            raise InputError(
+                problem(
+                    name,
+                    expected="heads at least one channel wide",
+                    got=tuple(x.shape),
+                    fix="Check the last dimension.",
+                )
+            )
     if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):
         raise InputError(
             problem(
@@ -61,6 +79,15 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
                 expected="one dtype and one device",
                 got=f"{q.dtype}/{q.device}, {k.dtype}/{k.device}, {v.dtype}/{v.device}",
                 fix="Convert them with .to(dtype, device) first.",
+            )
+        )
+    if q.device.type == "meta":
+        raise InputError(
+            problem(
+                "q, k, v",
+                expected="tensors with values",
+                got="device meta",
+                fix="Load the weights before the first forward pass.",
             )
         )
     batch, q_heads, q_len, head_dim = q.shape
@@ -106,6 +133,21 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
                 fix="Convert an HF attention_mask with attention_mask.bool().",
             )
         )
+
+
+def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of different dtypes in autocast's, as PyTorch's own attention takes them there.
+
+    Rotated queries and keys are fp32 under autocast, values are not.
+    """
+    given = q, k, v
+    if not all(isinstance(x, Tensor) and x.dtype in FLOATS[:3] for x in given):
+        return given
+    device = q.device.type
+    if q.dtype == k.dtype == v.dtype or not torch.is_autocast_enabled(device):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:

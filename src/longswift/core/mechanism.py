@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from longswift.core.inputs import (
     split_padding,
     take,
     tracked,
+    under_autocast,
 )
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
@@ -98,7 +100,7 @@ class Mechanism(ABC):
                 parameters (see ``longswift.extend.bias``).
 
         Raises:
-            InputError: Wrong shapes, dtypes, devices, or NaN.
+            InputError: Wrong shapes, dtypes (under autocast they may differ), devices, or NaN.
             UnsupportedError: The mechanism has no causal (or bidirectional) form, or no scores to
                 add a bias to.
         """
@@ -106,6 +108,7 @@ class Mechanism(ABC):
         if key_mask is None and summary is None and bias is None and are_plain(q, k, v):
             result = self._at_once(q, k, v, causal, scale, backend)
         if result is None:
+            q, k, v = under_autocast(q, k, v)
             call = self._checked(q, k, v, causal, key_mask, scale, backend, training, summary, bias)
             result = self._attended(q, k, v, key_mask, call)
         if observed():
@@ -126,11 +129,7 @@ class Mechanism(ABC):
     def _at_once(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
     ) -> AttentionResult | None:
-        """The whole of an unpadded call without gradients, if one kernel both checks and attends.
-
-        None for all that it does not take, or finds fault with: four dimensions are all it can be
-        sure of. Most of a short call is overhead, and most of that comes after this.
-        """
+        """A plain call by one kernel that checks inputs, too; None if it has anything to refuse."""
         return None
 
     def _checked(
@@ -173,11 +172,10 @@ class Mechanism(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, call: Call
     ) -> AttentionResult:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if torch.is_autocast_enabled(q.device.type):
-            # Autocast would round scores and selections that the contract keeps in fp32.
-            with torch.autocast(q.device.type, enabled=False):
-                return self._dispatch(q, k, v, key_mask, call)
-        return self._dispatch(q, k, v, key_mask, call)
+        # Autocast would round scores and selections that the contract keeps in fp32.
+        cast = torch.is_autocast_enabled(q.device.type)
+        with torch.autocast(q.device.type, enabled=False) if cast else nullcontext():
+            return self._dispatch(q, k, v, key_mask, call)
 
     def visible(
         self,
@@ -364,9 +362,10 @@ class Mechanism(ABC):
         self, q: Tensor, k: Tensor, v: Tensor, bias: ScoreBias | None = None
     ) -> AttentionResult:
         """No query sees any key: zeros that still belong to the graph of the inputs."""
-        out = q.new_zeros(*q.shape[:3], v.shape[3]) + 0 * (q.sum() + k.sum() + v.sum())
+        # Sums of nothing: a sum of 16-bit values may overflow, and 0 times infinity is NaN.
+        out = q.new_zeros(*q.shape[:3], v.shape[3]) + sum(x[..., :0].sum() for x in (q, k, v))
         if bias is not None:
-            out = out + (0 * bias.values.sum()).to(out.dtype)
+            out = out + bias.values[..., :0].sum().to(out.dtype)
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
@@ -395,6 +394,6 @@ def check_positive(owner: str, **values: int) -> None:
                     f"{owner}.{field_name}",
                     expected="a positive integer",
                     got=repr(value),
-                    fix="Give a number of tokens of at least 1.",
+                    fix="Give a whole number of at least 1.",
                 )
             )

@@ -12,6 +12,7 @@ from longswift.eval import options, reading
 from longswift.eval.documents import read_text
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import bar
+from longswift.extend.rope import check_kind
 from longswift.mechanisms.profile import Profile
 
 # What a decoder shows for bytes that are not yet a whole character.
@@ -55,6 +56,7 @@ class Question:
 
     def __post_init__(self) -> None:
         check_positive("generate", max_new_tokens=self.max_new_tokens, chunk=self.chunk)
+        check_kind(self.rope)
         reading.check_chunk("chunk", self.chunk, self.attention)
 
     @property

@@ -19,7 +19,7 @@ from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, c
 from longswift.eval.attention_table import AttentionRow, series, summarise
 from longswift.eval.progress import Bar
 from longswift.eval.results import Result
-from longswift.eval.timing import alternate, fit_exponent
+from longswift.eval.timing import alternate, check_budget, fit_exponent
 
 _PROCESSES = 2
 
@@ -75,6 +75,7 @@ class AttentionBench:
             batch=self.batch,
             repeats=self.repeats,
         )
+        check_budget(self.budget_seconds)
         options.dtype(self.dtype)
         options.device(self.device)
         baselines.get(self.against)

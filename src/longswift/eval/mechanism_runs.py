@@ -18,6 +18,7 @@ from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
 from longswift.eval.attention_table import series
 from longswift.eval.cost import equal_cost_window
+from longswift.eval.documents import source
 from longswift.eval.judging import EndJudge
 from longswift.eval.mechanism_table import MechanismRow
 from longswift.eval.models import Loaded
@@ -114,6 +115,7 @@ def run(
     length = comparison.quality.lengths[0]
     mechanisms, window = _equal_cost(mechanisms, comparison.speed, length)
     causal = [m for m in mechanisms if m.supports_causal]
+    ids = _text(comparison, causal)
     found: dict[str, dict[str, Any]] = {m.name: {"name": m.name, "note": ""} for m in mechanisms}
     runs, refused = attention_rivals.runnable(mechanisms, causal=True)
     for name, why in refused.items():
@@ -138,9 +140,9 @@ def run(
     asked = _suite(comparison.quality, judged)
     scored = suite.run(asked, _beside(output, "eval"), fresh=fresh, progress=progress)
     _scores(scored, found)
-    _divergences(comparison, suite.prepare(asked), judged, found, progress)
+    _divergences(comparison, suite.prepare(asked), ids, judged, found, progress)
     if comparison.tuning is not None:
-        _tuned(comparison, asked, judged, found, output, fresh, progress)
+        _tuned(comparison, asked, ids, judged, found, output, fresh, progress)
     rows = [asdict(MechanismRow(**{"scores": {}, "kept": {}, **row})) for row in found.values()]
     rows += [
         asdict(MechanismRow(name=name, scores={}, kept={}, note=f"not configured: {why}"))
@@ -174,6 +176,7 @@ def _tuning(tuning: Tuning | None) -> dict[str, Any] | None:
 def _tuned(
     comparison: Comparison,
     asked: Suite,
+    ids: list[int],
     judged: list[Mechanism],
     found: dict[str, dict[str, Any]],
     output: str | Path | None,
@@ -183,7 +186,6 @@ def _tuned(
     """The quality of every mechanism that ran, after the fine-tuning."""
     assert comparison.tuning is not None
     runs = [m for m in judged if m.name == FULL or not found[m.name]["note"]]
-    (ids,) = _text(comparison, suite.prepare(asked))
     folder = None if output is None else Path(output).with_suffix(".tuned")
     tuned = tuned_runs.run(
         asked, runs, ids, comparison.tuning, folder, fresh=fresh, progress=progress
@@ -191,10 +193,20 @@ def _tuned(
     tuned_runs.into(found, tuned)
 
 
-def _text(comparison: Comparison, loaded: Loaded) -> list[list[int]]:
-    """What divergence and perplexity are measured on."""
-    length = comparison.quality.lengths[0]
-    return samples(loaded, comparison.file, length=length, documents=1).documents
+def _text(comparison: Comparison, causal: list[Mechanism]) -> list[int]:
+    """What divergence and perplexity are measured on; what cannot be read is found out first.
+
+    Raises:
+        LongSwiftError: A file, the model or an option would end the run after the timing.
+    """
+    if comparison.tuning is not None:
+        source(comparison.tuning.file)
+    asked = _suite(comparison.quality, _with_full(causal))
+    for task in asked.tasks:
+        source(task.get("file"))
+    loaded = suite.prepare(asked)
+    (ids,) = samples(loaded, comparison.file, length=asked.lengths[0], documents=1).documents
+    return ids
 
 
 def _beside(output: str | Path | None, part: str) -> Path | None:
@@ -286,6 +298,7 @@ def _scores(result: Result, found: dict[str, dict[str, Any]]) -> None:
 def _divergences(
     comparison: Comparison,
     loaded: Loaded,
+    ids: list[int],
     mechanisms: list[Mechanism],
     found: dict[str, dict[str, Any]],
     progress: bool,
@@ -293,7 +306,6 @@ def _divergences(
     """Read one text with each mechanism, full attention first."""
     from longswift.hf import SwiftCache
 
-    (ids,) = _text(comparison, loaded)
     truth: list[Tensor] = []
     with bar(len(mechanisms) * len(ids), "reading", shown=progress) as step:
         for mechanism in mechanisms:

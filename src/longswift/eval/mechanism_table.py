@@ -1,4 +1,4 @@
-"""The table of mechanisms for people: one row each, and in words what did not run."""
+"""The tables of mechanisms for people: one row each, and in words what did not run."""
 
 from __future__ import annotations
 
@@ -57,49 +57,69 @@ class MechanismRow:
     note: str = ""
 
 
-def table(result: Result) -> text_of.Table:
-    """The result for people."""
-    rows = [MechanismRow(**row) for row in result.rows]
-    tasks = [task["name"] for task in result.config["quality"]["tasks"]]
+def speed(result: Result) -> text_of.Table:
+    """Growth, time and memory of attention alone."""
     longest = max(result.config["speed"]["lengths"])
-
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else form.format(value)
-
-    def score(scores: dict[str, float], kept: dict[str, float], task: str) -> str:
-        if task not in scores:
-            return "-"
-        share = f" ({100 * kept[task]:.0f} %)" if task in kept else ""
-        return f"{100 * scores[task]:.0f} %{share}"
-
-    tuning = result.config.get("tuning")
-    cells = []
-    for row in rows:
-        cell = [
+    cells = [
+        (
             row.name if row.causal else f"{row.name} (bidirectional)",
-            shown(row.exponent, "{:.2f}"),
+            _shown(row.exponent, "{:.2f}"),
             "-" if row.seconds is None else text_of.seconds(row.seconds),
-            shown(row.speedup, "{:.2f}x"),
+            _shown(row.speedup, "{:.2f}x"),
             text_of.megabytes(row.extra_bytes),
-            "-" if row.density is None else f"{100 * row.density:.1f} %",
-            *(score(row.scores, row.kept, task) for task in tasks),
-            shown(row.kl, "{:.4f}"),
-            shown(None if row.top1 is None else 100 * row.top1, "{:.1f} %"),
-            shown(row.perplexity_ratio, "{:.3f}x"),
-        ]
+            _share(row.density),
+        )
+        for row in _rows(result)
+    ]
+    columns = ["", "n^", "time", "vs SDPA", "memory", "keys"]
+    return text_of.Table(f"attention alone at {longest:,} tokens", columns, cells)
+
+
+def quality(result: Result) -> text_of.Table:
+    """What a model does with each mechanism, zero-shot and after a fine-tuning if there was one."""
+    tasks = [task["name"] for task in result.config["quality"]["tasks"]]
+    tuning = result.config.get("tuning")
+    # The share of keys belongs to the tasks' length only if attention was timed there.
+    length = result.config["text_tokens"]
+    timed = max(result.config["speed"]["lengths"]) == length
+    cells = []
+    for row in _rows(result):
+        if not row.scores:
+            continue
+        cell = [row.name, *([_share(row.density)] if timed else [])]
+        cell += [_score(row.scores, row.kept, task) for task in tasks]
+        cell.append(_shown(row.perplexity_ratio, "{:.3f}x"))
+        cell.append(_shown(row.kl, "{:.4f}"))
+        cell.append(_shown(None if row.top1 is None else 100 * row.top1, "{:.1f} %"))
         if tuning is not None:
-            cell += [score(row.tuned_scores, row.tuned_kept, task) for task in tasks]
-            cell.append(shown(row.tuned_perplexity_ratio, "{:.3f}x"))
+            cell += [_score(row.tuned_scores, row.tuned_kept, task) for task in tasks]
+            cell.append(_shown(row.tuned_perplexity_ratio, "{:.3f}x"))
         cells.append(tuple(cell))
-    title = (
-        f"attention alone at {longest:,} tokens; {result.config['quality']['model']} at "
-        f"{result.config['text_tokens']:,} tokens, zero-shot"
-    )
-    columns = ["", "n^", "time", "vs SDPA", "memory", "keys", *tasks, "KL", "top 1", "perplexity"]
+    columns = ["", *(["keys"] if timed else []), *tasks, "perplexity", "KL", "top 1"]
+    title = f"{result.config['quality']['model']} at {length:,} tokens, zero-shot"
     if tuning is not None:
         title += f" and after {tuning['steps']} equal steps of fine-tuning"
         columns += [*(f"{task}, tuned" for task in tasks), "perplexity, tuned"]
     return text_of.Table(f"{title} (share of full attention's)", columns, cells)
+
+
+def _rows(result: Result) -> list[MechanismRow]:
+    return [MechanismRow(**row) for row in result.rows]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _score(scores: dict[str, float], kept: dict[str, float], task: str) -> str:
+    if task not in scores:
+        return "-"
+    share = f" ({100 * kept[task]:.0f} %)" if task in kept else ""
+    return f"{100 * scores[task]:.0f} %{share}"
 
 
 def sentences(result: Result) -> list[str]:

@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval import options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TINY = "tiny"
 
@@ -117,17 +120,25 @@ class Loaded(Codec):
             set_attention(self.model, mechanism)
 
     def fingerprint(self) -> str:
-        """A hash of names and sums of the weights."""
+        """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""
         state = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
-            state.update(name.encode())
-            state.update(tensor.detach().float().sum().cpu().numpy().tobytes())
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            state.update(str(_sum_of_bits(tensor)).encode())
         return state.hexdigest()
 
     def stop_tokens(self) -> set[int]:
         """Tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
         return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    import torch
+
+    flat = tensor.detach().flatten().contiguous()
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(flat.view(words.get(flat.element_size(), torch.uint8)).sum(dtype=torch.int64))
 
 
 def load(

@@ -16,7 +16,7 @@ from longswift.eval.phase_work import ATTENTION, MODEL, Job, Place
 from longswift.eval.progress import Bar
 from longswift.eval.reading import check_chunk
 from longswift.eval.results import Result
-from longswift.eval.timing import Seconds, alternate
+from longswift.eval.timing import Seconds, alternate, check_budget
 
 DECODE, PREFILL, TRAIN = "decode", "prefill", "train"
 # Attention alone, and inside a model; the time to the first token has no attention of its own.
@@ -68,6 +68,7 @@ class PhaseBench:
         check_positive("bench", tokens=self.tokens, chunk=self.chunk, repeats=self.repeats)
         for batch in self.batches:
             check_positive("bench", batch=batch)
+        check_budget(self.budget_seconds)
         options.dtype(self.dtype)
         options.device(self.device)
         baselines.get(self.against)

@@ -63,17 +63,23 @@ def writable(path: str | Path) -> Path:
 
     Raises:
         OSError: It cannot.
+        InputError: It is a directory, a device or a pipe.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise InputError(
-            problem(
-                str(path), expected="a file to write", got="a directory", fix="Name a file in it."
-            )
-        )
+    target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=target.parent):
+        return Path(path)
+
+
+def _target(path: str | Path) -> Path:
+    """The file a path leads to. A rename would replace a link, and a device by a plain file."""
+    target = Path(path).resolve()
+    if target.is_file() or not target.exists():
         return target
+    got, fix = "a device or a pipe", "Name a plain file."
+    if target.is_dir():
+        got, fix = "a directory", "Name a file in it."
+    raise InputError(problem(str(path), expected="a file to write", got=got, fix=fix))
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -83,7 +89,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def replace(path: str | Path, write: Any) -> Path:
     """Let ``write`` fill a temporary file beside ``path`` and rename it to ``path``."""
-    target = Path(path)
+    target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     number, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
@@ -99,7 +105,7 @@ def replace(path: str | Path, write: Any) -> Path:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return target
+    return Path(path)
 
 
 def _invalid(path: Path, what: str) -> InputError:

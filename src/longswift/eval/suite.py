@@ -20,6 +20,7 @@ from longswift.eval.progress import bar
 from longswift.eval.results import Result, writable
 from longswift.eval.runner import MODEL, SWIFT, WINDOW, Case, Runner, identity
 from longswift.eval.tasks.base import AUTO, Task
+from longswift.extend.rope import check_kind
 
 _NOTES = {
     "model": "the model's own attention (sdpa), as Transformers runs it; the other mechanisms "
@@ -72,6 +73,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         check_positive("eval", samples=self.samples, chunk=self.chunk)
+        check_kind(self.rope)
         for what, found in (("tasks", self.tasks), ("mechanisms", self.mechanisms)):
             names = [entry["name"] for entry in found]
             if not names or len(set(names)) < len(names):

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from longswift.core.errors import ConfigError, problem
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
@@ -39,6 +41,14 @@ class Seconds:
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, ready for JSON."""
         return asdict(self)
+
+
+def check_budget(seconds: float) -> None:
+    """Raise ``ConfigError`` unless ``seconds`` is a positive number."""
+    if not seconds > 0:
+        raise ConfigError(
+            problem("budget", expected="seconds above 0", got=seconds, fix="For example 60.")
+        )
 
 
 def alternate(

@@ -15,6 +15,19 @@ Kind = Literal["default", "linear", "ntk", "dynamic", "yarn", "llama3"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
+def check_kind(rope: str | None) -> None:
+    """Raise ``ConfigError`` unless ``rope`` is None or one of ``KINDS``."""
+    if rope is not None and rope not in KINDS:
+        raise ConfigError(
+            problem(
+                "rope",
+                expected=f"None or one of {', '.join(KINDS)}",
+                got=repr(rope),
+                fix="'yarn' is a good first choice.",
+            )
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How a model trained on ``original_length`` positions reads ``factor`` times as many.

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
+from longswift.core.errors import InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
-from longswift.extend.rope import KINDS
+from longswift.extend.rope import check_kind
 from longswift.hf import rotary
 from longswift.hf.settings import (
     KEY,
@@ -110,15 +110,7 @@ def extend(
                 fix="32768 is a good first choice.",
             )
         )
-    if rope is not None and rope not in KINDS:
-        raise ConfigError(
-            problem(
-                "rope",
-                expected=f"None or one of {', '.join(KINDS)}",
-                got=repr(rope),
-                fix="'yarn' is a good first choice.",
-            )
-        )
+    check_kind(rope)
     handle = Extension(model, max_length)
     try:
         config = text_config(model)

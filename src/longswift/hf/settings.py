@@ -128,7 +128,7 @@ def attention_of(model: PreTrainedModel) -> Mechanism | None:
 def set_attention(
     model: PreTrainedModel,
     mechanism: Mechanism | str,
-    layers: Mapping[int, Mechanism] | None = None,
+    layers: Mapping[int, Mechanism | str] | None = None,
 ) -> None:
     """Run ``mechanism`` in the text layers of ``model`` and store its settings in the config.
 
@@ -139,9 +139,10 @@ def set_attention(
 
     Raises:
         UnsupportedError: The architecture computes attention in code of its own.
+        ConfigError: Something that is no mechanism, or no layer of the model.
     """
-    if isinstance(mechanism, str):
-        mechanism = get_mechanism(mechanism)
+    mechanism = _mechanism(mechanism)
+    others = {layer: _mechanism(other) for layer, other in dict(layers or {}).items()}
     if not model._can_set_attn_implementation():
         raise UnsupportedError(
             problem(
@@ -153,7 +154,7 @@ def set_attention(
         )
     config = text_config(model)
     count = int(config.num_hidden_layers)
-    wrong = [i for i in layers or {} if i not in range(count)]
+    wrong = [i for i in others if i not in range(count)]
     if wrong:
         raise ConfigError(
             problem(
@@ -166,8 +167,23 @@ def set_attention(
     name = implementation_of(mechanism)
     key = next((k for k in model.config.sub_configs if getattr(model.config, k) is config), None)
     model.set_attn_implementation(name if key is None else {key: name})
-    others = {str(layer): other.to_dict() for layer, other in (layers or {}).items()}
-    write_settings(config, attention=mechanism.to_dict(), layers=others)
+    single = {str(layer): other.to_dict() for layer, other in others.items()}
+    write_settings(config, attention=mechanism.to_dict(), layers=single)
+
+
+def _mechanism(given: Mechanism | str) -> Mechanism:
+    if isinstance(given, str):
+        return get_mechanism(given)
+    if not isinstance(given, Mechanism):
+        raise ConfigError(
+            problem(
+                "attention",
+                expected="a mechanism such as MSSwift(), or a name",
+                got=repr(given),
+                fix="Add the parentheses." if isinstance(given, type) else "Pass one of these.",
+            )
+        )
+    return given
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
@@ -59,8 +60,11 @@ def resolve(
 
     Raises:
         ConfigError: Unknown backend, or an explicit one that cannot run on ``device``.
-        UnsupportedError: An explicit backend without this family of kernel.
+        UnsupportedError: An explicit backend without this family of kernel, or inputs of softmax
+            attention that carry tangents.
     """
+    if kernel == "attend" and backend != "reference":
+        _refuse_tangents(*inputs)
     if backend == "auto":
         name = _automatic(device, inputs, bias, kernel)
         return name, BACKENDS[name]
@@ -115,6 +119,19 @@ def attend_whole(
         return None
     part = native.attend_whole(q, k, v, causal=causal, scale=scale)
     return None if part is None else ("native", part)
+
+
+def _refuse_tangents(*inputs: Tensor) -> None:
+    """Kernels that write into buffers would drop the tangents without a word."""
+    if any(unpack_dual(x).tangent is not None for x in inputs):
+        raise UnsupportedError(
+            problem(
+                "q, k, v",
+                expected="no forward-mode tangents (torch.func.jvp, torch.autograd.forward_ad)",
+                got="inputs that carry some",
+                fix="Differentiate backwards, or use backend='reference'.",
+            )
+        )
 
 
 def _automatic(
