@@ -210,7 +210,8 @@ class NaiveCentroids(NaiveSwift):
         rank = np.full(len(keys), -math.inf)
         for group in self.halves(list(asked.q.reshape(-1, asked.q.shape[-1]))):
             scores = asked.k[keys] @ (sum(group) / len(group))
-            total = log_sum_of_best(scores[sampled], np.array(keys)[sampled])
+            every = len(keys) < self.many
+            total = log_sum_of_best(scores[sampled], np.array(keys)[sampled], 1 if every else 16)
             rank = np.maximum(rank, scores - total)
         return dict(zip(keys, rank.tolist(), strict=True))
 

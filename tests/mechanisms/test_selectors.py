@@ -65,7 +65,7 @@ def test_naive_twin_agrees(name: str, data: st.DataObject) -> None:
 @settings(max_examples=20)
 @given(st.data())
 def test_centroids_are_weighed_by_a_sample_where_keys_are_many(data: st.DataObject) -> None:
-    sample = {"many": 30, "tile": 16, "every": 2, "first": 0}
+    sample = {"many": 60, "tile": 16, "every": 2, "first": 0}
     naive = NaiveCentroids(
         windows=(16,), key_tokens=6, proposals=1, causal=data.draw(st.booleans()), **sample
     )

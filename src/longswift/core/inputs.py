@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from longswift.core import compiled
 from longswift.core.errors import InputError, problem
@@ -281,9 +282,16 @@ def tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are tensors of four dimensions, of no class but that, without gradients."""
+    """Whether these are dense tensors of four dimensions and no other class, without gradients."""
     return (
         type(q) is type(k) is type(v) is Tensor
+        and q.layout is k.layout is v.layout is torch.strided
         and q.dim() == k.dim() == v.dim() == 4
         and not tracked(q, k, v)
+        and not any(carries_tangent(x) for x in (q, k, v))
     )
+
+
+def carries_tangent(x: Tensor) -> bool:
+    """Whether forward-mode differentiation follows it."""
+    return unpack_dual(x).tangent is not None

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.inputs import carries_tangent
 from longswift.core.types import Partial
 from longswift.kernels import eager, flex, native, reference, triton
 from longswift.kernels.checks import CHECKS
@@ -123,7 +123,7 @@ def attend_whole(
 
 def _refuse_tangents(*inputs: Tensor) -> None:
     """Kernels that write into buffers would drop the tangents without a word."""
-    if any(unpack_dual(x).tangent is not None for x in inputs):
+    if any(carries_tangent(x) for x in inputs):
         raise UnsupportedError(
             problem(
                 "q, k, v",

@@ -68,16 +68,14 @@ class Bounds(Selector):
         key_block: Keys per bound; a power of two.
         row_group: Query rows per bound; a power of two.
         proposals: Proposed tokens per token of the budget.
-        most_proposals: The same for blocks of few rows, as when a question is asked or a token
-            decoded; they propose as much as costs what a complete block's proposals cost, up to
-            this. Not used in strict causality.
+        most_proposals: The same for blocks of few rows, as of a question; they propose as much as
+            costs what a complete block's proposals cost, up to this. Not used in strict causality.
         key_radius: Share of a key block's radius that counts. No key is extreme in all channels at
             once, so that shares below 1, which make it an upper bound, rank blocks better.
-        row_radius: Likewise for a group of rows; 0 stands for its centre, and saves a third of the
-            products.
+        row_radius: Likewise for a group of rows; 0, its centre, saves a third of the products.
         page_radius: ``key_radius`` of the larger pages that decoding scores.
         least_share: Least share of the keys before it that is proposed to a single row of a block,
-            as when a token is decoded. Not used in strict causality.
+            as when decoding. Not used in strict causality.
         tree: Key blocks in a box of the next level, a power of two; None bounds every key block. 16
             is faster from some 200k tokens on; coarser boxes miss some of what finer ones find.
         beam: Boxes opened a level per proposed block.

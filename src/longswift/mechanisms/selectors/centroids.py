@@ -3,8 +3,8 @@
 1. The rows of a block of queries, those of the GQA group together, are halved at the median of the
    channel in which they differ most, until groups hold at most ``rows`` of them. A group's mean
    scores every key outside the window, one by one. Softmax over keys, max over groups; the best
-   ``proposals * budget`` keys are proposed. The sums of the softmax take the best of every 16 keys,
-   and where there are many, those of an eighth of them.
+   ``proposals * budget`` keys are proposed. Where there are many keys, the sums of the softmax take
+   the best of every 16 of an eighth of them.
 2. The exact stage of ``two_stage``.
 
 Queries that lie close to each other attend alike, which bounds the error of attending with their
@@ -38,7 +38,7 @@ from longswift.mechanisms.selectors.bounds import Bounds, BoundsPass
 from longswift.mechanisms.selectors.two_stage import TOGETHER, TwoStage, best_of_each
 
 # Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
-# that only weigh groups of rows against each other.
+# that only weigh groups of rows against each other, and the best of every 16 keys in it.
 _MANY, _TILE, _EVERY, _FIRST = 4096, 64, 8, 4
 _HIDDEN = float("-inf")
 
@@ -143,18 +143,19 @@ class _Pass(TwoStage):
         scores = scores.view(*means.shape[:4], width)
         scores.masked_fill_(~outside.unsqueeze(2), _HIDDEN)
         many = outside.sum(-1) >= _MANY
-        total = _log_sums(best_of_each(scores), many)
+        total = _log_sums(scores, many)
         # Without a candidate nothing is subtracted from nothing.
         return scores.sub_(total.masked_fill_(total == _HIDDEN, 0.0).unsqueeze(-1))
 
 
-def _log_sums(best: Tensor, many: Tensor) -> Tensor:
-    """Log-sum-exp of ``best [B, Hkv, N, groups, W]``, over a sample where ``many [Hkv, N]``."""
+def _log_sums(scores: Tensor, many: Tensor) -> Tensor:
+    """Log-sum-exp of ``scores [B, Hkv, N, groups, W]``, over a sample where ``many [Hkv, N]``."""
     if not bool(many.any()):
-        return best.logsumexp(-1)
+        return scores.logsumexp(-1)
+    best = best_of_each(scores)
     tile = torch.arange(best.shape[-1], device=best.device) * TOGETHER // _TILE
     some = best[..., tile % _EVERY == _FIRST].logsumexp(-1)
-    return some if bool(many.all()) else torch.where(many[:, :, None], some, best.logsumexp(-1))
+    return some if bool(many.all()) else torch.where(many[:, :, None], some, scores.logsumexp(-1))
 
 
 def centroids(q: Tensor, most: int) -> Tensor:

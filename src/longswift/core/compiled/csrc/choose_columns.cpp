@@ -10,8 +10,8 @@ namespace longswift {
 namespace {
 
 // Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in
-// sums that only weigh groups of rows against each other.
-constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4;
+// sums that only weigh groups of rows against each other, and the best of every 16 keys in it.
+constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4, kSome = 16;
 // Ranks of keys a thread holds at once.
 constexpr int64_t kRanks = 1 << 21;
 // Centroids that share what is read of the keys, and rows that are scored at once for themselves.
@@ -21,7 +21,7 @@ template <typename F>
 struct Space {
   // Of centroids.
   Buffer<F> means, panels, tile;
-  Buffer<float> maxima;
+  Buffer<float> sums;
   Centroids centroids;
   // Of rows for themselves.
   Buffer<F> lines, queries, highest, lowest;
@@ -102,7 +102,6 @@ class ByColumns : Chooser<T, F> {
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
-  using Base::for_candidates;
   using Base::heads_;
   using Base::kCoarse;
   using Base::kKeys;
@@ -165,46 +164,34 @@ class ByColumns : Chooser<T, F> {
     }
   }
 
-  // Sums of every centroid's largest products with 16 candidates, or with those of a sample.
+  // Sums of every centroid over its candidates; where there are many, over the best of every 16 of a
+  // sample of them.
   void add_up(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t groups,
               int64_t wide, int64_t last) {
-    constexpr int64_t some = ColumnMaxima<F>::kRows;
     F* tile = own_.tile.get(kKeys * dim_);
-    float* best = own_.maxima.get(kKeys / some * count * wide);
-    own_.columns.begin(count * wide, count * wide);
-    const auto add = [&](int64_t n, const F* keys, int64_t step, int64_t tall) {
-      maxima.of_rows(keys, step, tall, own_.panels.get(0), n * wide, (n + 1) * wide, best,
-                     count * wide, [] {});
-      own_.columns.template add<kCoarse>(best + n * wide, count * wide, tall / some, magnitude(),
-                                         n * wide, wide);
-    };
+    float* scores = own_.sums.get(kKeys * count * wide);
+    const F* panels = own_.panels.get(0);
+    const int64_t all = count * wide;
+    own_.columns.begin(all, all);
     const bool many = has_many(first);
     const int64_t every = (many ? kEvery : 1) * kKeys;
     for (int64_t t = (many ? kFirst : 0) * kKeys; t < last; t += every) {
       fetch(k_, t + every, std::min(kKeys, last - t - every), dim_);
       for (int64_t n = 0; n < count; ++n) {
-        const int64_t start = std::min(before(first + n), blocks_), end = after(first + n);
-        if (t + kKeys <= start || (end <= t && t + kKeys <= blocks_)) {
-          int64_t step, padded;
-          const F* keys = tile_of(t, kKeys, tile, &step, &padded);
-          add(n, keys, step, kKeys);
+        const int64_t start = n * wide;
+        float* own = scores + start;
+        int64_t step, found;
+        if (!many) {
+          const F* keys = candidates_of(first + n, t, kKeys, tile, &step, &found);
+          maxima.all(keys, step, round_up(found, kSome), panels, start, start + wide, scores, all);
+          own_.columns.template add<kCoarse>(own, all, found, magnitude(), start, wide);
           continue;
         }
-        // Of every 16 keys those that are candidates, filled up by the last of them.
-        for (int64_t s = t; s < std::min(t + kKeys, blocks_); s += some) {
-          int64_t found = 0;
-          for (int64_t k = s; k < std::min(s + some, blocks_); ++k) {
-            if (k < start || k >= end) {
-              convert(tile + found++ * dim_, k_.row(k), dim_);
-            }
-          }
-          if (found > 0) {
-            for (int64_t i = found; i < some; ++i) {
-              std::memcpy(static_cast<void*>(tile + i * dim_), tile + (found - 1) * dim_,
-                          dim_ * sizeof(F));
-            }
-            add(n, tile, dim_, some);
-          }
+        for (int64_t s = t; s < t + kKeys; s += kSome) {
+          const F* keys = candidates_of(first + n, s, kSome, tile, &step, &found);
+          const int64_t tall = round_up(found, kSome);
+          maxima.of_rows(keys, step, tall, panels, start, start + wide, scores, all, [] {});
+          own_.columns.template add<kCoarse>(own, all, tall / kSome, magnitude(), start, wide);
         }
       }
     }
@@ -212,6 +199,29 @@ class ByColumns : Chooser<T, F> {
     for (int64_t n = 0; n < count; ++n) {
       own_.columns.drop(n * wide + groups, (n + 1) * wide);
     }
+  }
+
+  // Those of keys [first, first + count) that are candidates of a block, filled up by the last of them.
+  const F* candidates_of(int64_t block, int64_t first, int64_t count, F* tile, int64_t* step,
+                         int64_t* found) const {
+    const int64_t start = std::min(before(block), blocks_), end = after(block);
+    const int64_t last = std::min(first + count, blocks_);
+    *step = dim_;
+    *found = 0;
+    if (first + count <= start || (end <= first && first + count <= blocks_)) {
+      *found = count;
+      int64_t padded;
+      return tile_of(first, count, tile, step, &padded);
+    }
+    for (int64_t k = first; k < last; ++k) {
+      if (k < start || k >= end) {
+        convert(tile + (*found)++ * dim_, k_.row(k), dim_);
+      }
+    }
+    for (int64_t i = *found; *found > 0 && i < round_up(*found, kSome); ++i) {
+      std::memcpy(static_cast<void*>(tile + i * dim_), tile + (*found - 1) * dim_, dim_ * sizeof(F));
+    }
+    return tile;
   }
 
   // How little every key's product with one of a block's centroids is below the centroid's sum.

@@ -77,6 +77,33 @@ class ColumnMaxima {
                 });
   }
 
+  // The products themselves, `[count, *]`, rows `out_step` apart.
+  void all(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first, int64_t end,
+           float* out, int64_t out_step) const {
+    const auto copy = [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores,
+                          int64_t apart) {
+      for (int64_t i = 0; i < tall; ++i) {
+        std::copy(scores + i * apart, scores + i * apart + wide, out + (r + i) * out_step + c);
+      }
+    };
+#if defined(LONGSWIFT_TILES)
+    if (tiles_) {
+      by_tiles(rows, step, count, panels, first, end, [&](int64_t r, int64_t c, const Pair& scores) {
+        for (int tile = 0; tile < 2; ++tile, c += 16) {
+          if (c >= first && c < end) {
+            copy(r, 16, c, 16, scores[tile], 16);
+          }
+        }
+      });
+      return;
+    }
+#endif
+    by_products(rows, step, count, panels, first, end,
+                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores) {
+                  copy(r, tall, c, wide, scores, kPanel);
+                });
+  }
+
   // Every `per` columns of [first, end), 16 or a multiple of 32, have `count` numbers of their own,
   // `out_step` apart, one for each row: raises them to its largest product with a column, `less[c]`
   // smaller.
@@ -217,6 +244,9 @@ class ColumnMaxima {
   [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
                 int64_t end, Use&& use) const {
     const int64_t deep = dim_ / kDeep;
+    if (count == 0) {
+      return;
+    }
     if (deep == 1) {
       by_tiles<1>(rows, step, count, panels, first, end, use);
     } else if (deep == 2) {

@@ -157,8 +157,7 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   for (const at::Tensor* x : {&q, &k, &v}) {
     const auto type = x->scalar_type();
     const bool narrow = type == at::kBFloat16 || type == at::kHalf;
-    // Tangents of forward-mode differentiation would be lost.
-    if (x->dim() != 4 || x->numel() == 0 || type != q.scalar_type() || x->_fw_grad(0).defined()) {
+    if (x->dim() != 4 || x->numel() == 0 || type != q.scalar_type()) {
       return false;
     }
     // Rows of 16-bit numbers move in pairs.
