@@ -60,12 +60,6 @@ struct Space {
   Descent<F> descent;
 };
 
-template <typename F>
-Space<F>& space() {
-  static thread_local Space<F> mine;
-  return mine;
-}
-
 template <typename T, typename F>
 class ByBoxes : Chooser<T, F> {
   using Base = Chooser<T, F>;
@@ -77,7 +71,7 @@ class ByBoxes : Chooser<T, F> {
       : Base(q, k, band_lse, edges, tokens, batch, head, choice),
         groups_of_block_((choice.block + choice.row_group - 1) / choice.row_group),
         rows_of_block_(heads_ * groups_of_block_),
-        own_(space<F>()) {}
+        own_(of_thread<Space<F>>()) {}
 
   // Complete blocks [first, first + count) of the queries, the first of which starts at row `row`.
   // Rows are bounded in groups; `boxes [panels, numbers * dim, width]` are those of the keys.

@@ -29,12 +29,6 @@ struct Space {
   Columns columns;
 };
 
-template <typename F>
-Space<F>& space() {
-  static thread_local Space<F> mine;
-  return mine;
-}
-
 template <typename T, typename F>
 class ByColumns : Chooser<T, F> {
   using Base = Chooser<T, F>;
@@ -43,7 +37,7 @@ class ByColumns : Chooser<T, F> {
   ByColumns(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
             const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
             const Choice& choice)
-      : Base(q, k, band_lse, edges, tokens, batch, head, choice), own_(space<F>()) {}
+      : Base(q, k, band_lse, edges, tokens, batch, head, choice), own_(of_thread<Space<F>>()) {}
 
   // Blocks [first, first + count) of `rows` queries, the first of which starts at row `row`. They are
   // scored in groups of at most `most` similar ones, key by key; beyond position `far` of twice as

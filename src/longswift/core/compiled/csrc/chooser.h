@@ -29,7 +29,7 @@ class Chooser {
         heads_(q.size(1) / k.size(1)),
         k_(rows_of<const T>(k, batch, head)),
         tokens_(tokens.data_ptr<int32_t>() + batch * tokens.stride(0) + head * tokens.stride(1)),
-        mine_(space()),
+        mine_(of_thread<Space>()),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)) {
     const int64_t whole = k_len_ / choice.key_block;
     blocks_ = choice.causal ? whole : (k_len_ + choice.key_block - 1) / choice.key_block;
@@ -183,11 +183,6 @@ class Chooser {
     Best order;
     Columns columns;
   };
-
-  static Space& space() {
-    static thread_local Space mine;
-    return mine;
-  }
 
   // Tokens of the proposed blocks; the last block of the sequence is perhaps cut.
   int64_t list_tokens(int64_t proposed) {

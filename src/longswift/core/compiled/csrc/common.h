@@ -72,6 +72,13 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
+// What a thread keeps from call to call.
+template <typename Space>
+Space& of_thread() {
+  static thread_local Space mine;
+  return mine;
+}
+
 // Rows of one head: `row(i)` is contiguous.
 template <typename T>
 struct Rows {

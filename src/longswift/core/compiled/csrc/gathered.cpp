@@ -16,12 +16,6 @@ struct Space {
   Buffer<int32_t> tokens;
 };
 
-template <typename F>
-Space<F>& space() {
-  static thread_local Space<F> mine;
-  return mine;
-}
-
 // T: the inputs, F: factors of products.
 template <typename T, typename F>
 class Merger {
@@ -43,7 +37,7 @@ class Merger {
                 head * tokens.stride(1)),
         token_step_(tokens.stride(2)),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
-        mine_(space<F>()) {
+        mine_(of_thread<Space<F>>()) {
     for (int64_t g = 0; g < heads_; ++g) {
       const int64_t own = head * heads_ + g;
       q_.push_back(rows_of<const T>(q, batch, own));

@@ -98,12 +98,6 @@ struct Space {
   Turns turns;
 };
 
-template <typename F>
-Space<F>& space() {
-  static thread_local Space<F> mine;
-  return mine;
-}
-
 template <typename T, typename F>
 class Strict {
  public:
@@ -119,7 +113,7 @@ class Strict {
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
         tokens_(rows_of<int32_t>(tokens, batch, head)),
         since_(rows_of<int32_t>(since, batch, head)),
-        mine_(space<F>()) {
+        mine_(of_thread<Space<F>>()) {
     for (int64_t g = 0; g < heads_; ++g) {
       q_.push_back(rows_of<const T>(q, batch, head * heads_ + g));
       lse_.push_back(band_lse.data_ptr<float>() + batch * band_lse.stride(0) +

@@ -38,7 +38,7 @@ class Tiles {
         lse_(lse),
         k_(rows_of<const T>(k, batch, head)),
         v_(rows_of<const T>(v, batch, head)),
-        mine_(space()) {}
+        mine_(of_thread<Space>()) {}
 
   // Packs the panel that begins `p` keys after the first of a tile.
   void pack(int64_t key, int64_t p, const Packed<F>& to) {
@@ -89,11 +89,6 @@ class Tiles {
     Buffer<F> keys, values, queries, probs;
     Buffer<float> scores, part, top, total;
   };
-
-  static Space& space() {
-    static thread_local Space mine;
-    return mine;
-  }
 
   // Keys that the row at place `i` of the tile sees: [first, end).
   int64_t first_key(int64_t i) const {
