@@ -70,20 +70,9 @@ class Centroids {
   }
 
   void halve(const float* x, int32_t* rows) {
-    float mean[dim_], spread[dim_];
-    std::fill(mean, mean + dim_, 0.0f);
-    std::fill(spread, spread + dim_, 0.0f);
-    for (int64_t i = 0; i < size_; ++i) {
-      add(mean, x + rows[i] * dim_);
-    }
-    for (int64_t d = 0; d < dim_; ++d) {
-      mean[d] /= static_cast<float>(size_);
-    }
-    for (int64_t i = 0; i < size_; ++i) {
-      const float* row = x + rows[i] * dim_;
-      for (int64_t d = 0; d < dim_; ++d) {
-        spread[d] += (row[d] - mean[d]) * (row[d] - mean[d]);
-      }
+    float spread[dim_];
+    for (int64_t d = 0; d < dim_; d += kAtOnce * kLanes) {
+      spreads(x + d, rows, std::min(kAtOnce, (dim_ - d) / kLanes), spread + d);
     }
     const int64_t widest = std::max_element(spread, spread + dim_) - spread;
     // Values and, where they are equal, rows in the order of integers.
@@ -94,6 +83,45 @@ class Centroids {
     std::nth_element(ranked, ranked + size_ / 2, ranked + size_);
     for (int64_t i = 0; i < size_; ++i) {
       rows[i] = static_cast<int32_t>(ranked[i]);
+    }
+  }
+
+  // Vectors of channels that are kept in registers.
+  static constexpr int64_t kAtOnce = 4;
+
+  // Sums of squared distances to the mean, of `vectors` vectors of channels.
+  void spreads(const float* x, const int32_t* rows, int64_t vectors, float* out) const {
+    if (vectors == kAtOnce) {
+      spreads_of<kAtOnce>(x, rows, out);
+      return;
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      spreads_of<1>(x + v * kLanes, rows, out + v * kLanes);
+    }
+  }
+
+  template <int64_t vectors>
+  void spreads_of(const float* x, const int32_t* rows, float* out) const {
+    Vec mean[vectors], spread[vectors];
+    for (int64_t v = 0; v < vectors; ++v) {
+      mean[v] = spread[v] = Vec(0.0f);
+    }
+    for (int64_t i = 0; i < size_; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        mean[v] += Vec::loadu(x + rows[i] * dim_ + v * kLanes);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      mean[v] = mean[v] / Vec(static_cast<float>(size_));
+    }
+    for (int64_t i = 0; i < size_; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vec apart = Vec::loadu(x + rows[i] * dim_ + v * kLanes) - mean[v];
+        spread[v] = at::vec::fmadd(apart, apart, spread[v]);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      spread[v].store(out + v * kLanes);
     }
   }
 

@@ -137,11 +137,10 @@ class ByColumns : Chooser<T, F> {
     }
     const int64_t step = round_up(last, kKeys);
     float* rank = mine_.rank.get(count * step);
-    std::fill(rank, rank + count * step, kHidden);
     {
       const ColumnMaxima<F> maxima(dim_);
       add_up(maxima, first, count, groups, wide, last);
-      raise_ranks(maxima, first, count, wide, last, rank, step);
+      rank_keys(maxima, first, count, wide, last, rank, step);
     }
     for (int64_t n = 0; n < count; ++n) {
       const int64_t block = first + n;
@@ -219,21 +218,29 @@ class ByColumns : Chooser<T, F> {
   }
 
   // How little every key's product with one of a block's centroids is below the centroid's sum.
-  void raise_ranks(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t wide,
+  void rank_keys(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t wide,
                    int64_t last, float* rank, int64_t rank_step) {
     F* tile = own_.tile.get(kKeys * dim_);
     const float* sums = own_.columns.sums(magnitude());
-    int64_t n = 0;
+    int64_t n = 0, fetched = 0;
     for (int64_t t = 0; t < last; t += kKeys) {
-      fetch(k_, t + kKeys, std::min(kKeys, last - t - kKeys), dim_);
       // Blocks that reach no further are done with.
       while (reach(first + n) <= t) {
         ++n;
       }
       int64_t step, padded;
       const F* keys = tile_of(t, std::min(kKeys, k_len_ - t), tile, &step, &padded);
-      maxima.raise_rows(keys, step, padded, own_.panels.get(0), n * wide, count * wide, wide, sums,
-                        rank + n * rank_step + t, rank_step);
+      fetched = std::max(fetched, t + kKeys);
+      const int64_t limit = std::min(last, t + 2 * kKeys);
+      // As many for every 16 keys and 32 columns that the next tile is there in time.
+      const int64_t few = std::max<int64_t>(1, 16 * 32 / ((count - n) * wide));
+      const auto fetch_few = [&]() __attribute__((always_inline)) {
+        for (int64_t i = 0; i < few && fetched < limit; ++i) {
+          fetch(k_, fetched++, 1, dim_);
+        }
+      };
+      maxima.of_columns(keys, step, padded, own_.panels.get(0), n * wide, count * wide, wide, sums,
+                        rank + n * rank_step + t, rank_step, fetch_few);
     }
   }
 

@@ -95,7 +95,6 @@ class Chooser {
     pack(queries, all, panels, 0, wide);
     F* keys = mine_.keys.get(tall * dim_);
     float* rank = mine_.exact.get(tall);
-    std::fill(rank, rank + tall, kHidden);
     {
       const ColumnMaxima<F> maxima(dim_);
       int64_t fetched = 0;
@@ -117,8 +116,8 @@ class Chooser {
                                             wide);
       }
       mine_.columns.finish();
-      maxima.raise_rows(keys, dim_, tall, panels, 0, wide, wide, mine_.columns.sums(magnitude()), rank,
-                        0);
+      maxima.of_columns(keys, dim_, tall, panels, 0, wide, wide, mine_.columns.sums(magnitude()), rank,
+                        0, [] {});
     }
     for (int64_t t = 0; t < count && tokens[t] < choice_.sinks; ++t) {
       rank[t] = kHidden;

@@ -1,14 +1,7 @@
 // Largest products of rows with columns, whose scores are never kept.
 #pragma once
 
-#include "common.h"
-
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#define LONGSWIFT_TILES 1
-#endif
+#include "tile_unit.h"
 
 namespace longswift {
 
@@ -24,27 +17,7 @@ class ColumnMaxima {
   // Room for `count` columns that belong together.
   static int64_t columns_for(int64_t count) { return round_up(count, count <= 16 ? 16 : 32); }
 
-  explicit ColumnMaxima(int64_t dim) : dim_(dim), tiles_(fits(dim)) {
-#if defined(LONGSWIFT_TILES)
-    if (tiles_) {
-      // Ends the configuration that other products left.
-      at::native::cpublas::brgemm_release();
-      alignas(64) static constexpr Configuration whole;
-      _tile_loadconfig(&whole);
-    }
-#endif
-  }
-
-  ~ColumnMaxima() {
-#if defined(LONGSWIFT_TILES)
-    if (tiles_) {
-      _tile_release();
-    }
-#endif
-  }
-
-  ColumnMaxima(const ColumnMaxima&) = delete;
-  ColumnMaxima& operator=(const ColumnMaxima&) = delete;
+  explicit ColumnMaxima(int64_t dim) : dim_(dim), unit_(fits(dim)) {}
 
   // The largest product of every 16 of `count` rows [dim], `step` apart, with each column of
   // [first, end), `[count / 16, *]`, rows `out_step` apart. Calls `meanwhile` now and then.
@@ -52,7 +25,7 @@ class ColumnMaxima {
   void of_rows(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
                int64_t end, float* out, int64_t out_step, Meanwhile&& meanwhile) const {
 #if defined(LONGSWIFT_TILES)
-    if (tiles_) {
+    if (unit_.used()) {
       by_tiles(rows, step, count, panels, first, end,
                [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                  meanwhile();
@@ -87,7 +60,7 @@ class ColumnMaxima {
       }
     };
 #if defined(LONGSWIFT_TILES)
-    if (tiles_) {
+    if (unit_.used()) {
       by_tiles(rows, step, count, panels, first, end, [&](int64_t r, int64_t c, const Pair& scores) {
         for (int tile = 0; tile < 2; ++tile, c += 16) {
           if (c >= first && c < end) {
@@ -105,28 +78,44 @@ class ColumnMaxima {
   }
 
   // Every `per` columns of [first, end), 16 or a multiple of 32, have `count` numbers of their own,
-  // `out_step` apart, one for each row: raises them to its largest product with a column, `less[c]`
-  // smaller.
-  void raise_rows(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
-                  int64_t end, int64_t per, const float* less, float* out, int64_t out_step) const {
+  // `out_step` apart, one for each row: its largest product with a column, `less[c]` smaller. Calls
+  // `meanwhile` now and then.
+  template <typename Meanwhile>
+  void of_columns(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
+                  int64_t end, int64_t per, const float* less, float* out, int64_t out_step,
+                  Meanwhile&& meanwhile) const {
 #if defined(LONGSWIFT_TILES)
-    if (tiles_) {
-      const auto raise = [](float* at, const Vec* best) __attribute__((always_inline)) {
-        larger(Vec::loadu(at), max_of_each(best)).store(at);
-      };
+    if (unit_.used()) {
       Vec best[16];
+      const auto both = [&](int i, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+        return larger(Vec::loadu(scores[0] + 16 * i) - Vec::loadu(less + c),
+                      Vec::loadu(scores[1] + 16 * i) - Vec::loadu(less + c + 16));
+      };
       if (per == 16) {
         by_tiles(rows, step, count, panels, first, end,
                  [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                   meanwhile();
                    for (int tile = 0; tile < 2; ++tile, c += 16) {
                      if (c >= first && c < end) {
 #pragma GCC unroll 16
                        for (int i = 0; i < 16; ++i) {
                          best[i] = Vec::loadu(scores[tile] + 16 * i) - Vec::loadu(less + c);
                        }
-                       raise(out + (c - first) / 16 * out_step + r, best);
+                       max_of_each(best).store(out + (c - first) / 16 * out_step + r);
                      }
                    }
+                 });
+        return;
+      }
+      if (per == 32) {
+        by_tiles(rows, step, count, panels, first, end,
+                 [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                   meanwhile();
+#pragma GCC unroll 16
+                   for (int i = 0; i < 16; ++i) {
+                     best[i] = both(i, c, scores);
+                   }
+                   max_of_each(best).store(out + (c - first) / 32 * out_step + r);
                  });
         return;
       }
@@ -134,16 +123,15 @@ class ColumnMaxima {
       float* to = out;
       by_tiles(rows, step, count, panels, first, end,
                [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-                 const Vec left = Vec::loadu(less + c), right = Vec::loadu(less + c + 16);
+                 meanwhile();
 #pragma GCC unroll 16
                  for (int i = 0; i < 16; ++i) {
-                   const Vec x = larger(Vec::loadu(scores[0] + 16 * i) - left,
-                                        Vec::loadu(scores[1] + 16 * i) - right);
+                   const Vec x = both(i, c, scores);
                    best[i] = inside == 0 ? x : larger(best[i], x);
                  }
                  inside += 32;
                  if (inside == per) {
-                   raise(to + r, best);
+                   max_of_each(best).store(to + r);
                    inside = 0;
                    to += out_step;
                  }
@@ -156,10 +144,13 @@ class ColumnMaxima {
 #endif
     by_products(rows, step, count, panels, first, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores) {
+                  meanwhile();
                   for (int64_t l = 0; l < wide; l += kColumns) {
-                    float* to = out + (c + l - first) / per * out_step + r;
+                    const int64_t place = c + l - first;
+                    float* to = out + place / per * out_step + r;
                     for (int64_t i = 0; i < tall; i += kLanes) {
-                      raise_each(scores + i * kPanel + l, less + c + l, to + i);
+                      const Vec best = best_of_each(scores + i * kPanel + l, less + c + l);
+                      (place % per == 0 ? best : larger(Vec::loadu(to + i), best)).store(to + i);
                     }
                   }
                 });
@@ -201,8 +192,8 @@ class ColumnMaxima {
     return larger(even, odd);
   }
 
-  // As many rows of scores as there are lanes, in `kColumns` columns.
-  static void raise_each(const float* scores, const float* less, float* out) {
+  // The largest of `kColumns` columns in each of as many rows of scores as there are lanes.
+  static Vec best_of_each(const float* scores, const float* less) {
     Vec best[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
       const float* of_row = scores + i * kPanel;
@@ -211,7 +202,7 @@ class ColumnMaxima {
         best[i] = larger(best[i], Vec::loadu(of_row + l) - Vec::loadu(less + l));
       }
     }
-    larger(Vec::loadu(out), max_of_each(best)).store(out);
+    return max_of_each(best);
   }
 
   // A column takes 32 bits of a panel's row: one number, or two of 16.
@@ -221,124 +212,119 @@ class ColumnMaxima {
   }
 
 #if defined(LONGSWIFT_TILES)
-  // Inner dimension of a tile of 16-bit factors.
-  static constexpr int64_t kDeep = 32;
-
-  struct Configuration {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-
-  // Linux lets a process use tiles when it asks.
-  static bool allowed() {
-    constexpr int64_t ask = 0x1023, tile_data = 18;
-    static const bool yes = syscall(SYS_arch_prctl, ask, tile_data) == 0;
-    return yes;
-  }
-
   // Scores of 16 rows, in two times 16 columns.
   using Pair = float[2][256];
 
   template <typename Use>
-  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
-                int64_t end, Use&& use) const {
-    const int64_t deep = dim_ / kDeep;
+  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels,
+                                       int64_t first, int64_t end, Use&& use) const {
     if (count == 0) {
       return;
     }
-    if (deep == 1) {
+    if (dim_ == kDeep) {
       by_tiles<1>(rows, step, count, panels, first, end, use);
-    } else if (deep == 2) {
+    } else if (dim_ == 2 * kDeep) {
       by_tiles<2>(rows, step, count, panels, first, end, use);
-    } else if (deep == 4) {
-      by_tiles<4>(rows, step, count, panels, first, end, use);
     } else {
       by_tiles<0>(rows, step, count, panels, first, end, use);
     }
   }
 
-  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair, while the next
-  // one is multiplied. Tiles of rows stay where they are for inner dimensions of `held` tiles.
+  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair. A pair is
+  // stored while the next is multiplied, and used while that is stored: neither waits for the other.
+  // Tiles of rows stay where they are for inner dimensions of `held` tiles.
   template <int held, typename Use>
-  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
-                int64_t end, Use&& use) const {
-    constexpr int64_t along = kPanel * 2 * sizeof(F), next = along * kDeep / 2;
-    const int64_t apart = step * sizeof(F);
+  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels,
+                                       int64_t first, int64_t end, Use&& use) const {
+    const int64_t apart = step * sizeof(F), begin = first / 32 * 32;
     alignas(64) Pair scores[2];
-    const int64_t begin = first / 32 * 32;
-    int64_t row = 0, column = begin;
-    int slot = 0;
+    int64_t row[2], column[2], done = 0;
     // The compiler does not know what tiles are loaded from.
     asm volatile("" ::: "memory");
     for (int64_t r = 0; r < count; r += 16) {
       const F* left = rows + r * step;
       if constexpr (held >= 1) {
-        _tile_loadd(4, left, apart);
+        tile::load<4>(left, apart);
       }
       if constexpr (held >= 2) {
-        _tile_loadd(5, left + kDeep, apart);
+        tile::load<5>(left + kDeep, apart);
       }
-      if constexpr (held >= 4) {
-        _tile_loadd(6, left + 2 * kDeep, apart);
-        _tile_loadd(7, left + 3 * kDeep, apart);
-      }
-      for (int64_t c = begin; c < end; c += 32) {
-        const char* right = reinterpret_cast<const char*>(columns_at(panels, c));
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (held >= 1) {
-          _tile_loadd(2, right, along);
-          _tile_dpbf16ps(0, 4, 2);
-          _tile_loadd(3, right + 64, along);
-          _tile_dpbf16ps(1, 4, 3);
-        }
-        if constexpr (held >= 2) {
-          _tile_loadd(2, right + next, along);
-          _tile_dpbf16ps(0, 5, 2);
-          _tile_loadd(3, right + next + 64, along);
-          _tile_dpbf16ps(1, 5, 3);
-        }
-        if constexpr (held >= 4) {
-          _tile_loadd(2, right + 2 * next, along);
-          _tile_dpbf16ps(0, 6, 2);
-          _tile_loadd(3, right + 2 * next + 64, along);
-          _tile_dpbf16ps(1, 6, 3);
-          _tile_loadd(2, right + 3 * next, along);
-          _tile_dpbf16ps(0, 7, 2);
-          _tile_loadd(3, right + 3 * next + 64, along);
-          _tile_dpbf16ps(1, 7, 3);
-        }
-        if constexpr (held == 0) {
-          for (int64_t d = 0; d < dim_; d += kDeep, right += next) {
-            _tile_loadd(4, left + d, apart);
-            _tile_loadd(2, right, along);
-            _tile_dpbf16ps(0, 4, 2);
-            _tile_loadd(3, right + 64, along);
-            _tile_dpbf16ps(1, 4, 3);
+      for (int64_t c = begin; c < end; c += 32, ++done) {
+        const F* right = columns_at(panels, c);
+        const auto at = [&](int64_t slot) __attribute__((always_inline)) {
+          if (done >= 2) {
+            use(row[slot], column[slot], scores[slot]);
           }
+          row[slot] = r, column[slot] = c;
+        };
+        if (done % 2 == 0) {
+          multiply_pair<held, 0>(left, apart, right);
+          if (done >= 1) {
+            store_pair<1>(scores[1]);
+          }
+          at(0);
+        } else {
+          multiply_pair<held, 1>(left, apart, right);
+          store_pair<0>(scores[0]);
+          at(1);
         }
-        if (r + c > begin) {
-          use(row, column, scores[slot ^ 1]);
-        }
-        _tile_stored(0, scores[slot][0], 64);
-        _tile_stored(1, scores[slot][1], 64);
-        row = r, column = c;
-        slot ^= 1;
       }
     }
-    use(row, column, scores[slot ^ 1]);
+    const int64_t last = (done - 1) % 2;
+    if (done >= 2) {
+      use(row[1 - last], column[1 - last], scores[1 - last]);
+    }
+    if (last == 0) {
+      store_pair<0>(scores[0]);
+    } else {
+      store_pair<1>(scores[1]);
+    }
+    use(row[last], column[last], scores[last]);
   }
 
-  static bool fits(int64_t dim) {
-    return std::is_same_v<F, at::BFloat16> && dim % kDeep == 0 && allowed();
+  template <int held, int slot>
+  [[gnu::always_inline]] void multiply_pair(const F* left, int64_t apart, const F* panel) const {
+    constexpr int64_t along = kPanel * 2 * sizeof(F), next = along * kDeep / 2;
+    constexpr int one = 2 * slot, two = one + 1;
+    const char* right = reinterpret_cast<const char*>(panel);
+    tile::zero<one>();
+    tile::zero<two>();
+    if constexpr (held >= 1) {
+      tile::load<6>(right, along);
+      tile::multiply<one, 4, 6>();
+      tile::load<7>(right + 64, along);
+      tile::multiply<two, 4, 7>();
+    }
+    if constexpr (held >= 2) {
+      tile::load<6>(right + next, along);
+      tile::multiply<one, 5, 6>();
+      tile::load<7>(right + next + 64, along);
+      tile::multiply<two, 5, 7>();
+    }
+    if constexpr (held == 0) {
+      for (int64_t d = 0; d < dim_; d += kDeep, right += next) {
+        tile::load<4>(left + d, apart);
+        tile::load<6>(right, along);
+        tile::multiply<one, 4, 6>();
+        tile::load<7>(right + 64, along);
+        tile::multiply<two, 4, 7>();
+      }
+    }
   }
-#else
-  static bool fits(int64_t) { return false; }
+
+  template <int slot>
+  [[gnu::always_inline]] static void store_pair(Pair& scores) {
+    tile::store<2 * slot>(scores[0], 64);
+    tile::store<2 * slot + 1>(scores[1], 64);
+  }
 #endif
 
+  static bool fits(int64_t dim) {
+    return std::is_same_v<F, at::BFloat16> && dim % kDeep == 0 && TileUnit::there();
+  }
+
   const int64_t dim_;
-  const bool tiles_;
+  const TileUnit unit_;
 };
 
 }  // namespace longswift

@@ -1,6 +1,6 @@
 // Attention of blocks of queries to gathered tokens and pooled means, merged into their windows'.
-#include "common.h"
 #include "kernels.h"
+#include "tile_attention.h"
 
 namespace longswift {
 
@@ -12,7 +12,7 @@ constexpr int64_t kPanel = 512;
 template <typename F>
 struct Space {
   Buffer<F> keys, values, packed_keys, packed_values, queries, probs;
-  Buffer<float> scores, bias, part, mean_keys, mean_values, counts;
+  Buffer<float> scores, bias, part, sums, tops, mean_keys, mean_values, counts;
   Buffer<int32_t> tokens;
 };
 
@@ -37,6 +37,7 @@ class Merger {
                 head * tokens.stride(1)),
         token_step_(tokens.stride(2)),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
+        unit_(by_unit(dim_, value_dim_)),
         mine_(of_thread<Space<F>>()) {
     for (int64_t g = 0; g < heads_; ++g) {
       const int64_t own = head * heads_ + g;
@@ -66,6 +67,16 @@ class Merger {
   }
 
  private:
+  static constexpr bool kNarrow = std::is_same_v<F, at::BFloat16>;
+
+  static bool by_unit(int64_t dim, int64_t value_dim) {
+#if defined(LONGSWIFT_TILES)
+    return kNarrow && TileAttention::fits(dim, value_dim);
+#else
+    return false;
+#endif
+  }
+
   // What a block sees beside its window, as keys, values and biases; returns how many.
   int64_t load(int64_t block) {
     const int32_t* slots = tokens_ + block * token_step_;
@@ -93,6 +104,7 @@ class Merger {
       convert(values + t * value_dim_, v_.row(tokens[t]), value_dim_);
     }
     std::fill(bias, bias + count, 0.0f);
+    tokens_loaded_ = count;
     int64_t at = count;
     const float* counts = mine_.counts.get(0);
     float* mean_keys = mine_.mean_keys.get(0);
@@ -115,6 +127,16 @@ class Merger {
     }
     F* packed_keys = mine_.packed_keys.get(width * dim_);
     F* packed_values = mine_.packed_values.get(width * value_dim_);
+#if defined(LONGSWIFT_TILES)
+    if constexpr (kNarrow) {
+      if (unit_.used()) {
+        const TileAttention tiles(dim_, value_dim_, static_cast<float>(how_.scale));
+        tiles.pack_keys(keys, dim_, width, packed_keys);
+        tiles.pack_values(values, value_dim_, width, packed_values);
+        return width;
+      }
+    }
+#endif
     for (int64_t p = 0; p < width; p += kPanel) {
       const int64_t some = std::min(kPanel, width - p);
       pack_transposed<F>(keys + p * dim_, dim_, some, dim_, packed_keys + p * dim_, some);
@@ -194,6 +216,14 @@ class Merger {
   }
 
   void attend(int64_t row, int64_t rows, int64_t width) {
+#if defined(LONGSWIFT_TILES)
+    if constexpr (kNarrow) {
+      if (unit_.used()) {
+        attend_by_unit(row, rows, width);
+        return;
+      }
+    }
+#endif
     const int64_t score_step = row_step(width);
     float* scores = mine_.scores.get(rows * score_step);
     F* probs = mine_.probs.get(rows * score_step);
@@ -217,11 +247,46 @@ class Merger {
         multiply<F>(rows, value_dim_, some, probs + p, score_step, values + p * value_dim_, value_dim_,
                     part, value_dim_, p > 0);
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        merge(out_[g].row(row + i), lse_[g] + row + i, part + i * value_dim_, tops[i], sums[i]);
+      merge(g, row, rows, part, tops, sums);
+    }
+  }
+
+#if defined(LONGSWIFT_TILES)
+  void attend_by_unit(int64_t row, int64_t rows, int64_t width) {
+    constexpr int64_t some = TileAttention::kRows;
+    const TileAttention tiles(dim_, value_dim_, static_cast<float>(how_.scale));
+    const F* keys = mine_.packed_keys.get(0);
+    const F* values = mine_.packed_values.get(0);
+    float* bias = mine_.bias.get(0);
+    const TileState state{mine_.part.get(some * value_dim_),
+                          mine_.sums.get(some * TileAttention::kLines), mine_.tops.get(some)};
+    // Tokens have no bias; where a bias may come, a scale may be negative.
+    const int64_t plain =
+        how_.scale > 0.0 ? tokens_loaded_ / TileAttention::kGroup * TileAttention::kGroup : 0;
+    for (int64_t c = plain; c < width; ++c) {
+      bias[c] *= kLog2e;
+    }
+    F* queries = mine_.queries.get(some * dim_);
+    for (int64_t g = 0; g < heads_; ++g) {
+      for (int64_t i = 0; i < rows; i += some) {
+        const int64_t tall = std::min(some, rows - i);
+        for (int64_t r = 0; r < tall; ++r) {
+          convert(queries + r * dim_, q_[g].row(row + i + r), dim_);
+        }
+        std::fill(queries + tall * dim_, queries + some * dim_, F(0.0f));
+        tiles.begin(state);
+        tiles.add(queries, state, keys, values, plain);
+        tiles.add_biased(queries, state, keys, values, plain, width, bias + plain);
+        float tops[some], totals[some];
+        for (int64_t r = 0; r < tall; ++r) {
+          tops[r] = state.tops[r] / kLog2e;
+          totals[r] = TileAttention::total(state, r);
+        }
+        merge(g, row + i, tall, state.part, tops, totals);
       }
     }
   }
+#endif
 
   // Adds the biases to the scaled scores and turns them into unnormalised probabilities.
   void weigh(float* scores, int64_t width, F* probs, float* top, float* sum) {
@@ -237,18 +302,38 @@ class Merger {
     *sum = exponentials(scores, width, 1.0f, *top, probs);
   }
 
-  void merge(T* out, float* lse, const float* part, float top, float sum) {
-    const float mine = top + std::log(sum), band = *lse, high = std::max(mine, band);
-    const float total = high + std::log(std::exp(mine - high) + std::exp(band - high));
-    const float keep = band - total > kNegligible ? std::exp(band - total) : 0.0f;
-    const float add = mine - total > kNegligible ? std::exp(mine - total) / sum : 0.0f;
-    float line[value_dim_];
-    convert(line, out, value_dim_);
-    for (int64_t d = 0; d < value_dim_; ++d) {
-      line[d] = line[d] * keep + part[d] * add;
+  // Adds what `count` rows saw here, `part` of unnormalised weights that sum to `sums` relative to
+  // `tops`, to what their bands saw.
+  void merge(int64_t g, int64_t row, int64_t count, const float* part, const float* tops,
+             const float* sums) {
+    float keep[kLanes], add[kLanes];
+    for (int64_t i = 0; i < count; i += kLanes) {
+      weights(lse_[g] + row + i, tops + i, sums + i, std::min<int64_t>(kLanes, count - i), keep, add);
+      for (int64_t r = i; r < std::min<int64_t>(i + kLanes, count); ++r) {
+        T* out = out_[g].row(row + r);
+        const float* more = part + r * value_dim_;
+        const Vec old(keep[r - i]), by(add[r - i]);
+        float line[value_dim_];
+        convert(line, out, value_dim_);
+        for (int64_t d = 0; d < value_dim_; d += kLanes) {
+          convert(out + d, Vec::loadu(line + d) * old + Vec::loadu(more + d) * by);
+        }
+      }
     }
-    convert(out, line, value_dim_);
-    *lse = total;
+  }
+
+  // What is kept of the bands' results and what of the parts is added; `lse` becomes that of both.
+  static void weights(float* lse, const float* tops, const float* sums, int64_t count, float* keep,
+                      float* add) {
+    const Vec sum = Vec::loadu(sums, count), band = Vec::loadu(lse, count);
+    const Vec mine = Vec::loadu(tops, count) + sum.log(), high = at::vec::maximum(mine, band);
+    const Vec total = high + ((mine - high).exp() + (band - high).exp()).log();
+    const auto share = [&](const Vec& x) {
+      return Vec::blendv(Vec(0.0f), (x - total).exp(), x - total > Vec(kNegligible));
+    };
+    share(band).store(keep);
+    (share(mine) / sum).store(add);
+    total.store(lse, static_cast<int>(count));
   }
 
   const Gather& how_;
@@ -257,8 +342,9 @@ class Merger {
   const int32_t* tokens_;
   const int64_t token_step_;
   const int64_t* edges_;
+  const TileUnit unit_;
   Space<F>& mine_;
-  int64_t pools_ = 0;
+  int64_t pools_ = 0, tokens_loaded_ = 0;
   Rows<const float> key_grains_{}, value_grains_{}, key_sums_{}, value_sums_{};
   std::vector<Rows<const T>> q_;
   std::vector<Rows<T>> out_;

@@ -1,8 +1,8 @@
 // Tiles of queries against a contiguous stretch of keys, which are packed once for many rows.
 #pragma once
 
-#include "common.h"
 #include "kernels.h"
+#include "tile_attention.h"
 
 namespace longswift {
 
@@ -38,6 +38,7 @@ class Tiles {
         lse_(lse),
         k_(rows_of<const T>(k, batch, head)),
         v_(rows_of<const T>(v, batch, head)),
+        unit_(by_unit(dim_, value_dim_)),
         mine_(of_thread<Space>()) {}
 
   // Packs the panel that begins `p` keys after the first of a tile.
@@ -45,6 +46,16 @@ class Tiles {
     const int64_t some = std::min(kPanel, shape_.width - p), whole = round_up(some, kWidths);
     int64_t step;
     const F* keys = factors<T, F>(k_, key + p, some, dim_, mine_.keys, &step);
+#if defined(LONGSWIFT_TILES)
+    if constexpr (kNarrow) {
+      if (unit_.used()) {
+        const TileAttention tiles(dim_, value_dim_, scale_);
+        tiles.pack_keys(keys, step, some, to.keys + p * dim_);
+        tiles.pack_values(v_.row(key + p), v_.step, some, to.values + p * value_dim_);
+        return;
+      }
+    }
+#endif
     pack_transposed<F>(keys, step, some, dim_, to.keys + p * dim_, whole);
     clear_columns<F>(to.keys + p * dim_, dim_, whole, some, whole);
     const F* values = factors<T, F>(v_, key + p, some, value_dim_, mine_.values, &step);
@@ -53,6 +64,14 @@ class Tiles {
 
   // Rows [first, +rows) of the tile that begins at `row`, at most `kRows`, of a head of the group.
   void attend(const Packed<F>& packed, int64_t g, int64_t row, int64_t first, int64_t rows) {
+#if defined(LONGSWIFT_TILES)
+    if constexpr (kNarrow) {
+      if (unit_.used()) {
+        attend_by_unit(packed, g, row, first, rows);
+        return;
+      }
+    }
+#endif
     const int64_t tall = round_up(rows, kHeights);
     int64_t step;
     const F* queries = rows_to_multiply(g, row + first, rows, tall, &step);
@@ -85,10 +104,53 @@ class Tiles {
   }
 
  private:
+  static constexpr bool kNarrow = std::is_same_v<F, at::BFloat16>;
+
   struct Space {
     Buffer<F> keys, values, queries, probs;
-    Buffer<float> scores, part, top, total;
+    Buffer<float> scores, part, top, total, sums;
   };
+
+#if defined(LONGSWIFT_TILES)
+  static bool by_unit(int64_t dim, int64_t value_dim) {
+    return kNarrow && TileAttention::fits(dim, value_dim);
+  }
+
+  // A panel of keys at a time for all rows, so that it comes from a near cache.
+  void attend_by_unit(const Packed<F>& packed, int64_t g, int64_t row, int64_t first,
+                      int64_t rows) {
+    constexpr int64_t some = TileAttention::kRows, lines = TileAttention::kLines;
+    const TileAttention tiles(dim_, value_dim_, scale_);
+    const int64_t tall = round_up(rows, some);
+    const F* queries = copied(g, row + first, rows, tall);
+    float* part = mine_.part.get(tall * value_dim_);
+    float* sums = mine_.sums.get(tall * lines);
+    float *top = mine_.top.get(tall), *total = mine_.total.get(rows);
+    const auto state = [&](int64_t i) {
+      return TileState{part + i * value_dim_, sums + i * lines, top + i};
+    };
+    for (int64_t i = 0; i < tall; i += some) {
+      tiles.begin(state(i));
+    }
+    const int64_t last_key = end_key(first + rows - 1);
+    for (int64_t p = first_key(first) / kPanel * kPanel; p < last_key; p += kPanel) {
+      for (int64_t i = 0; i < rows; i += some) {
+        const int64_t last = std::min(i + some, rows) - 1, place = shape_.shift + first + i;
+        const int64_t from = std::max(p, first_key(first + i) / kWidths * kWidths);
+        tiles.add(queries + i * dim_, state(i), packed.keys, packed.values, from,
+                  std::min(p + kPanel, end_key(first + last)), place - shape_.behind,
+                  place + shape_.ahead + 1);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      total[i] = TileAttention::total(state(0), i);
+      top[i] = total[i] == 0.0f ? kHidden : top[i] / kLog2e;
+    }
+    store(g, row + first, rows, part, top, total);
+  }
+#else
+  static bool by_unit(int64_t, int64_t) { return false; }
+#endif
 
   // Keys that the row at place `i` of the tile sees: [first, end).
   int64_t first_key(int64_t i) const {
@@ -104,12 +166,17 @@ class Tiles {
     if (rows == tall) {
       return factors<T, F>(from, first, rows, dim_, mine_.queries, step);
     }
+    *step = dim_;
+    return copied(g, first, rows, tall);
+  }
+
+  const F* copied(int64_t g, int64_t first, int64_t rows, int64_t tall) {
+    const Rows<const T> from = rows_of<const T>(q_, batch_, first_head_ + g);
     F* copy = mine_.queries.get(tall * dim_);
     for (int64_t i = 0; i < rows; ++i) {
       convert(copy + i * dim_, from.row(first + i), dim_);
     }
     std::fill(copy + rows * dim_, copy + tall * dim_, F(0.0f));
-    *step = dim_;
     return copy;
   }
 
@@ -168,6 +235,7 @@ class Tiles {
   const Rectangle& shape_;
   const at::Tensor &q_, &out_, &lse_;
   const Rows<const T> k_, v_;
+  const TileUnit unit_;
   Space& mine_;
 };
 

@@ -1,0 +1,100 @@
+// The processor's unit for products of tiles, where it has one for bf16.
+#pragma once
+
+#include "common.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
+    defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#define LONGSWIFT_TILES 1
+#endif
+
+namespace longswift {
+
+// Inner dimension of a tile of bf16 factors.
+constexpr int64_t kDeep = 32;
+
+// Eight tiles of 16 rows of 64 bytes. While an object that uses them lives, its thread must not
+// multiply by other means.
+class TileUnit {
+ public:
+  explicit TileUnit(bool used) : used_(used) {
+#if defined(LONGSWIFT_TILES)
+    if (used_) {
+      // Ends the configuration that other products left.
+      at::native::cpublas::brgemm_release();
+      alignas(64) static constexpr Configuration whole;
+      _tile_loadconfig(&whole);
+    }
+#endif
+  }
+
+  ~TileUnit() {
+#if defined(LONGSWIFT_TILES)
+    if (used_) {
+      _tile_release();
+    }
+#endif
+  }
+
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+
+  // Whether there is one that this process may use.
+  static bool there() {
+#if defined(LONGSWIFT_TILES)
+    // Linux lets a process use tiles when it asks.
+    constexpr int64_t ask = 0x1023, tile_data = 18;
+    static const bool allowed = syscall(SYS_arch_prctl, ask, tile_data) == 0;
+    return allowed;
+#else
+    return false;
+#endif
+  }
+
+  bool used() const { return used_; }
+
+ private:
+  struct Configuration {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+
+  const bool used_;
+};
+
+#if defined(LONGSWIFT_TILES)
+
+// The instructions, for numbers of tiles that a template computes; the compiler's own want digits.
+namespace tile {
+
+template <int to>
+void zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(to));
+}
+
+// 16 rows of 64 bytes, `apart` bytes apart. The compiler does not know that memory is read.
+template <int to>
+void load(const void* rows, int64_t apart) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(apart), "i"(to));
+}
+
+template <int from>
+void store(void* rows, int64_t apart) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(apart), "i"(from) : "memory");
+}
+
+// Adds the product of tiles of bf16 factors, the right one's rows in pairs.
+template <int sum, int left, int right>
+void multiply() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+}
+
+}  // namespace tile
+
+#endif
+
+}  // namespace longswift
