@@ -22,7 +22,7 @@ from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
-from longswift.kernels.native.whole import attend_whole, is_whole
+from longswift.kernels.native.whole import attend_by_rows, attend_whole, is_whole
 from longswift.kernels.native.windows import attend_windows
 
 __all__ = [
@@ -81,7 +81,7 @@ def attend_bands(
     if bias is None and scale > 0.0 and q.numel() and k.numel():
         with torch.no_grad():
             if is_whole(pattern, q.shape[2], k.shape[2]):
-                found = attend_whole(q, k, v, causal=pattern.causal, scale=scale)
+                found = attend_by_rows(q, k, v, causal=pattern.causal, scale=scale)
             else:
                 found = attend_windows(q, k, v, pattern, scale, into)
                 if found is not None:

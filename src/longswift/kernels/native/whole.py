@@ -12,16 +12,47 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.rectangles import jobs
 from longswift.core.types import Partial
 
+# Scores of a call, and the rows that are worth packing the keys again for.
+_SCORES = 1 << 30
+_FEWEST = 1024
+
 
 def attend_whole(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial | None:
     """Attention of tensors on a CPU that nobody has checked; without gradients.
 
     Returns:
         None for what breaks the layout contract or holds NaN or infinity, for few rows (to pack
-        the keys would cost more than to read them), and beyond 8,192 keys.
+        the keys would cost more than to read them), and beyond 8,192 keys, unless the processor
+        has a unit for products of such tiles and there are at most 2**31 scores.
     """
     out, lse, done = _operator()(q, k, v, scale, causal)
     return Partial(out, lse) if done > 0 else None
+
+
+def attend_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+) -> Partial | None:
+    """``attend_whole``, some rows at a time where there are many: in between Ctrl-C is heard."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    rows = max(_FEWEST, _SCORES // (q.shape[0] * q.shape[1] * k_len) // _FEWEST * _FEWEST)
+    if q_len <= rows:
+        return attend_whole(q, k, v, causal=causal, scale=scale)
+    whole: Partial | None = None
+    for first in range(0, q_len, rows):
+        end = min(first + rows, q_len)
+        keys = k_len - q_len + end if causal else k_len
+        part = attend_whole(
+            q[:, :, first:end], k[:, :, :keys], v[:, :, :keys], causal=causal, scale=scale
+        )
+        if part is None:
+            return None
+        if whole is None:
+            whole = Partial(
+                part.out.new_empty(*q.shape[:3], v.shape[3]), part.lse.new_empty(q.shape[:3])
+            )
+        whole.out[:, :, first:end] = part.out
+        whole.lse[:, :, first:end] = part.lse
+    return whole
 
 
 @functools.cache

@@ -13,8 +13,10 @@ namespace {
 constexpr int64_t kKept = 8 << 20;
 // Keys of a head that one thread packs and reads: for another they would have to change caches.
 constexpr int64_t kAlone = 512;
-// Keys up to which packed ones are few enough for a thread to keep their memory.
+// Keys beyond which other kernels are as fast as products of scores that do not stay in the nearest cache.
 constexpr int64_t kMost = 8192;
+// Scores of a call, which nothing interrupts: some tenths of a second.
+constexpr int64_t kScores = int64_t{1} << 31;
 // Query rows for which products as high as these are worth while; those of 16 bits are cheap.
 constexpr int64_t kFewest = 32;
 constexpr int64_t kFewestNarrow = 4;
@@ -54,7 +56,9 @@ class Whole {
       return finite_;
     }
     const int64_t some = std::clamp<int64_t>(kKept / (size_ * sizeof(F)), 1, heads);
-    F* memory = buffer().get(some * size_);
+    // What many keys need is given back.
+    Buffer<F> many;
+    F* memory = (keys_ > kMost ? many : buffer()).get(some * size_);
     for (int64_t first = 0; first < heads && finite_; first += some) {
       attend_heads(first, std::min(some, heads - first), memory);
     }
@@ -151,6 +155,15 @@ class Whole {
   std::atomic<bool> finite_{true};
 };
 
+bool by_unit(const at::Tensor& q, const at::Tensor& v) {
+#if defined(LONGSWIFT_TILES)
+  return q.scalar_type() == at::kBFloat16 && multiplies(at::kBFloat16) &&
+      TileAttention::fits(q.size(3), v.size(3));
+#else
+  return false;
+#endif
+}
+
 // Whether the layout contract holds, and the kernels take these inputs.
 bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
            bool causal) {
@@ -171,8 +184,9 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   const bool fit = k.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(0) == k.size(0) &&
       v.size(1) == k.size(1) && v.size(2) == k.size(2) && q.size(1) % k.size(1) == 0;
   const int64_t fewest = multiplies(q.scalar_type()) ? kFewestNarrow : kFewest;
-  return fit && scale > 0.0 && k.size(2) <= kMost && (!causal || q.size(2) <= k.size(2)) &&
-      q.size(2) >= fewest;
+  const int64_t scores = q.size(0) * q.size(1) * q.size(2) * k.size(2);
+  return fit && scale > 0.0 && (k.size(2) <= kMost || (by_unit(q, v) && scores <= kScores)) &&
+      (!causal || q.size(2) <= k.size(2)) && q.size(2) >= fewest;
 }
 
 }  // namespace
