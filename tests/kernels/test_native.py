@@ -133,7 +133,7 @@ def test_more_keys_than_a_panel(dtype: torch.dtype) -> None:
 
 
 @needs_them
-def test_gradients_are_the_eager_kernels() -> None:
+def test_gradients_are_the_eager_kernels_of_its_own_output() -> None:
     pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),), block=16)
     q, k, v = torch.randn(3, 1, 1, 50, 16)
     problem = Problem(pattern=pattern, q=q, k=k, v=v, scale=0.25)
@@ -141,7 +141,7 @@ def test_gradients_are_the_eager_kernels() -> None:
     for ours, theirs in zip(
         gradients(native, problem, weights), gradients(eager, problem, weights), strict=True
     ):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @st.composite
