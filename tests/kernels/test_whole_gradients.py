@@ -54,8 +54,8 @@ def loss(found: Partial | AttentionResult, of: str) -> Tensor:
     parts = []
     for name, x in (("out", found.out), ("lse", found.lse)):
         if name in of:
-            weights = torch.linspace(-1.0, 1.5, x.numel(), dtype=x.dtype).view(x.shape)
-            parts.append((weights * x).double().sum())
+            weights = torch.linspace(-1.0, 1.5, x.numel(), dtype=torch.float64).view(x.shape)
+            parts.append((weights.to(x.dtype) * x).double().sum())
     return torch.stack(parts).sum()
 
 
@@ -147,27 +147,25 @@ def test_leading_rows_of_a_sparse_call_go_through_it(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_16_bit_sums_do_not_lose_more_the_longer_they_are(
+def test_16_bit_sums_lose_less_than_those_of_torch(
     dtype: torch.dtype, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut along the rows, no worse than torch's own gradients of one of the cuts."""
-    monkeypatch.setattr(whole, "_ROWS", 256)
-    inputs = made(1500, 1500, groups=2, dtype=dtype)
-    found = eager.attend(*inputs, full_pattern(1500, 2, causal, q_len=1500), 0.25)
+    """Cut along the rows and added up in fp32."""
+    monkeypatch.setattr(whole, "_ROWS", 768)
+    inputs = made(3840, 3840, heads=1, groups=2, width=64, value_width=64, dtype=dtype)
+    found = eager.attend(*inputs, full_pattern(3840, 1, causal), 0.25)
     grads = torch.autograd.grad(loss(found, "out"), inputs)
 
-    def by_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def by_torch(inputs: Inputs) -> tuple[Tensor, ...]:
+        q, k, v = inputs
         k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.25)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.25)
+        return torch.autograd.grad(loss(Partial(out, out[..., 0]), "out"), inputs)
 
-    out = by_torch(*inputs)
-    plain = torch.autograd.grad(loss(Partial(out, out[..., 0]), "out"), inputs)
-    exact = doubled(inputs)
-    out = by_torch(*exact)
-    right = torch.autograd.grad(loss(Partial(out, out[..., 0]), "out"), exact)
-    for ours, theirs, true in zip(grads, plain, right, strict=True):
+    plain, exact = by_torch(inputs), by_torch(doubled(inputs))
+    for ours, theirs, true, share in zip(grads, plain, exact, (1.1, 0.7, 0.7), strict=True):
         errors = [float((x.double() - true).norm()) for x in (ours, theirs)]
-        assert ours.dtype == dtype and errors[0] <= 1.1 * errors[1]
+        assert ours.dtype == dtype and errors[0] <= share * errors[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
