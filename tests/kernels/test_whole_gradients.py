@@ -207,12 +207,23 @@ def test_under_autocast_gradients_are_the_same() -> None:
         assert torch.equal(plain, cast)
 
 
-def test_some_inputs_may_need_none_and_gradients_may_come_expanded() -> None:
+def test_some_inputs_may_need_no_gradient() -> None:
     q, k, v = made(70, 70)
-    out = MSSwift()(q.detach(), k, v.detach()).out
-    alone = torch.autograd.grad(out.sum(), k)[0]
-    every = torch.autograd.grad(MSSwift()(q, k, v).out, (q, k, v), torch.ones_like(out))
-    torch.testing.assert_close(alone, every[1])
+    alone = torch.autograd.grad(MSSwift()(q.detach(), k, v.detach()).out.sum(), k)[0]
+    every = torch.autograd.grad(MSSwift()(q, k, v).out.sum(), (q, k, v))
+    assert torch.equal(alone, every[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 16), (1, 1, 70, 1), (1, 2, 1, 1)])
+def test_gradients_may_come_expanded(shape: tuple[int, ...]) -> None:
+    inputs = made(70, 70)
+    given = torch.linspace(0.5, 2.0, 2 * 70 * 16)[: torch.Size(shape).numel()].view(shape)
+    given = given.expand(1, 2, 70, 16)
+    expanded, dense = (
+        torch.autograd.grad(MSSwift()(*inputs).out, inputs, x) for x in (given, given.clone())
+    )
+    for found, right in zip(expanded, dense, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
 def test_second_derivatives_are_refused() -> None:
