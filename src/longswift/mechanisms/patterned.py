@@ -159,7 +159,7 @@ def _band_keys_in_all(
 
 
 def _numbers(x: Tensor) -> tuple[float, ...]:
-    """The values of ``x``; ``tolist`` of old versions does not see through torch.func's wrappers."""
+    """The values of ``x``; PyTorch 2.9's ``tolist`` does not see through torch.func's wrappers."""
     try:
         return tuple(x.tolist())
     except RuntimeError:
