@@ -22,7 +22,7 @@ from torch import Tensor
 from longswift import Full, SlidingWindow
 from longswift.core.errors import InputError, LongSwiftError, problem
 from longswift.eval.bench_plots import lines
-from longswift.eval.plots import figure, save
+from longswift.eval.plots import drawable, figure, save
 from longswift.eval.results import Progress, Result, load, writable
 from longswift.hf import LongSwiftConfig, LongSwiftLM, memory_parameters
 from longswift.mechanisms.bigbird import BigBird
@@ -202,6 +202,8 @@ def main() -> int:
                     fix="Separate names by commas.",
                 )
             )
+        if given.png:
+            drawable(given.png)
         config = {key: getattr(given, key) for key in ("steps", "rows", "told")}
         config |= {"attention": names}
         result = Result(kind="recall", config=config, seed=given.seed, rows=[])

@@ -15,7 +15,7 @@ from longswift.core.errors import InputError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval import selection
 from longswift.eval.options import length
-from longswift.eval.plots import COLOURS, figure, save
+from longswift.eval.plots import COLOURS, drawable, figure, save
 from longswift.eval.results import Result, load
 from longswift.mechanisms.selectors.anchor import Anchor
 from longswift.mechanisms.selectors.antidiagonal import Antidiagonal
@@ -140,6 +140,8 @@ def main() -> int:
             documents=given.documents,
             repeats=given.repeats,
         )
+        if given.png:
+            drawable(given.png)
         selection.run(study, given.json, fresh=given.fresh)
         result = load(given.json, selection.KIND)
         if given.png:

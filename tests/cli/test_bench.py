@@ -72,6 +72,8 @@ def test_a_model_of_ones_own(model_directory: Path) -> None:
         (["prefill", "random-llama", "--chunk", "100"], "block"),
         (["train", "--dtype", "int8"], "int8"),
         (["train", "--plot", "/proc/nowhere/r.png"], "/proc/nowhere"),
+        (["train", "--plot", "r.txt"], ".png or .svg"),
+        (["attention", "--plot", "r"], ".png or .svg"),
         (["attention", "--mechanism", "all", "--set", "nothing.x=1"], "--set"),
     ],
 )

@@ -51,6 +51,9 @@ def test_compare_prints_the_table(model_directory: Path, tmp_path: Path) -> None
     assert "top 1" in result.output and "needle" in result.output
     assert json.loads((tmp_path / "t.json").read_text())["kind"] == "compare"
     assert "'x'" in refuse("compare", "--attention", "x")
+    for command in (["compare"], ["eval", "tiny"]):
+        assert ".png or .svg" in refuse(*command, "--plot", tmp_path / "r.jpg")
+    assert not (tmp_path / "r.jpg").exists()
 
 
 def test_recall_needs_no_model(tmp_path: Path) -> None:
@@ -60,3 +63,4 @@ def test_recall_needs_no_model(tmp_path: Path) -> None:
     assert "keys seen" in result.output
     assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["found"] < 0.9
     assert "pairs" in refuse("bench", "recall", "--pairs", "5000")
+    assert "causal form" in refuse("bench", "recall", "--mechanism", "nystrom")

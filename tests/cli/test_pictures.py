@@ -56,6 +56,8 @@ def test_report_writes_page_and_json(model_directory: Path, document: Path, tmp_
     [
         (["patterns", "--mechanism", "nothing", "--out", "x.png"], "'nothing'"),
         (["patterns", "--out", "x.pdf"], ".svg"),
+        (["patterns", "tiny", "--file", "no.txt", "--out", "x.png"], ".html"),
+        (["report", "tiny", "--file", "no.txt", "--out", "x.json"], ".html"),
         (["patterns", "tiny"], "--file"),
         (["patterns", "tiny", "--file", "no.txt", "--mechanism", "linear"], "through a state"),
         (["patterns", "--length", "9", "--out", "x.png"], "16 to 512"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longswift.core.summary import KeySummary
+from longswift.memory.paged_kv import PagedKV
 
 FIELDS = ("k_min", "k_max", "k_sum", "v_sum")
 
@@ -48,6 +49,22 @@ def test_rows_selects_aligned_rows_only() -> None:
     assert part is not None
     assert part.k_min.shape == (2, 2, 3, 4)
     assert torch.equal(part.k_max, summary.k_max[[0, 2], :, :3])
+
+
+def test_some_heads_use_the_sums_that_a_cache_remembers() -> None:
+    pages = PagedKV()
+    pages.append(*torch.randn(2, 1, 5, 200, 4))
+    whole = pages.summary()
+    assert whole is not None
+    k_sum, v_sum = whole.pool_sums(4)
+    evenly, others = whole.heads(slice(1, 5, 2)), whole.heads([0, 3, 4])
+    for found, right in zip(evenly.pool_sums(4), (k_sum, v_sum), strict=True):
+        assert torch.equal(found, right[:, 1::2])
+        assert found.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+    for found, right in zip(others.heads([2, 0]).pool_sums(4), (k_sum, v_sum), strict=True):
+        assert torch.equal(found, right[:, [4, 0]])
+    built = KeySummary.build(*torch.randn(2, 1, 5, 200, 4), 16).heads([0, 3])
+    torch.testing.assert_close(built.pool_sums(4)[0], built.coarsen(4).k_sum)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from longswift.core.errors import ConfigError, InputError
 from longswift.eval import attention, attention_table
 from longswift.eval.attention import AttentionBench
+from longswift.eval.attention_rivals import Rival
 from longswift.eval.attention_table import AttentionRow
 from longswift.eval.bench_plots import lines, plot_attention
 from longswift.eval.compare import compare
@@ -66,6 +68,40 @@ def test_every_direction_has_its_baseline() -> None:
     assert len(run(bench(lengths=(128,), mechanisms=(landmarks,), causal=False)).rows) == 2
 
 
+def test_the_backward_pass_is_also_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very runs whose forward and backward time is the row's, those thrown away left out."""
+    clock = iter(range(1000))
+    real = attention.caller
+
+    def caller(asked: AttentionBench, rival: Rival, *inputs: Tensor) -> Any:
+        run = real(asked, rival, *inputs)
+        # Backward passes of 0, 1, 2, ... s, one after the other.
+        return lambda: run()._replace(backward_seconds=float(next(clock)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "caller", caller)
+        result = run(bench(lengths=(128,), repeats=2, backward=True))
+    base, window = (AttentionRow(**row) for row in result.rows)
+    # 0 and 1 warm up; then sdpa, window, window, sdpa.
+    assert base.backward_seconds == 3.5 and window.backward_seconds == 3.5
+    result = run(bench(lengths=(128,), repeats=2, backward=True))
+    base, window = (AttentionRow(**row) for row in result.rows)
+    for row in (base, window):
+        assert row.backward_seconds and 0 < row.backward_seconds < row.slowest
+    assert base.backward_speedup == 1.0
+    assert window.backward_speedup == pytest.approx(
+        base.backward_seconds / window.backward_seconds  # type: ignore[operator]
+    )
+    table = attention_table.table(result)
+    assert "backward alone" in table.columns and all(
+        len(r) == len(table.columns) for r in table.rows
+    )
+    assert "the backward pass alone" in result.summary["sentences"][0]
+    forward = run(bench(lengths=(128,)))
+    assert "backward alone" not in attention_table.table(forward).columns
+    assert forward.rows[0]["backward_seconds"] is None
+
+
 def test_the_roofline_is_counted_from_what_was_scored() -> None:
     result = run(bench(lengths=(256,)))
     base, window = (AttentionRow(**row) for row in result.rows)
@@ -84,6 +120,8 @@ def test_results_from_before_the_roofline_can_be_read() -> None:
     result = run(bench())
     new = (
         "causal",
+        "backward_seconds",
+        "backward_speedup",
         "state_bytes",
         "flops",
         "least_bytes",

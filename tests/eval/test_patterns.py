@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import longswift
-from longswift.core.errors import ConfigError, UnsupportedError
+from longswift.core.errors import ConfigError, InputError, UnsupportedError
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.eval import pattern_plots, pattern_table
@@ -190,7 +190,7 @@ def test_options_are_written_as_people_write_them() -> None:
         ({"names": "none_such"}, ConfigError, "none_such"),
         ({"length": 8}, ConfigError, "16 to 512"),
         ({"length": 4096}, ConfigError, "16 to 512"),
-        ({"path": "picture.pdf"}, ConfigError, ".svg"),
+        ({"path": "picture.pdf"}, InputError, ".svg"),
         ({"names": "ms_swift", "settings": ["colour=1"]}, ConfigError, "colour"),
         ({"names": "ms_swift,full", "settings": ["sinks=1"]}, ConfigError, "NAME.OPTION"),
     ],

@@ -73,7 +73,10 @@ def test_chunks_are_the_quadratic_form(call: tuple[list[Tensor], dict[str, Any]]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         results.append([*parts, *grads])
     for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, **close(tensors[0].dtype))
+        # Terms as large as the largest entry may cancel in another one.
+        limits = close(tensors[0].dtype)
+        limits["atol"] *= max(1.0, float(torch.where(slow.isfinite(), slow, 0.0).abs().max()))
+        torch.testing.assert_close(fast, slow, **limits)
     assert torch.equal(run(eager, tensors, options).out, results[0][0])
 
 

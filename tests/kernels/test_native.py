@@ -1,11 +1,8 @@
-"""The compiled kernels against the dense reference and against the eager backend's choices."""
+"""The compiled kernels against the dense reference and the eager backend."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longswift import ConfigError, Full, InputError, MSSwift, SlidingWindow, UnsupportedError
+from longswift import Full, InputError, MSSwift, SlidingWindow, UnsupportedError
 from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import Partial
-from longswift.kernels import dispatch, eager, native, reference
-from longswift.kernels.native import choosing
-from longswift.kernels.native.factors import ranking_dtype
-from longswift.mechanisms.selectors.base import Request, Selection
+from longswift.kernels import eager, native, reference
 from longswift.mechanisms.selectors.bounds import Bounds
 from longswift.mechanisms.selectors.centroids import Centroids
 from longswift.memory.paged_kv import PagedKV
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import Problem, problems
 
-CPU = torch.device("cpu")
-RUNS, WHY = native.verify(CPU)
-needs_them = pytest.mark.skipif(not RUNS, reason=WHY)
+RUNS, WHY = native.verify(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(not RUNS, reason=WHY)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +69,6 @@ def error(got: Partial, exact: Partial) -> tuple[float, float]:
     return float(out), float(lse)
 
 
-@needs_them
 @settings(max_examples=150)
 @given(wide_problems(), st.sampled_from(DTYPES))
 def test_forward(problem: Problem, dtype: torch.dtype) -> None:
@@ -97,7 +89,6 @@ def test_forward(problem: Problem, dtype: torch.dtype) -> None:
     assert torch.equal(again.out, fast.out) and torch.equal(again.lse, fast.lse)
 
 
-@needs_them
 @settings(max_examples=30)
 @given(wide_problems())
 def test_bands(problem: Problem) -> None:
@@ -109,7 +100,6 @@ def test_bands(problem: Problem) -> None:
     torch.testing.assert_close(fast.lse.double(), exact.lse, rtol=1e-5, atol=1e-5)
 
 
-@needs_them
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_keys_than_a_panel(dtype: torch.dtype) -> None:
     """Windows and remainders wider than one product, of rows that come in several pieces."""
@@ -132,8 +122,7 @@ def test_more_keys_than_a_panel(dtype: torch.dtype) -> None:
             assert mine <= 2 * theirs + torch.finfo(dtype).eps
 
 
-@needs_them
-def test_gradients_are_the_eager_kernels() -> None:
+def test_gradients_are_the_eager_kernels_of_its_own_output() -> None:
     pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),), block=16)
     q, k, v = torch.randn(3, 1, 1, 50, 16)
     problem = Problem(pattern=pattern, q=q, k=k, v=v, scale=0.25)
@@ -141,166 +130,9 @@ def test_gradients_are_the_eager_kernels() -> None:
     for ours, theirs in zip(
         gradients(native, problem, weights), gradients(eager, problem, weights), strict=True
     ):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@st.composite
-def requests(draw: st.DrawFn, longest: int = 400, centroids: bool = True) -> tuple[Bounds, Request]:
-    causal = draw(st.booleans())
-    block = draw(st.sampled_from([16, 32, 64]))
-    key_block = draw(st.sampled_from([1, 4, 8]))
-    row_group = draw(st.sampled_from([4, 16, 32]))
-    batch, kv_heads, groups = (draw(st.integers(1, 2)) for _ in range(3))
-    k_len = draw(st.integers(block + 1, longest))
-    q_len = draw(st.integers(1, k_len)) if causal else k_len
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    left = draw(st.integers(0, 8)) * 8
-    bands = tuple(
-        Band(tile=block * (1 + h), left=left, right=0 if causal else left) for h in range(kv_heads)
-    )
-    pattern = BlockPattern(causal=causal, bands=bands, block=block)
-    heads = kv_heads * groups
-    q = torch.randn(batch, q_len, heads, 32, generator=generator).transpose(1, 2)
-    k = 2 * torch.randn(batch, kv_heads, k_len, 32, generator=generator)
-    scale = 32**-0.5
-    request = Request(
-        q=q,
-        k=k,
-        scale=scale,
-        key_block=key_block,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, scale).lse,
-        sinks=draw(st.integers(0, 9)),
-        budget=draw(st.sampled_from([1, 7, 16, 64])),
-        coverage=None,
-        strict=causal and draw(st.booleans()),
-    )
-    options = {"key_block": key_block, "proposals": draw(st.sampled_from([1, 2, 3, 100]))}
-    if centroids and draw(st.booleans()):
-        return Centroids(
-            rows=draw(st.sampled_from([1, 3, 8, 64])),
-            far=draw(st.sampled_from([50, 1000])),
-            **options,
-        ), request
-    row_radius = draw(st.sampled_from([0.0, 0.5]))
-    return Bounds(row_group=row_group, row_radius=row_radius, **options), request
-
-
-@needs_them
-@settings(max_examples=200)
-@given(requests())
-def test_choices(drawn: tuple[Bounds, Request]) -> None:
-    """The tokens that the eager backend chooses, block by block, whatever the order."""
-    agree(*drawn)
-
-
-@needs_them
-@settings(max_examples=150)
-@given(
-    requests(longest=2500, centroids=False),
-    st.sampled_from([2, 4, 16, 64]),
-    st.sampled_from([1, 2]),
-    st.sampled_from([1, 5, 16]),
-)
-def test_choices_by_a_tree(
-    drawn: tuple[Bounds, Request], tree: int, beam: int, budget: int
-) -> None:
-    """Entered at any level, with candidates on one side of the window or on both."""
-    selector, request = drawn
-    few = replace(selector, tree=tree, beam=beam, proposals=min(2, selector.proposals))
-    agree(few, replace(request, budget=budget, strict=False))
-
-
-def agree(selector: Bounds, request: Request) -> None:
-    slow = ordered(selector.select(request))
-    fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))
-    assert fast.shape == slow.shape
-    different = int((fast != slow).any(-1).sum())
-    # Sums in another order may turn a near tie around, in one block of a thousand.
-    assert different == 0 or (different == 1 and slow.numel() > 0 and overlap(fast, slow) > 0.9)
-
-
-def ordered(found: Selection) -> Tensor:
-    """Each block's tokens, and from where each is seen, as numbers in ascending order."""
-    assert found.tokens.dtype == torch.int32
-    tokens = found.tokens.long()
-    if found.visible_from is not None:
-        seen_from = torch.where(tokens < 0, 0, found.visible_from.long())
-        tokens = tokens * 1000 + seen_from
-    return tokens.sort(-1).values
-
-
-def overlap(a: Tensor, b: Tensor) -> float:
-    same = total = 0
-    for x, y in zip(a.flatten(0, 2).tolist(), b.flatten(0, 2).tolist(), strict=True):
-        same += len(set(x) & set(y))
-        total += len(set(y))
-    return same / total
-
-
-@needs_them
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_many_keys_are_weighed_by_the_same_sample(heads: tuple[int, int], causal: bool) -> None:
-    generator = torch.Generator().manual_seed(3)
-    k_len, q_len = 6100, 320 if causal else 6100
-    q = torch.randn(1, heads[0], q_len, 32, generator=generator)
-    k = 2 * torch.randn(1, heads[1], k_len, 32, generator=generator)
-    bands = (Band(tile=64, left=64, right=0 if causal else 64),) * heads[1]
-    pattern = BlockPattern(causal=causal, bands=bands, block=64)
-    request = Request(
-        q=q,
-        k=k,
-        scale=0.3,
-        key_block=4,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, 0.3).lse,
-        sinks=4,
-        budget=32,
-        coverage=None,
-        strict=False,
-    )
-    selector = Centroids(rows=4, proposals=4)
-    slow = ordered(selector.select(request))
-    fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))
-    assert (fast != slow).any(-1).double().mean() < 0.02
-    assert overlap(fast, slow) > 0.999
-
-
-@needs_them
-@pytest.mark.parametrize(
-    "selector",
-    [
-        Centroids(),
-        Bounds(),
-        Bounds(row_radius=0.0),
-        *(Bounds(tree=tree, proposals=1) for tree in (2, 16)),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) -> None:
-    generator = torch.Generator().manual_seed(1)
-    q = torch.randn(1, 4, 1200, 64, generator=generator).to(dtype)
-    k, v = (torch.randn(1, 2, 1200, 64, generator=generator).to(dtype) for _ in range(2))
-    key_tokens = 32 if selector.tree is None else 8
-    attention = MSSwift(
-        windows=(128,),
-        key_tokens=key_tokens,
-        dense_below=128,
-        remainder=None,
-        selector=selector,
-    )
-    everything = Full()(2 * q, k, v).lse
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "ranking_dtype", ranking_dtype)
-        mass = {
-            backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
-            for backend in ("native", "eager")
-        }
-    assert mass["native"] > mass["eager"] - 1e-3
-
-
-@needs_them
 @settings(max_examples=25)
 @given(
     st.booleans(),
@@ -334,7 +166,6 @@ def test_ms_swift_is_softmax_over_what_it_saw(
     torch.testing.assert_close(result.out.double(), probs @ values, rtol=1e-4, atol=1e-5)
 
 
-@needs_them
 @pytest.mark.parametrize("selector", [Centroids(), Bounds(), Bounds(tree=2, proposals=1)])
 def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour(selector: Bounds) -> None:
     attention = MSSwift(
@@ -366,7 +197,6 @@ def test_what_a_block_sees_depends_on_nothing_later_and_on_no_neighbour(selector
     assert torch.equal(out[0, :, 88:], whole.out[0]) and torch.equal(out[1, :, :512], whole.out[1])
 
 
-@needs_them
 @pytest.mark.parametrize(
     "options",
     [{"coverage": 0.9}, {"causality": "strict"}, {"selector": Bounds(tree=128)}, {"delta": 8}],
@@ -380,27 +210,6 @@ def test_rarer_settings_give_the_same(options: dict[str, Any]) -> None:
     torch.testing.assert_close(fast.lse, slow.lse, rtol=1e-5, atol=1e-5)
 
 
-@needs_them
-def test_a_tree_is_descended_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And finds nearly what a look at every key block finds."""
-    q, k, v = torch.randn(3, 1, 2, 3000, 32)
-
-    def attend(tree: int | None) -> Tensor:
-        selector = Bounds(tree=tree, proposals=4)
-        attention = MSSwift(
-            windows=(32,), block=32, key_tokens=8, dense_below=64, selector=selector
-        )
-        found: Tensor = attention(2 * q, k, v, backend="native").lse
-        return found
-
-    everything = attend(None)
-    monkeypatch.setattr("longswift.mechanisms.selectors.bounds.BoundsPass", None)
-    found = attend(4)
-    assert not torch.equal(found, everything)
-    assert (found - everything).exp().mean() > 0.9
-
-
-@needs_them
 def test_sums_of_a_growing_cache_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its buffers have room for more; a copy for every token would cost more than attending."""
     pages = PagedKV()
@@ -425,7 +234,6 @@ def test_sums_of_a_growing_cache_are_read_where_they_are(monkeypatch: pytest.Mon
     torch.testing.assert_close(found.out, plain.out, rtol=1e-5, atol=1e-6)
 
 
-@needs_them
 def test_large_scores_stay_finite() -> None:
     attention = MSSwift(windows=(32,), block=32, key_tokens=16, dense_below=64)
     q, k, v = torch.randn(3, 1, 2, 400, 32)
@@ -436,7 +244,6 @@ def test_large_scores_stay_finite() -> None:
     assert ((result.lse - everything).abs() < 1.0).float().mean() > 0.5
 
 
-@needs_them
 def test_scales_of_any_sign() -> None:
     attention = SlidingWindow(window=20)
     q, k, v = torch.randn(3, 1, 2, 60, 16)
@@ -445,7 +252,6 @@ def test_scales_of_any_sign() -> None:
         torch.testing.assert_close(fast.out, slow.out, rtol=1e-4, atol=1e-5)
 
 
-@needs_them
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, bad: float) -> None:
@@ -459,7 +265,6 @@ def test_one_bad_number_anywhere_is_found(dtype: torch.dtype, bad: float) -> Non
     SlidingWindow(window=8)(q, k, v)
 
 
-@needs_them
 def test_what_it_cannot_compute_is_refused_by_name_and_left_to_eager_by_auto() -> None:
     odd = torch.randn(1, 1, 4, 24)
     wide = torch.randn(1, 1, 4, 16, dtype=torch.float64)
@@ -469,66 +274,3 @@ def test_what_it_cannot_compute_is_refused_by_name_and_left_to_eager_by_auto() -
         assert SlidingWindow(window=2)(x, x, x).stats.backend == "eager"
     even = torch.randn(1, 1, 4, 16)
     assert SlidingWindow(window=2)(even, even, even).stats.backend == "native"
-
-
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    for remembered in (compiled.operators, compiled.library, dispatch.trusted):
-        remembered.cache_clear()
-    yield
-    for remembered in (compiled.operators, compiled.library, dispatch.trusted):
-        remembered.cache_clear()
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_without_them_everything_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    even = torch.randn(1, 1, 4, 16)
-    monkeypatch.setenv("LONGSWIFT_NATIVE", "0")
-    assert SlidingWindow(window=2)(even, even, even).stats.backend == "eager"
-    with pytest.raises(ConfigError, match="LONGSWIFT_NATIVE=0"):
-        SlidingWindow(window=2)(even, even, even, backend="native")
-    monkeypatch.delenv("LONGSWIFT_NATIVE")
-    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
-    compiled.library.cache_clear()
-    if compiled.reason() is not None:
-        assert SlidingWindow(window=2)(even, even, even).stats.backend == "eager"
-        assert "longswift build" in str(compiled.reason()) or "kernels" in str(compiled.reason())
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_a_library_that_does_not_load_is_named_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    if compiled.supported() is not None:
-        pytest.skip(str(compiled.supported()))
-    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
-    compiled.library.cache_clear()
-    compiled.library().parent.mkdir(parents=True)
-    compiled.library().write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="are not used"):
-        assert compiled.operators() is None
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_a_cache_that_cannot_be_written_to_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    if compiled.supported() is not None or shutil.which("c++") is None:
-        pytest.skip("nothing could be built here")
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path / "file" / "below"))
-    compiled.library.cache_clear()
-    with pytest.raises(UnsupportedError, match="LONGSWIFT_CACHE"):
-        compiled.build()
-
-
-@pytest.mark.usefixtures("forgetful")
-def test_building_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if compiled.supported() is not None:
-        pytest.skip(str(compiled.supported()))
-    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    compiled.library.cache_clear()
-    with pytest.raises(UnsupportedError, match=r"expected c\+\+ on the PATH"):
-        compiled.build()
-    assert not list(tmp_path.rglob("*.so"))

@@ -15,9 +15,10 @@ from longswift import Full, InputError, MSSwift
 from longswift.core.mechanism import Mechanism
 from longswift.core.observe import Observed, observe
 from longswift.core.pattern import BlockPattern
+from longswift.core.rectangles import is_whole
 from longswift.core.types import AttentionResult
 from longswift.kernels import dispatch, eager, native, reference
-from longswift.kernels.native.whole import attend_whole, is_whole
+from longswift.kernels.native.whole import attend_whole
 from longswift.mechanisms.patterned import full_pattern
 
 RUNS, WHY = native.verify(torch.device("cpu"))
@@ -221,18 +222,18 @@ def test_which_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     MSSwift()(q, k, v)
     MSSwift()(q[:, :, -40:], k, v, backend="native")
     Full()(q, k, v, causal=False)
-    assert names == ["native"] * 3
+    MSSwift()(q.clone().requires_grad_(), k, v)
+    assert names == ["native"] * 4
     mask = torch.ones(1, 90, dtype=torch.bool)
     for longer in (
         lambda: MSSwift()(q, k, v, key_mask=mask),
         lambda: MSSwift()(q, k, v, backend="eager"),
-        lambda: MSSwift()(q.clone().requires_grad_(), k, v),
         lambda: MSSwift(dense_below=64, windows=(32,), block=16)(q, k, v),
         lambda: MSSwift(collect=True)(q, k, v),
         lambda: MSSwift(dense_heads=(0,))(q, k, v),
     ):
         assert isinstance(longer(), AttentionResult)
-    assert len(names) == 3
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize("training", [None, True, False])
@@ -246,6 +247,9 @@ def test_observers_are_told(training: bool | None) -> None:
     assert told.result is result and told.q is q and told.k is k and told.v is v
     assert told.scale == 32**-0.5 and told.causal and told.key_mask is None
     assert told.training is bool(training)
+    with observe(seen.append):
+        MSSwift()(q.clone().requires_grad_(), k, v, training=training)
+    assert seen[1].training is (training is not False)
 
 
 def test_a_pattern_is_whole_only_if_it_shows_everything() -> None:

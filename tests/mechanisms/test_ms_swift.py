@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longswift import ConfigError, Full, MSSwift, UnsupportedError
-from longswift.core.summary import KeySummary
+from longswift.core.summary import KeySummary, PoolSums
 from longswift.mechanisms.selectors import SELECTORS
+from longswift.memory.paged_kv import PagedKV
 from tests.mechanisms.naive import NaiveAntidiagonal, NaiveSwift
 from tests.mechanisms.twins import compare
 
@@ -139,6 +140,34 @@ def test_summaries_change_nothing(n: int, seed: int, one: bool) -> None:
         plain, helped = mechanism(q, k, v), mechanism(q, k, v, summary=summary)
         torch.testing.assert_close(plain.out, helped.out, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(plain.lse, helped.lse, rtol=1e-9, atol=1e-11)
+
+
+def test_decoding_by_head_groups_sums_no_page_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with budgets of their own find their pools among those that the cache remembers."""
+    mechanism = small(
+        selector={"name": "bounds", "key_block": 16},
+        remainder=64,
+        block=32,
+        key_tokens=(8, 16, 8, 16),
+        dense_heads=(3,),
+    )
+    pages = PagedKV()
+    pages.append(*torch.randn(2, 1, 4, 300, 8, dtype=torch.float64))
+    asked: list[PoolSums] = []
+    real = PoolSums.of
+
+    def of(self: PoolSums, summary: KeySummary, factor: int) -> tuple[Tensor, Tensor]:
+        asked.append(self)
+        return real(self, summary, factor)
+
+    monkeypatch.setattr(PoolSums, "of", of)
+    for _ in range(70):
+        k, v = pages.append(*torch.randn(2, 1, 4, 1, 8, dtype=torch.float64))
+        q = torch.randn(1, 8, 1, 8, dtype=torch.float64)
+        helped, plain = mechanism(q, k, v, summary=pages.summary()), mechanism(q, k, v)
+        torch.testing.assert_close(plain.out, helped.out, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(plain.lse, helped.lse, rtol=1e-9, atol=1e-11)
+    assert asked and all(sums is pages._pools for sums in asked)
 
 
 def test_summaries_follow_left_padding() -> None:

@@ -45,6 +45,9 @@ def test_forward_and_gradients(case: Case, data: st.DataObject) -> None:
     torch.testing.assert_close(fast[1], slow[1], **close)
     names = ("q", "k", "v", "bias")[: len(fast[2])]
     for name, a, b in zip(names, fast[2], slow[2], strict=True):
+        if name == "bias":
+            # A sum over all pairs, whose terms cancel.
+            close["atol"] *= max(1.0, float(b.abs().max()))
         torch.testing.assert_close(a, b, **close, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
 

@@ -48,7 +48,7 @@ def compare(
     json: Annotated[
         Path | None, Option(help="Write the result; an interrupted run resumes.")
     ] = None,
-    plot: Annotated[Path | None, Option(help="Draw a PNG.")] = None,
+    plot: Annotated[Path | None, Option(help="Draw a PNG or SVG.")] = None,
     fresh: Annotated[bool, Option(help="Measure again what an earlier run left.")] = False,
 ) -> None:
     """Time, memory, growth and quality of every mechanism, on the same work."""
@@ -56,7 +56,7 @@ def compare(
     from longswift.eval import mechanism_runs, mechanism_table, options, suite
     from longswift.eval.attention import AttentionBench
     from longswift.eval.comparison_plot import plot_comparison
-    from longswift.eval.results import writable
+    from longswift.eval.plots import drawable
     from longswift.eval.tuning import Tuning
 
     chosen, left_out = options.choose(attention, settings or ())
@@ -100,7 +100,7 @@ def compare(
         left_out=left_out,
     )
     if plot is not None:
-        writable(plot)
+        drawable(plot)
     result = mechanism_runs.run(asked, json, fresh=fresh)
     for sentence in mechanism_table.sentences(result):
         typer.echo(sentence)

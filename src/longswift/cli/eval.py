@@ -46,7 +46,7 @@ def evaluate(
     json: Annotated[
         Path | None, Option(help="Write the result; an interrupted run resumes.")
     ] = None,
-    plot: Annotated[Path | None, Option(help="Draw scores by depth and length, a PNG.")] = None,
+    plot: Annotated[Path | None, Option(help="Scores by depth and length: PNG or SVG.")] = None,
     fresh: Annotated[bool, Option(help="Ignore samples that an earlier run finished.")] = False,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Let the model run Python code of its own.")
@@ -56,7 +56,7 @@ def evaluate(
     from longswift.cli import render
     from longswift.eval import options, standings, suite
     from longswift.eval.heatmaps import plot_depths
-    from longswift.eval.results import writable
+    from longswift.eval.plots import drawable
 
     asked = suite.asked(
         model=model,
@@ -78,7 +78,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     if plot is not None:
-        writable(plot)
+        drawable(plot)
     result = suite.run(asked, json, fresh=fresh)
     for sentence in standings.sentences(result):
         typer.echo(sentence)

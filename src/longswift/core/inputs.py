@@ -282,12 +282,11 @@ def tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are dense tensors of four dimensions and no other class, without gradients."""
+    """Whether these are dense tensors of four dimensions and no other class, without tangents."""
     return (
         type(q) is type(k) is type(v) is Tensor
         and q.layout is k.layout is v.layout is torch.strided
         and q.dim() == k.dim() == v.dim() == 4
-        and not tracked(q, k, v)
         and not any(carries_tangent(x) for x in (q, k, v))
     )
 

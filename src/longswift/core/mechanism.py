@@ -112,6 +112,7 @@ class Mechanism(ABC):
             call = self._checked(q, k, v, causal, key_mask, scale, backend, training, summary, bias)
             result = self._attended(q, k, v, key_mask, call)
         if observed():
+            wanted = tracked(q, k, v) if training is None else training
             tell(
                 self,
                 q=q,
@@ -120,7 +121,7 @@ class Mechanism(ABC):
                 causal=causal,
                 key_mask=key_mask,
                 scale=check_scale(scale, q.shape[-1]),
-                training=bool(training) if call is None else call.training,
+                training=wanted if call is None else call.training,
                 bias=bias,
                 result=result,
             )

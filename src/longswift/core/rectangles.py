@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longswift.core.pattern import Band
+from longswift.core.pattern import Band, BlockPattern
 
 
 class Job(NamedTuple):
@@ -62,6 +62,16 @@ def _jobs(band: Band, q_len: int, k_len: int, causal: bool) -> Iterator[Job]:
         pending = job
     if pending is not None:
         yield pending
+
+
+def is_whole(pattern: BlockPattern, q_len: int, k_len: int) -> bool:
+    """Whether the bands show every query every key, or every key up to its own."""
+    for band in set(pattern.bands):
+        found = jobs(band, q_len, k_len, pattern.causal)
+        rows = sum(job.rows * job.count for job in found)
+        if rows < q_len or band.reach is not None or any(job.width < k_len for job in found):
+            return False
+    return True
 
 
 def allowed_mask(job: Job, band: Band, causal: bool, device: torch.device) -> Tensor | None:

@@ -79,6 +79,8 @@ class KeySummary:
         k_sum: ``[B, Hkv, P, D]`` fp32 (fp64 for fp64 keys).
         v_sum: ``[B, Hkv, P, Dv]`` likewise.
         pools: Sums over pools that a cache remembers for exactly these pages, or None.
+        part_of: The summary of all KV heads of which these are some, and which; None if it
+            remembers no sums.
     """
 
     page: int
@@ -88,6 +90,7 @@ class KeySummary:
     k_sum: Tensor
     v_sum: Tensor
     pools: PoolSums | None = None
+    part_of: tuple[KeySummary, slice | list[int]] | None = None
 
     @classmethod
     def build(cls, k: Tensor, v: Tensor, page: int) -> KeySummary:
@@ -127,6 +130,7 @@ class KeySummary:
         return replace(
             self,
             pools=None,
+            part_of=None if self.pools is None and self.part_of is None else (self, heads),
             k_min=self.k_min[:, heads],
             k_max=self.k_max[:, heads],
             k_sum=self.k_sum[:, heads],
@@ -135,6 +139,10 @@ class KeySummary:
 
     def pool_sums(self, factor: int) -> tuple[Tensor, Tensor]:
         """Key and value sums ``[B, Hkv, P // factor, *]`` of every ``factor`` complete pages."""
+        if self.part_of is not None:
+            every, heads = self.part_of
+            k_sum, v_sum = every.pool_sums(factor)
+            return k_sum[:, heads], v_sum[:, heads]
         return (self.pools or PoolSums()).of(self, factor)
 
     def coarsen(self, factor: int) -> KeySummary:

@@ -19,7 +19,7 @@ from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, c
 from longswift.eval.attention_table import AttentionRow, series, summarise
 from longswift.eval.progress import Bar
 from longswift.eval.results import Result
-from longswift.eval.timing import alternate, check_budget, fit_exponent
+from longswift.eval.timing import Seconds, alternate, check_budget, fit_exponent
 
 _PROCESSES = 2
 
@@ -39,7 +39,8 @@ class AttentionBench:
         batch: Sequences per call.
         causal: Causal or bidirectional attention. A mechanism that has only the other form is
             timed in that, against the baseline in that.
-        backward: Time a training step of attention: forward and gradients of q, k and v.
+        backward: Time a training step of attention: forward and gradients of q, k and v, and of
+            these the gradients alone.
         device: Where it runs.
         repeats: Samples of a fast case; slow ones get fewer.
         budget_seconds: Time spent on one rival at one length before it is run no more. A
@@ -200,13 +201,16 @@ def _measure(
     """Every rival at one length."""
     q, k, v = inputs(bench, length)
     done: dict[str, Done] = {}
+    backward: dict[str, list[float]] = {rival.name: [] for rival in able}
 
     def job(rival: Rival) -> Callable[[], None]:
         run = caller(bench, rival, q, k, v)
 
         def call() -> None:
             # Outputs of all rivals together may not fit.
-            done[rival.name] = run()._replace(out=q[:0])
+            did = done[rival.name] = run()._replace(out=q[:0])
+            if did.backward_seconds is not None:
+                backward[rival.name].append(did.backward_seconds)
 
         return call
 
@@ -224,10 +228,17 @@ def _measure(
         budget_seconds=bench.budget_seconds,
         tick=lambda name: step(1, f"{length} tokens: {name}"),
     )
+    # The first runs were thrown away.
+    alone = {
+        name: Seconds.of(found[-times[name].samples :]).median
+        for name, found in backward.items()
+        if found
+    }
     sizes = _sizes(bench, length, able, step)
     rows = []
     for rival in able:
         did, time = done[rival.name], times[rival.name]
+        base, gradients = baseline_row(bench, rival.causal), alone.get(rival.name)
         size = sizes.get(rival.name, {})
         work = roofline.attention_work(
             batch=bench.batch,
@@ -249,7 +260,9 @@ def _measure(
                 fastest=time.fastest,
                 slowest=time.slowest,
                 samples=time.samples,
-                speedup=times[baseline_row(bench, rival.causal)].median / time.median,
+                speedup=times[base].median / time.median,
+                backward_seconds=gradients,
+                backward_speedup=None if gradients is None else alone[base] / gradients,
                 extra_bytes=size.get("extra"),
                 state_bytes=size.get("state"),
                 keys_per_query=did.keys,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -46,12 +47,14 @@ class Done(NamedTuple):
         keys: Keys scored per query.
         density: The same as a share of what full attention scores.
         backend: What computed it.
+        backward_seconds: Time of the gradients alone, or None where none were asked for.
     """
 
     out: Tensor
     keys: float
     density: float
     backend: str
+    backward_seconds: float | None = None
 
 
 def direction(attention: Attention, causal: bool) -> bool:
@@ -109,14 +112,22 @@ def caller(
     else:
         once = _ready(rival.attention, q, k, v, rival.causal)
 
+    def finish() -> None:
+        if q.device.type == "cuda":
+            torch.cuda.synchronize(q.device)
+
     def run() -> Done:
         with torch.set_grad_enabled(bench.backward):
             done = once()
             if bench.backward:
                 q.grad = k.grad = v.grad = None
-                done.out.sum().backward()
-        if q.device.type == "cuda":
-            torch.cuda.synchronize(q.device)
+                total = done.out.sum()
+                finish()
+                start = time.perf_counter()
+                total.backward()
+                finish()
+                done = done._replace(backward_seconds=time.perf_counter() - start)
+        finish()
         return done
 
     return run

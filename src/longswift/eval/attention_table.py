@@ -15,6 +15,8 @@ _NOTES = {
     "dropped unless it is slow; medians",
     "samples": "up to `repeats` timed runs; a rival that has spent `budget_seconds` at a length is "
     "run no more, so that long calls have one or two: `samples` of each row says how many",
+    "backward": "with --backward a run is the forward pass and the gradients of q, k and v; "
+    "`backward_seconds` is the median of the gradients alone, in the same runs",
     "exponent": "least squares of log over log tokens, over the lengths at which the rival is "
     "sparse if there are two, over all of them otherwise; `growth` names the range, and the slope "
     "of the time between its two longest lengths",
@@ -46,6 +48,9 @@ class AttentionRow:
         slowest: Slowest sample.
         samples: Timed runs.
         speedup: The baseline's median over this median, in the same direction.
+        backward_seconds: Median of the gradients alone, a part of ``seconds``; None in a benchmark
+            of the forward pass, and in older results.
+        backward_speedup: The baseline's over this one's.
         extra_bytes: Working memory beyond inputs and output, or None if not measured.
         state_bytes: Allocated for what decoding behind the text needs of it; None in bidirectional
             attention, if not measured, and in older results.
@@ -71,6 +76,8 @@ class AttentionRow:
     keys_per_query: float
     density: float
     backend: str
+    backward_seconds: float | None = None
+    backward_speedup: float | None = None
     state_bytes: int | None = None
     flops: float | None = None
     least_bytes: float | None = None
@@ -128,8 +135,8 @@ def summarise(result: Result) -> dict[str, Any]:
         if not is_baseline(result, name):
             sentences.append(
                 f"{label(last, result)} at {last.length} tokens: {text.seconds(last.seconds)}, "
-                f"{text.times_faster(last.speedup)} than {baseline_title(result)}, scoring "
-                f"{100 * last.density:.1f} % of the keys."
+                f"{text.times_faster(last.speedup)} than {baseline_title(result)}, "
+                f"{_backward(last)}scoring {100 * last.density:.1f} % of the keys."
             )
     if (ceilings := _ceilings(result)) is not None:
         sentences.append(ceilings)
@@ -139,6 +146,13 @@ def summarise(result: Result) -> dict[str, Any]:
         "sentences": sentences,
         "how": _NOTES,
     }
+
+
+def _backward(row: AttentionRow) -> str:
+    if row.backward_seconds is None or row.backward_speedup is None:
+        return ""
+    faster = text.times_faster(row.backward_speedup)
+    return f"the backward pass alone {text.seconds(row.backward_seconds)} and {faster}, "
 
 
 def left_out(result: Result) -> list[str]:
@@ -175,6 +189,7 @@ def table(result: Result) -> text.Table:
         f"attention only, {config['dtype']}, {result.environment.threads} thread(s), "
         f"{config['device']}"
     )
+    apart = any(row.get("backward_seconds") is not None for row in result.rows)
     cells = [
         (
             label(row, result),
@@ -183,6 +198,7 @@ def table(result: Result) -> text.Table:
             f"{text.seconds(row.fastest)} - {text.seconds(row.slowest)}",
             f"{row.samples}",
             f"{row.speedup:.2f}x",
+            *(_backward_cells(row) if apart else ()),
             text.megabytes(row.extra_bytes),
             f"{row.keys_per_query:,.0f} ({100 * row.density:.1f} %)",
             "-" if exponents[row.name] is None else f"{exponents[row.name]:.2f}",
@@ -198,12 +214,19 @@ def table(result: Result) -> text.Table:
         "range",
         "runs",
         f"vs {baseline_title(result)}",
+        *(("backward alone", f"backward vs {baseline_title(result)}") if apart else ()),
         "extra memory",
         "keys/query",
         "n^",
         "of roofline",
     )
     return text.Table(title, columns, cells)
+
+
+def _backward_cells(row: AttentionRow) -> tuple[str, str]:
+    if row.backward_seconds is None or row.backward_speedup is None:
+        return "-", "-"
+    return text.seconds(row.backward_seconds), f"{row.backward_speedup:.2f}x"
 
 
 def growth_table(result: Result) -> text.Table:

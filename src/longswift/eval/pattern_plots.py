@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
 from longswift.eval import pattern_table, plots
 from longswift.eval.patterns import Picture, Why, check_length, options_in_words, picture
 
@@ -55,18 +54,11 @@ def draw(
         causal: The causal or the bidirectional form.
 
     Raises:
-        ConfigError: Unknown names, impossible options, or another kind of file.
+        ConfigError: Unknown names or impossible options.
+        InputError: Another kind of file.
         UnsupportedError: A mechanism named has no such form.
     """
-    if Path(path).suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(
-            problem(
-                str(path),
-                expected="a name that ends in .png or .svg",
-                got=repr(Path(path).suffix),
-                fix="Name the picture accordingly.",
-            )
-        )
+    plots.drawable(path)
     pairs = pictures(names, length=length, settings=settings, causal=causal)
     fig = draw_picture(*pairs[0]) if len(pairs) == 1 else draw_sheet(pairs)
     plots.save(fig, path, colours=DRAWING)

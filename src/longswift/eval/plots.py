@@ -8,12 +8,17 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from longswift.eval import demo, text
-from longswift.eval.results import Result, replace
+from longswift.eval.results import Result, replace, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#444444", "#d1495b", "#00798c", "#edae49", "#5b5f97", "#2e8b57", "#8d6a9f")
+
+
+def drawable(path: str | Path) -> Path:
+    """Check, before any long work, that a picture can be written to ``path``; see ``writable``."""
+    return writable(path, endings=(".png", ".svg"))
 
 
 def figure(width: float, height: float) -> Figure:
@@ -31,14 +36,17 @@ def figure(width: float, height: float) -> Figure:
 
 
 def save(fig: Figure, path: str | Path, *, colours: int | None = None) -> Path:
-    """Write an SVG if the name says so, else a PNG, in one step; equal figures give equal bytes.
+    """Write an SVG or a PNG, as the name says, in one step; equal figures give equal bytes.
 
     Args:
         fig: The figure.
         path: File to write.
         colours: Reduce a PNG to so many colours, a quarter of the bytes for a drawing.
+
+    Raises:
+        InputError: The name ends in neither.
     """
-    kind = "svg" if Path(path).suffix.lower() == ".svg" else "png"
+    kind = drawable(path).suffix.lower()[1:]
     return replace(path, lambda file: file.write_bytes(rendered(fig, kind, colours=colours)))
 
 

@@ -209,6 +209,9 @@ def run(recall: Recall, mechanisms: Iterable[tuple[str, Mechanism]]) -> Result:
     """Measure several mechanisms, each under a name of its own.
 
     Those without a causal form are named in ``summary["refused"]``.
+
+    Raises:
+        UnsupportedError: None of them has one.
     """
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
@@ -219,6 +222,15 @@ def run(recall: Recall, mechanisms: Iterable[tuple[str, Mechanism]]) -> Result:
             rows.append({**asdict(measure(recall, mechanism)), "name": name})
         except UnsupportedError as error:
             refused[name] = str(error)
+    if not rows:
+        raise UnsupportedError(
+            problem(
+                "recall",
+                expected="at least one mechanism with a causal form",
+                got=", ".join(refused) or "none",
+                fix="Name another one, for example ms_swift.",
+            )
+        )
     config = json.loads(json.dumps({**asdict(recall), "mechanisms": configs}))
     summary = {"refused": refused, "chance": 1 / recall.pairs}
     return Result(kind="recall", config=config, seed=recall.seed, rows=rows, summary=summary)

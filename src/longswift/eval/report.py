@@ -134,7 +134,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
     Raises:
         InputError: The file is no text, too short, or longer than the model can position.
     """
-    target = writable(path)
+    target = writable(path, endings=(".html", ".htm"))
     loaded = load(
         report.model,
         dtype=report.dtype,

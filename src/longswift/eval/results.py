@@ -58,13 +58,26 @@ class Result:
         return mine == theirs
 
 
-def writable(path: str | Path) -> Path:
+def writable(path: str | Path, *, endings: tuple[str, ...] = ()) -> Path:
     """Make the directory of ``path`` and check, before any long work, that it can be written.
+
+    Args:
+        path: The file.
+        endings: What its name may end in, for example ``(".html",)``; anything if empty.
 
     Raises:
         OSError: It cannot.
-        InputError: It is a directory, a device or a pipe.
+        InputError: It is a directory, a device or a pipe, or has another ending.
     """
+    if endings and Path(path).suffix.lower() not in endings:
+        raise InputError(
+            problem(
+                str(path),
+                expected=f"a name that ends in {' or '.join(endings)}",
+                got=repr(Path(path).suffix),
+                fix="Name the file accordingly.",
+            )
+        )
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=target.parent):

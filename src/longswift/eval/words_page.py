@@ -125,7 +125,7 @@ def run(page: Page, path: str | Path) -> list[str]:
         UnsupportedError: The mechanism makes no choice.
     """
     assert page.model is not None and page.file is not None
-    target = writable(path)
+    target = writable(path, endings=(".html", ".htm"))
     mechanism = pattern_table.reading(page.mechanism, page.settings)
     (small,) = pattern_table.mechanisms(mechanism.name, (), SHORTEST)
     if Why.STATE in picture(small, SHORTEST, causal=small.supports_causal).reasons:

@@ -155,7 +155,15 @@ def _keys_in_all(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
 def _band_keys_in_all(
     bands: tuple[Band, ...], causal: bool, pool: int | None, q_len: int, k_len: int
 ) -> tuple[float, ...]:
-    return tuple(_band_keys(bands, causal, pool, q_len, k_len).sum(1).tolist())
+    return _numbers(_band_keys(bands, causal, pool, q_len, k_len).sum(1))
+
+
+def _numbers(x: Tensor) -> tuple[float, ...]:
+    """The values of ``x``; PyTorch 2.9's ``tolist`` does not see through torch.func's wrappers."""
+    try:
+        return tuple(x.tolist())
+    except RuntimeError:
+        return tuple(float(value) for value in x)
 
 
 def _band_keys(
@@ -271,5 +279,5 @@ def pattern_stats(
         keys_per_query=float(keys_per_query.mean()),
         density=float(by_head.mean()),
         dense_rows=dense / q_len,
-        density_by_head=tuple(by_head.tolist()),
+        density_by_head=_numbers(by_head),
     )

@@ -40,7 +40,7 @@ def attention(
     from longswift.eval import attention as bench
     from longswift.eval import attention_rivals, attention_table, options
     from longswift.eval.bench_plots import plot_attention
-    from longswift.eval.results import writable
+    from longswift.eval.plots import drawable
 
     chosen, left_out = options.choose_attentions(mechanism, settings or ())
     if mechanism.strip() == options.ALL:
@@ -65,7 +65,7 @@ def attention(
         left_out=left_out,
     )
     if plot is not None:
-        writable(plot)
+        drawable(plot)
     result = bench.run(asked, json, fresh=fresh)
     for sentence in [*result.summary["sentences"], *attention_table.left_out(result)]:
         typer.echo(sentence)

@@ -24,10 +24,10 @@ def report(asked: PhaseBench, *, json: Path | None, plot: Path | None, fresh: bo
     from longswift.cli import render
     from longswift.eval import phase_table, phases
     from longswift.eval.bench_plots import plot_phase
-    from longswift.eval.results import writable
+    from longswift.eval.plots import drawable
 
     if plot is not None:
-        writable(plot)
+        drawable(plot)
     result = phases.run(asked, json, fresh=fresh)
     for sentence in result.summary["sentences"]:
         typer.echo(sentence)

@@ -17,7 +17,7 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
-from longswift.kernels.eager import band_gradients
+from longswift.kernels.eager import band_gradients, whole
 from longswift.kernels.eager import bands as band_kernel
 from longswift.kernels.eager.exponential import attend_exponential
 from longswift.kernels.eager.gathered import Gathered
@@ -81,6 +81,9 @@ def attend(
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
     """
     if tracked(q, k, v) or bias is not None and bias.requires_grad:
+        if bias is None and whole.takes(pattern, q, k, scale):
+            found = _forward(q, k, v, pattern, scale, bands, None, None)
+            return whole.with_gradients(q, k, v, found, pattern.causal, scale)
         values = None if bias is None else bias.values
         out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias)
         return Partial(out, lse)

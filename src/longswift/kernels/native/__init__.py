@@ -16,13 +16,14 @@ from longswift.core.errors import UnsupportedError, problem
 from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges, build_pools
+from longswift.core.rectangles import is_whole
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.pieces import batches, pieces
-from longswift.kernels.native.whole import attend_by_rows, attend_whole, is_whole
+from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
 
 __all__ = [
@@ -108,13 +109,11 @@ def attend(
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``; see ``kernels.eager.attend``."""
     _refuse(q, k, v)
-    gathers = pattern.tokens is not None or pattern.pool is not None
-    if tracked(q, k, v) or bias is not None:
-        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     if bands is None:
-        bands = attend_bands(q, k, v, pattern, scale)
-    if pattern.by_row or not gathers:
-        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary)
+        bands = attend_bands(q, k, v, pattern, scale, bias)
+    gathers = pattern.tokens is not None or pattern.pool is not None
+    if tracked(q, k, v) or bias is not None or pattern.by_row or not gathers:
+        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
         out, lse = _with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
