@@ -32,7 +32,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def wide_problems(draw: st.DrawFn) -> Problem:
     """Patterns as wild as ever, and heads that these kernels take, next to each other or not."""
     found = draw(problems(longest=150))
-    dim, value_dim = draw(st.sampled_from([(16, 16), (64, 32), (48, 80)]))
+    dim, value_dim = draw(
+        st.sampled_from([(16, 16), (64, 32), (48, 80), (32, 64), (96, 32), (128, 96)])
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     layout = draw(st.sampled_from(["dense", "by token", "cut"]))
 

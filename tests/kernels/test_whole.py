@@ -18,7 +18,8 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.rectangles import is_whole
 from longswift.core.types import AttentionResult
 from longswift.kernels import dispatch, eager, native, reference
-from longswift.kernels.native.whole import attend_whole
+from longswift.kernels.native import whole
+from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.mechanisms.patterned import full_pattern
 
 RUNS, WHY = native.verify(torch.device("cpu"))
@@ -83,8 +84,8 @@ def test_forward(data: st.DataObject) -> None:
         batch=data.draw(st.integers(1, 2)),
         heads=data.draw(st.integers(1, 3)),
         groups=data.draw(st.integers(1, 3)),
-        width=data.draw(st.sampled_from([16, 48, 64])),
-        value_width=data.draw(st.sampled_from([16, 32, 80])),
+        width=data.draw(st.sampled_from([16, 32, 48, 64, 96, 128])),
+        value_width=data.draw(st.sampled_from([16, 32, 64, 80])),
         layout=data.draw(st.sampled_from(["dense", "by token", "cut"])),
         seed=data.draw(st.integers(0, 2**31)),
     )
@@ -96,6 +97,53 @@ def test_forward(data: st.DataObject) -> None:
 @pytest.mark.parametrize("q_len,k_len", [(1100, 1100), (32, 2100), (40, 8192)])
 def test_many_panels_and_more_keys_than_are_packed_at_once(q_len: int, k_len: int) -> None:
     agrees(made(q_len, k_len, heads=3, width=128, value_width=128), True, 0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 48])
+def test_scores_that_rise_and_fall_along_the_keys(dtype: torch.dtype, width: int) -> None:
+    """What has been summed so far shrinks to nothing beside what comes, or the other way round."""
+    generator = torch.Generator().manual_seed(1)
+    steps = torch.linspace(-1, 1, 300)[:, None]
+    direction = torch.randn(width, generator=generator)
+    for sign in (1.0, -1.0):
+        k = (sign * steps * direction + 0.1 * torch.randn(300, width, generator=generator))[None]
+        v = torch.randn(1, 1, 300, width, generator=generator)
+        q = (direction + 0.1 * torch.randn(300, width, generator=generator))[None, None]
+        q, k, v = (x.to(dtype) for x in (q, k[None], v))
+        for causal in (True, False):
+            agrees((q, k, v), causal, 3.0)
+
+
+def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "_SCORES", 1 << 16)
+    monkeypatch.setattr(whole, "_FEWEST", 64)
+    for q_len, causal in ((700, True), (500, True), (700, False)):
+        q, k, v = made(q_len, 700, batch=2, groups=2, width=64, value_width=32)
+        for dtype in DTYPES:
+            inputs = q.to(dtype), k.to(dtype), v.to(dtype)
+            once = attend_whole(*inputs, causal=causal, scale=0.2)
+            pieces = attend_by_rows(*inputs, causal=causal, scale=0.2)
+            assert once is not None and pieces is not None
+            atol = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(pieces.out, once.out, rtol=0, atol=atol)
+            torch.testing.assert_close(pieces.lse, once.lse, rtol=1e-5, atol=1e-5)
+        k[1, 1, 5, 3] = torch.inf
+        assert attend_by_rows(q, k, v, causal=causal, scale=0.2) is None
+
+
+def test_more_keys_than_others_take() -> None:
+    """bf16 in the processor's tile unit, if it has one."""
+    q, k, v = (x.bfloat16() for x in made(9000, 9000, heads=1, width=64, value_width=64))
+    result = Full()(q, k, v, causal=True)
+    rows = torch.arange(0, 9000, 321)
+    scores = (q[0, 0, rows].double() @ k[0, 0].double().T) * 64**-0.5
+    scores.masked_fill_(torch.arange(9000) > rows[:, None], -torch.inf)
+    exact = scores.softmax(-1) @ v[0, 0].double()
+    torch.testing.assert_close(result.out[0, 0, rows].double(), exact, rtol=0, atol=4e-3)
+    torch.testing.assert_close(
+        result.lse[0, 0, rows].double(), scores.logsumexp(-1), rtol=0, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -267,22 +267,25 @@ class Merger {
       bias[c] *= kLog2e;
     }
     F* queries = mine_.queries.get(some * dim_);
-    for (int64_t g = 0; g < heads_; ++g) {
-      for (int64_t i = 0; i < rows; i += some) {
-        const int64_t tall = std::min(some, rows - i);
-        for (int64_t r = 0; r < tall; ++r) {
-          convert(queries + r * dim_, q_[g].row(row + i + r), dim_);
-        }
-        std::fill(queries + tall * dim_, queries + some * dim_, F(0.0f));
-        tiles.begin(state);
-        tiles.add(queries, state, keys, values, plain);
-        tiles.add_biased(queries, state, keys, values, plain, width, bias + plain);
-        float tops[some], totals[some];
-        for (int64_t r = 0; r < tall; ++r) {
-          tops[r] = state.tops[r] / kLog2e;
-          totals[r] = TileAttention::total(state, r);
-        }
-        merge(g, row + i, tall, state.part, tops, totals);
+    // Heads of few rows, as when decoding, share a block.
+    for (int64_t first = 0; first < heads_ * rows; first += some) {
+      const int64_t tall = std::min(some, heads_ * rows - first);
+      for (int64_t r = 0; r < tall; ++r) {
+        convert(queries + r * dim_, q_[(first + r) / rows].row(row + (first + r) % rows), dim_);
+      }
+      std::fill(queries + tall * dim_, queries + some * dim_, F(0.0f));
+      tiles.begin(state);
+      tiles.add(queries, state, keys, values, plain);
+      tiles.add_biased(queries, state, keys, values, plain, width, bias + plain);
+      float tops[some], totals[some];
+      for (int64_t r = 0; r < tall; ++r) {
+        tops[r] = state.tops[r] / kLog2e;
+        totals[r] = TileAttention::total(state, r);
+      }
+      for (int64_t r = 0, n; r < tall; r += n) {
+        const int64_t place = (first + r) % rows;
+        n = std::min(tall - r, rows - place);
+        merge((first + r) / rows, row + place, n, state.part + r * value_dim_, tops + r, totals + r);
       }
     }
   }
