@@ -102,7 +102,12 @@ def test_ctrl_c_stays_ctrl_c_where_an_import_turned_it_into_an_error(
             raise ModuleNotFoundError("Could not import module 'X'.") from RuntimeError("numpy")
 
     monkeypatch.setattr("longswift.eval.answering.Question", importing)
-    result = run("generate", "tiny", "--file", document)
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = run("generate", "tiny", "--file", document)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130, result.output
     assert result.output.strip() == "longswift: interrupted; no half-written file is left."
 

@@ -37,7 +37,7 @@ class Merger {
                 head * tokens.stride(1)),
         token_step_(tokens.stride(2)),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)),
-        unit_(by_unit(dim_, value_dim_)),
+        unit_(takes_tiles<F>(dim_, value_dim_)),
         mine_(of_thread<Space<F>>()) {
     for (int64_t g = 0; g < heads_; ++g) {
       const int64_t own = head * heads_ + g;
@@ -68,14 +68,6 @@ class Merger {
 
  private:
   static constexpr bool kNarrow = std::is_same_v<F, at::BFloat16>;
-
-  static bool by_unit(int64_t dim, int64_t value_dim) {
-#if defined(LONGSWIFT_TILES)
-    return kNarrow && TileAttention::fits(dim, value_dim);
-#else
-    return false;
-#endif
-  }
 
   // What a block sees beside its window, as keys, values and biases; returns how many.
   int64_t load(int64_t block) {

@@ -6,8 +6,8 @@
 
 namespace longswift {
 
-// Of a block of rows: weighted sums of values [kRows, value_dim], sums of weights [kRows, 16] whose lanes are
-// to be added up, and the base-two logarithms [kRows] that weights are relative to.
+// Of a block of rows: weighted sums of values [kRows, value_dim], sums of weights [kRows, 16] whose
+// lanes are to be added up, and the base-two logarithms [kRows] that weights are relative to.
 struct TileState {
   float *part, *sums, *tops;
 };
@@ -245,7 +245,8 @@ class TileAttention {
 
   // Raises the logarithms of 16 rows to what their largest scores ask for.
   template <bool biased>
-  [[gnu::always_inline]] void raise(const TileState& state, int64_t first, int64_t groups, const float* bias) const {
+  [[gnu::always_inline]] void raise(const TileState& state, int64_t first, int64_t groups,
+                                    const float* bias) const {
     const __m512 by = _mm512_set1_ps(scale_);
     Vec best[kLines];
 #pragma GCC unroll 16
@@ -291,7 +292,8 @@ class TileAttention {
 
   // Turns a row's scores into weights, and adds those up.
   template <bool biased>
-  [[gnu::always_inline]] void weigh(const TileState& state, int64_t row, int64_t groups, const float* bias) const {
+  [[gnu::always_inline]] void weigh(const TileState& state, int64_t row, int64_t groups,
+                                    const float* bias) const {
     const __m512 by = _mm512_set1_ps(scale_), top = _mm512_set1_ps(state.tops[row]);
     const float* at = mine_.scores + row * kKeys;
     Factor* to = mine_.probs + row * kKeys;
@@ -345,5 +347,15 @@ class TileAttention {
 };
 
 #endif
+
+// Whether products of such factors go this way, where there is one.
+template <typename F>
+bool takes_tiles(int64_t dim, int64_t value_dim) {
+#if defined(LONGSWIFT_TILES)
+  return std::is_same_v<F, at::BFloat16> && TileAttention::fits(dim, value_dim);
+#else
+  return false;
+#endif
+}
 
 }  // namespace longswift

@@ -38,7 +38,7 @@ class Tiles {
         lse_(lse),
         k_(rows_of<const T>(k, batch, head)),
         v_(rows_of<const T>(v, batch, head)),
-        unit_(by_unit(dim_, value_dim_)),
+        unit_(takes_tiles<F>(dim_, value_dim_)),
         mine_(of_thread<Space>()) {}
 
   // Packs the panel that begins `p` keys after the first of a tile.
@@ -112,10 +112,6 @@ class Tiles {
   };
 
 #if defined(LONGSWIFT_TILES)
-  static bool by_unit(int64_t dim, int64_t value_dim) {
-    return kNarrow && TileAttention::fits(dim, value_dim);
-  }
-
   // A panel of keys at a time for all rows, so that it comes from a near cache.
   void attend_by_unit(const Packed<F>& packed, int64_t g, int64_t row, int64_t first,
                       int64_t rows) {
@@ -148,8 +144,6 @@ class Tiles {
     }
     store(g, row + first, rows, part, top, total);
   }
-#else
-  static bool by_unit(int64_t, int64_t) { return false; }
 #endif
 
   // Keys that the row at place `i` of the tile sees: [first, end).

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kKept = 8 << 20;
 // Keys of a head that one thread packs and reads: for another they would have to change caches.
 constexpr int64_t kAlone = 512;
-// Keys beyond which other kernels are as fast as products of scores that do not stay in the nearest cache.
+// Keys beyond which PyTorch's kernel is as fast, unless it is the tile unit that multiplies, and a
+// thread does not keep the memory of packed ones.
 constexpr int64_t kMost = 8192;
 // Scores of a call, which nothing interrupts: some tenths of a second.
 constexpr int64_t kScores = int64_t{1} << 31;
@@ -155,15 +156,6 @@ class Whole {
   std::atomic<bool> finite_{true};
 };
 
-bool by_unit(const at::Tensor& q, const at::Tensor& v) {
-#if defined(LONGSWIFT_TILES)
-  return q.scalar_type() == at::kBFloat16 && multiplies(at::kBFloat16) &&
-      TileAttention::fits(q.size(3), v.size(3));
-#else
-  return false;
-#endif
-}
-
 // Whether the layout contract holds, and the kernels take these inputs.
 bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
            bool causal) {
@@ -184,8 +176,10 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   const bool fit = k.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(0) == k.size(0) &&
       v.size(1) == k.size(1) && v.size(2) == k.size(2) && q.size(1) % k.size(1) == 0;
   const int64_t fewest = multiplies(q.scalar_type()) ? kFewestNarrow : kFewest;
+  const bool by_unit = q.scalar_type() == at::kBFloat16 && multiplies(at::kBFloat16) &&
+      takes_tiles<at::BFloat16>(q.size(3), v.size(3));
   const int64_t scores = q.size(0) * q.size(1) * q.size(2) * k.size(2);
-  return fit && scale > 0.0 && (k.size(2) <= kMost || (by_unit(q, v) && scores <= kScores)) &&
+  return fit && scale > 0.0 && (k.size(2) <= kMost || (by_unit && scores <= kScores)) &&
       (!causal || q.size(2) <= k.size(2)) && q.size(2) >= fewest;
 }
 
