@@ -17,8 +17,9 @@ from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import eager, native, reference
 from longswift.kernels.eager import whole
 from longswift.mechanisms.patterned import full_pattern
+from tests.kernels import test_whole
+from tests.kernels.test_whole import Inputs
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 CLOSE = {torch.float64: 1e-9, torch.float32: 2e-5}
 BACKENDS = [eager]
 if native.verify(torch.device("cpu"))[0]:
@@ -29,23 +30,14 @@ def made(
     q_len: int,
     k_len: int,
     *,
-    batch: int = 1,
-    heads: int = 2,
-    groups: int = 1,
     width: int = 16,
     value_width: int = 16,
-    by_token: bool = False,
     dtype: torch.dtype = torch.float32,
+    **shape: Any,
 ) -> Inputs:
-    generator = torch.Generator().manual_seed(q_len + k_len)
-
-    def new(heads: int, length: int, width: int) -> Tensor:
-        shape = (batch, length, heads, width) if by_token else (batch, heads, length, width)
-        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        return (x.transpose(1, 2) if by_token else x).requires_grad_()
-
-    sizes = (heads * groups, q_len, width), (heads, k_len, width), (heads, k_len, value_width)
-    q, k, v = (new(*size) for size in sizes)
+    widths = {"width": width, "value_width": value_width}
+    found = test_whole.made(q_len, k_len, seed=q_len + k_len, **widths, **shape)
+    q, k, v = (x.to(dtype).requires_grad_() for x in found)
     return q, k, v
 
 
@@ -94,7 +86,7 @@ def test_output_and_every_gradient(data: st.DataObject) -> None:
         groups=data.draw(st.integers(1, 3)),
         width=data.draw(st.sampled_from([16, 48])),
         value_width=data.draw(st.sampled_from([16, 32, 48])),
-        by_token=data.draw(st.booleans()),
+        layout=data.draw(st.sampled_from(["dense", "by token"])),
         dtype=dtype,
     )
     scale = data.draw(st.sampled_from([0.05, 0.25]))

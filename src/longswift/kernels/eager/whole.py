@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from longswift.core.types import Partial
 _ROWS = 4096
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class _Rows(NamedTuple):
+    """Queries, and of the forward pass what belongs to them."""
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    d_out: Tensor
 
 
 def takes(pattern: BlockPattern, q: Tensor, k: Tensor, scale: float) -> bool:
@@ -102,7 +111,7 @@ def gradients(
         q, out, d_out = (x.unflatten(1, (-1, groups)).flatten(0, 1) for x in (q, out, d_out))
         lse = lse.unflatten(1, (-1, groups)).flatten(0, 1)
         k, v = (x.flatten(0, 1).unsqueeze(1) for x in (k, v))
-    d_q, d_k, d_v = _by_rectangles(q, k, v, causal, scale, out, lse, d_out)
+    d_q, d_k, d_v = _by_rectangles(_Rows(q, out, lse, d_out), k, v, causal, scale)
     if groups > 1:
         d_q = d_q.reshape(shape)
         d_k, d_v = (x.view(shape[0], -1, *x.shape[2:]) for x in (d_k, d_v))
@@ -111,42 +120,26 @@ def gradients(
     return d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
 
 
-def _by_rectangles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-) -> Gradients:
+def _by_rectangles(of: _Rows, k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
     """``q [N, H, Lq, D]``, ``k, v [N, H or 1, Lk, D]``, gradients in that or wider."""
+    q = of.q
     q_len, k_len, acc = q.shape[2], k.shape[2], accumulator_dtype(q.dtype)
     most = q_len if q.dtype == acc else _ROWS
     if q_len <= most and (not causal or q_len == k_len):
-        return _call(q, k, v, causal, scale, out, lse, d_out)
+        return _call(of, k, v, causal, scale)
     d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
     for rows, keys, diagonal in _rectangles(q_len, k_len, causal, most):
         seen = k[:, :, keys], v[:, :, keys]
-        of_rows = (x[:, :, rows] for x in (out, lse, d_out))
-        found = _call(q[:, :, rows], *seen, diagonal, scale, *of_rows)
+        some = _Rows(*(x[:, :, rows] for x in of))
+        found = _call(some, *seen, diagonal, scale)
         for total, place, part in zip((d_q, d_k, d_v), (rows, keys, keys), found, strict=True):
             total[:, :, place] += part
     return d_q, d_k, d_v
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor,
-) -> Gradients:
+def _call(of: _Rows, k: Tensor, v: Tensor, causal: bool, scale: float) -> Gradients:
     """Gradients of one rectangle, summed over heads that share keys and values."""
+    q, out, lse, d_out = of
     shared = k.shape[1] < q.shape[1]
     if shared:
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
