@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, register_random, settings
 
 from longswift.core.blocks import Workspace
-from longswift.kernels.native import choosing
+from longswift.kernels.native import choosing, rounding
 from longswift.kernels.native.factors import factors_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,9 +66,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def exact_ranks() -> Iterator[None]:
-    """fp32 inputs are ranked in fp32 everywhere, so that backends choose the same keys."""
+    """Inputs are ranked as they are everywhere, so that backends choose the same keys."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "ranking_dtype", factors_of)
+        patch.setattr(rounding, "ranks_in_bytes", lambda: False)
         yield
 
 

@@ -22,6 +22,7 @@ from longswift.core.errors import UnsupportedError, problem
 
 _SOURCES = (
     "boxes.cpp",
+    "bytes.cpp",
     "choose.cpp",
     "choose_columns.cpp",
     "finite.cpp",

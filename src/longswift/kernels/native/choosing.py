@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
 from longswift.kernels.native.factors import in_pairs, ranking_dtype
 from longswift.kernels.native.pieces import batches, pieces
+from longswift.kernels.native.rounding import RoundedKeys
 
 # Boxes of a panel: the columns of one product.
 _WIDTH = 64
@@ -170,12 +172,22 @@ class _Choice:
         """Means of rows, against single keys."""
         budget = self.tokens.shape[3], self.sinks, self.sinks
         sizes = (self.pattern.block, 1, self.row_group, candidates, *budget)
-        work = [(*piece, run.rows) for piece in _pieces(self.k, run, range(run.count))]
-        for places in batches(work):
-            compiled.loaded().choose_centroids(
-                *(*self._inputs, self.edges, self.tokens, places, sizes),
-                *(self.scale, self.pattern.causal, rows, far, self._narrow),
-            )
+        phases = self._rounded.phases(self.q, run, self.edges, self.pattern, self.scale)
+        for pieces_of_phase, *keys in phases:
+            work = [
+                (*piece, run.row + (piece[2] - run.first) * run.rows, run.rows)
+                for piece in pieces_of_phase
+            ]
+            for places in batches(work):
+                compiled.loaded().choose_centroids(
+                    *(*self._inputs, self.edges, self.tokens, places, sizes),
+                    *(self.scale, self.pattern.causal, rows, far, self._narrow),
+                    *(*keys, run.first),
+                )
+
+    @cached_property
+    def _rounded(self) -> RoundedKeys:
+        return RoundedKeys(self.k)
 
     def by_boxes(
         self, run: BlockRun, branch: int, opened: int, levels: Callable[[int], int]

@@ -30,6 +30,13 @@ def ranking_dtype(x: Tensor) -> torch.dtype:
     return factors_of(x)
 
 
+@functools.cache
+def ranks_in_bytes() -> bool:
+    """Whether this processor multiplies bytes, and thereby ranks, faster than 16-bit numbers."""
+    able: bool = compiled.loaded().multiplies_bytes()
+    return able
+
+
 def in_pairs(x: Tensor) -> Tensor:
     """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
     return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x

@@ -15,12 +15,17 @@ _PIECES = 64
 def pieces(k: Tensor, blocks: int, first: int = 0) -> list[tuple[int, int, int, int]]:
     """Batch row, KV head, first block and count of every piece, the longest contexts first."""
     batch, kv_heads = k.shape[:2]
-    return [
-        (b, head, start, min(_BLOCKS, first + blocks - start))
-        for start in reversed(range(first, first + blocks, _BLOCKS))
-        for b in range(batch)
-        for head in range(kv_heads)
+    return cut([(b, head, first, blocks) for b in range(batch) for head in range(kv_heads)])
+
+
+def cut(stretches: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """The same of the blocks of some stretches: batch row, KV head, first block and count."""
+    found = [
+        (b, head, start, min(_BLOCKS, first + count - start))
+        for b, head, first, count in stretches
+        for start in range(first, first + count, _BLOCKS)
     ]
+    return sorted(found, key=lambda piece: -piece[2])
 
 
 def batches(work: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:

@@ -8,24 +8,6 @@ namespace longswift {
 
 namespace {
 
-// The first `n` numbers, at most as many as there are lanes.
-template <typename T>
-Vec wide(const T* x, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) {
-    return Vec::loadu(x, n);
-#if defined(CPU_CAPABILITY_AVX512)
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    const auto kept = static_cast<__mmask16>((1u << n) - 1);
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
-#endif
-  } else {
-    float line[kLanes];
-    convert(line, x, n);
-    return Vec::loadu(line, n);
-  }
-}
-
 // Smallest and largest number of every channel of rows [first, end).
 template <typename T>
 void extremes(const Rows<const T>& rows, int64_t first, int64_t end, int64_t dim, float* low,
@@ -34,7 +16,7 @@ void extremes(const Rows<const T>& rows, int64_t first, int64_t end, int64_t dim
     const int64_t some = std::min(kLanes, dim - d);
     Vec bottom(-kHidden), top(kHidden);
     for (int64_t i = first; i < end; ++i) {
-      const Vec x = wide(rows.row(i) + d, some);
+      const Vec x = floats_at(rows.row(i) + d, some);
       bottom = at::vec::minimum(bottom, x);
       top = larger(top, x);
     }
@@ -81,13 +63,13 @@ void describe_keys(const at::Tensor& k, at::Tensor& boxes, int64_t batch, int64_
 
 template <typename T>
 void sum_rows(const Rows<const T>& x, int64_t first, int64_t count, int64_t width, float* out) {
-  std::fill(out, out + width, 0.0f);
-  float line[width];
-  for (int64_t i = first; i < first + count; ++i) {
-    convert(line, x.row(i), width);
-    for (int64_t d = 0; d < width; ++d) {
-      out[d] += line[d];
+  for (int64_t d = 0; d < width; d += kLanes) {
+    const int64_t some = std::min(kLanes, width - d);
+    Vec sum(0.0f);
+    for (int64_t i = first; i < first + count; ++i) {
+      sum += floats_at(x.row(i) + d, some);
     }
+    sum.store(out + d, some);
   }
 }
 

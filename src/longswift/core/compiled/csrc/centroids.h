@@ -74,7 +74,17 @@ class Centroids {
     for (int64_t d = 0; d < dim_; d += kAtOnce * kLanes) {
       spreads(x + d, rows, std::min(kAtOnce, (dim_ - d) / kLanes), spread + d);
     }
-    const int64_t widest = std::max_element(spread, spread + dim_) - spread;
+    const int64_t widest = first_largest(spread, dim_);
+#if defined(CPU_CAPABILITY_AVX512)
+    if (size_ <= kCounted) {
+      alignas(64) float values[kCounted];
+      for (int64_t i = 0; i < size_; ++i) {
+        values[i] = x[rows[i] * dim_ + widest];
+      }
+      halve_by_counts(values, rows);
+      return;
+    }
+#endif
     // Values and, where they are equal, rows in the order of integers.
     int64_t* ranked = ranked_.get(size_);
     for (int64_t i = 0; i < size_; ++i) {
@@ -85,6 +95,58 @@ class Centroids {
       rows[i] = static_cast<int32_t>(ranked[i]);
     }
   }
+
+  static int64_t first_largest(const float* x, int64_t n) {
+    const float largest = max_over(x, n);
+    int64_t i = 0;
+    while (x[i] < largest) {
+      ++i;
+    }
+    return i;
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  // Rows whose values are counted rather than sorted.
+  static constexpr int64_t kCounted = 256;
+
+  // Of few values each is told how many are below it: no branch depends on them.
+  void halve_by_counts(float* values, int32_t* rows) const {
+    std::fill(values + size_, values + round_up(size_, 16), -kHidden);
+    alignas(64) int32_t upper[kCounted];
+    int64_t low = 0, high = 0;
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(static_cast<int>(size_ / 2));
+    for (int64_t i = 0; i < size_; i += 16) {
+      const __m512 mine = _mm512_load_ps(values + i);
+      __m512i below = _mm512_setzero_si512();
+      const auto count = [&](__mmask16 less) __attribute__((always_inline)) {
+        below = _mm512_mask_add_epi32(below, less, below, one);
+      };
+      // Of equal values the earlier is below.
+      int64_t j = 0;
+      for (; j < i; ++j) {
+        count(_mm512_cmp_ps_mask(_mm512_set1_ps(values[j]), mine, _CMP_LE_OQ));
+      }
+      for (; j < std::min(i + 16, size_); ++j) {
+        const __m512 other = _mm512_set1_ps(values[j]);
+        const __mmask16 later = static_cast<__mmask16>(0xfffe << (j - i));
+        count(_mm512_cmp_ps_mask(other, mine, _CMP_LT_OQ) |
+              _mm512_mask_cmp_ps_mask(later, other, mine, _CMP_EQ_OQ));
+      }
+      for (; j < size_; ++j) {
+        count(_mm512_cmp_ps_mask(_mm512_set1_ps(values[j]), mine, _CMP_LT_OQ));
+      }
+      const int64_t here = std::min<int64_t>(16, size_ - i);
+      const __mmask16 there = static_cast<__mmask16>((1 << here) - 1);
+      const __mmask16 lower = _mm512_mask_cmplt_epi32_mask(there, below, half);
+      const __m512i index = _mm512_maskz_loadu_epi32(there, rows + i);
+      _mm512_mask_compressstoreu_epi32(rows + low, lower, index);
+      _mm512_mask_compressstoreu_epi32(upper + high, there & ~lower, index);
+      low += __builtin_popcount(lower);
+      high += here - __builtin_popcount(lower);
+    }
+    std::copy(upper, upper + high, rows + low);
+  }
+#endif
 
   // Vectors of channels that are kept in registers.
   static constexpr int64_t kAtOnce = 4;

@@ -21,7 +21,8 @@ template <typename F>
 struct Space {
   // Of centroids.
   Buffer<F> means, panels, tile;
-  Buffer<float> sums;
+  Buffer<float> centres, sums, units;
+  Buffer<typename ColumnMaxima<F>::Sum> starts;
   Centroids centroids;
   // Of rows for themselves.
   Buffer<F> lines, queries, highest, lowest;
@@ -29,15 +30,17 @@ struct Space {
   Columns columns;
 };
 
-template <typename T, typename F>
-class ByColumns : Chooser<T, F> {
-  using Base = Chooser<T, F>;
+template <typename T, typename F, typename K = T>
+class ByColumns : Chooser<T, F, K> {
+  using Base = Chooser<T, F, K>;
+  using Maxima = typename Base::Maxima;
 
  public:
   ByColumns(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
             const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
-            const Choice& choice)
-      : Base(q, k, band_lse, edges, tokens, batch, head, choice), own_(of_thread<Space<F>>()) {}
+            const Choice& choice, float key_unit = 1.0f)
+      : Base(q, k, band_lse, edges, tokens, batch, head, choice, key_unit),
+        own_(of_thread<Space<F>>()) {}
 
   // Blocks [first, first + count) of `rows` queries, the first of which starts at row `row`. They are
   // scored in groups of at most `most` similar ones, key by key; beyond position `far` of twice as
@@ -59,8 +62,8 @@ class ByColumns : Chooser<T, F> {
         continue;
       }
       const int64_t at_row = row + done * rows, together = most_at(done);
-      const int64_t groups = own_.centroids.find(q_, at_row, rows, dim_, together);
-      const int64_t wide = ColumnMaxima<F>::columns_for(groups);
+      const int64_t groups = own_.centroids.find(q_, at_row, rows, q_dim_, together);
+      const int64_t wide = Maxima::columns_for(groups);
       int64_t some = std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
       const bool many = has_many(first + done);
@@ -96,21 +99,21 @@ class ByColumns : Chooser<T, F> {
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
+  using Base::factors_of_rows;
   using Base::heads_;
   using Base::kCoarse;
   using Base::kKeys;
   using Base::k_;
   using Base::k_len_;
-  using Base::magnitude;
   using Base::mine_;
   using Base::pack;
   using Base::q_;
+  using Base::q_dim_;
   using Base::q_len_;
   using Base::reach;
   using Base::take;
   using Base::tile_of;
   using Base::tokens_;
-  using Base::turn;
 
   bool has_many(int64_t block) const {
     return std::min(before(block), blocks_) + blocks_ - after(block) >= kMany;
@@ -120,25 +123,24 @@ class ByColumns : Chooser<T, F> {
   void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                             int64_t groups, int64_t wide) {
     F* means = own_.means.get(groups * dim_);
-    F* panels = own_.panels.get(round_up(count * wide, ColumnMaxima<F>::kPanel) * dim_);
-    float line[dim_];
+    F* panels = own_.panels.get(round_up(count * wide, Maxima::kPanel) * dim_);
+    float *centres = own_.centres.get(groups * q_dim_), *units = own_.units.get(count);
     int64_t last = 0;
     for (int64_t n = 0; n < count; ++n) {
       if (n > 0) {
-        own_.centroids.find(q_, row + n * rows, rows, dim_, most);
+        own_.centroids.find(q_, row + n * rows, rows, q_dim_, most);
       }
       for (int64_t g = 0; g < groups; ++g) {
-        own_.centroids.mean(g, line);
-        convert(means + g * dim_, line, dim_);
+        own_.centroids.mean(g, centres + g * q_dim_);
       }
-      turn(means, groups);
+      units[n] = factors_of_rows(centres, groups, means);
       pack(means, groups, panels, n * wide, (n + 1) * wide);
       last = std::max(last, reach(first + n));
     }
     const int64_t step = round_up(last, kKeys);
     float* rank = mine_.rank.get(count * step);
     {
-      const ColumnMaxima<F> maxima(dim_);
+      const Maxima maxima(dim_);
       add_up(maxima, first, count, groups, wide, last);
       rank_keys(maxima, first, count, wide, last, rank, step);
     }
@@ -159,11 +161,12 @@ class ByColumns : Chooser<T, F> {
 
   // Sums of every centroid over its candidates; where there are many, over the best of every 16 of a
   // sample of them.
-  void add_up(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t groups,
+  void add_up(const Maxima& maxima, int64_t first, int64_t count, int64_t groups,
               int64_t wide, int64_t last) {
     F* tile = own_.tile.get(kKeys * dim_);
     float* scores = own_.sums.get(kKeys * count * wide);
     const F* panels = own_.panels.get(0);
+    const float* units = own_.units.get(0);
     const int64_t all = count * wide;
     own_.columns.begin(all, all);
     const bool many = has_many(first);
@@ -177,20 +180,22 @@ class ByColumns : Chooser<T, F> {
         if (!many) {
           const F* keys = candidates_of(first + n, t, kKeys, tile, &step, &found);
           maxima.all(keys, step, round_up(found, kSome), panels, start, start + wide, scores, all);
-          own_.columns.template add<kCoarse>(own, all, found, magnitude(), start, wide);
+          own_.columns.template add<kCoarse>(own, all, found, units[n], start, wide);
           continue;
         }
         for (int64_t s = t; s < t + kKeys; s += kSome) {
           const F* keys = candidates_of(first + n, s, kSome, tile, &step, &found);
           const int64_t tall = round_up(found, kSome);
           maxima.of_rows(keys, step, tall, panels, start, start + wide, scores, all, [] {});
-          own_.columns.template add<kCoarse>(own, all, tall / kSome, magnitude(), start, wide);
+          own_.columns.template add<kCoarse>(own, all, tall / kSome, units[n], start, wide);
         }
       }
     }
     own_.columns.finish();
+    auto* starts = own_.starts.get(all);
     for (int64_t n = 0; n < count; ++n) {
       own_.columns.drop(n * wide + groups, (n + 1) * wide);
+      own_.columns.starts(units[n], n * wide, wide, starts);
     }
   }
 
@@ -218,10 +223,10 @@ class ByColumns : Chooser<T, F> {
   }
 
   // How little every key's product with one of a block's centroids is below the centroid's sum.
-  void rank_keys(const ColumnMaxima<F>& maxima, int64_t first, int64_t count, int64_t wide,
+  void rank_keys(const Maxima& maxima, int64_t first, int64_t count, int64_t wide,
                    int64_t last, float* rank, int64_t rank_step) {
     F* tile = own_.tile.get(kKeys * dim_);
-    const float* sums = own_.columns.sums(magnitude());
+    const auto* starts = own_.starts.get(0);
     int64_t n = 0, fetched = 0;
     for (int64_t t = 0; t < last; t += kKeys) {
       // Blocks that reach no further are done with.
@@ -239,7 +244,7 @@ class ByColumns : Chooser<T, F> {
           fetch(k_, fetched++, 1, dim_);
         }
       };
-      maxima.of_columns(keys, step, padded, own_.panels.get(0), n * wide, count * wide, wide, sums,
+      maxima.of_columns(keys, step, padded, own_.panels.get(0), n * wide, count * wide, wide, starts,
                         rank + n * rank_step + t, rank_step, fetch_few);
     }
   }
@@ -323,11 +328,29 @@ class ByColumns : Chooser<T, F> {
 
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
-                         const Choice& choice, int64_t rows, int64_t far, bool narrow) {
+                         const Choice& choice, int64_t rows, int64_t far, bool narrow,
+                         const Bytes& bytes) {
   by_ranked_types(q.scalar_type(), narrow, [&](auto in, auto factor) {
+    using T = decltype(in);
+    using F = decltype(factor);
     for_each_place(places, 6, [&](at::IntArrayRef at) {
-      ByColumns<decltype(in), decltype(factor)>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
-          .run_centroids(at[2], at[3], at[4], at[5], rows, far);
+      const int64_t end = at[2] + at[3];
+      for (int64_t first = at[2], next; first < end; first = next) {
+        const int32_t level = bytes.level(at[0], at[1], first);
+        next = first + 1;
+        while (next < end && bytes.level(at[0], at[1], next) == level) {
+          ++next;
+        }
+        const int64_t row = at[4] + (first - at[2]) * at[5];
+        if (level == kNoBytes) {
+          ByColumns<T, F>(q, k, band_lse, edges, tokens, at[0], at[1], choice)
+              .run_centroids(first, next - first, row, at[5], rows, far);
+        } else {
+          ByColumns<T, int8_t, int8_t>(q, bytes.keys, band_lse, edges, tokens, at[0], at[1], choice,
+                                       step_at(level))
+              .run_centroids(first, next - first, row, at[5], rows, far);
+        }
+      }
     });
   });
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "best.h"
+#include "bytes.h"
 #include "column_maxima.h"
 #include "columns.h"
 #include "common.h"
@@ -11,25 +12,30 @@
 
 namespace longswift {
 
-// One head of one batch row.
-template <typename T, typename F>
+// One head of one batch row: queries of type `T`, and keys of type `K`, which are multiplied as `F`.
+template <typename T, typename F, typename K = T>
 class Chooser {
  protected:
   static constexpr bool kCoarse = !std::is_same_v<F, float>;
   // Keys of a tile.
   static constexpr int64_t kKeys = 64;
+  using Maxima = ColumnMaxima<F>;
+  using Sum = typename Maxima::Sum;
 
+  // `key_unit` times its number is a channel of a key.
   Chooser(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
           const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
-          const Choice& choice)
+          const Choice& choice, float key_unit = 1.0f)
       : choice_(choice),
-        dim_(q.size(3)),
+        q_dim_(q.size(3)),
+        dim_(k.size(3)),
         q_len_(q.size(2)),
         k_len_(k.size(2)),
         heads_(q.size(1) / k.size(1)),
-        k_(rows_of<const T>(k, batch, head)),
+        k_(rows_of<const K>(k, batch, head)),
         tokens_(tokens.data_ptr<int32_t>() + batch * tokens.stride(0) + head * tokens.stride(1)),
         mine_(of_thread<Space>()),
+        key_unit_(key_unit),
         edges_(edges.data_ptr<int64_t>() + head * edges.stride(0)) {
     const int64_t whole = k_len_ / choice.key_block;
     blocks_ = choice.causal ? whole : (k_len_ + choice.key_block - 1) / choice.key_block;
@@ -78,72 +84,131 @@ class Chooser {
   // The best tokens of the proposed blocks, by how little a row's score of them is below the sum of its
   // band and the best of every 16 of them.
   void choose(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
-    const int64_t count = list_tokens(proposed), tall = round_up(count, ColumnMaxima<F>::kRows);
+    const int64_t count = list_tokens(proposed), tall = round_up(count, Maxima::kRows);
     const int32_t* tokens = mine_.tokens.get(0);
-    const int64_t all = heads_ * rows, wide = ColumnMaxima<F>::columns_for(all);
-    F* queries = mine_.rows.get(all * dim_);
+    const int64_t all = heads_ * rows, wide = Maxima::columns_for(all);
+    float* lines = mine_.lines.get(all * q_dim_);
     mine_.columns.begin(all, wide);
     for (int64_t g = 0; g < heads_; ++g) {
       for (int64_t i = 0; i < rows; ++i) {
-        convert(queries + (g * rows + i) * dim_, q_[g].row(row + i), dim_);
+        convert(lines + (g * rows + i) * q_dim_, q_[g].row(row + i), q_dim_);
       }
       mine_.columns.start_with(lse_[g] + row, g * rows, rows);
     }
-    turn(queries, all);
-    float* best = mine_.maxima.get(kKeys / ColumnMaxima<F>::kRows * wide);
-    F* panels = mine_.panels.get(round_up(wide, ColumnMaxima<F>::kPanel) * dim_);
+    F* queries = mine_.rows.get(all * dim_);
+    const float unit = factors_of_rows(lines, all, queries);
+    const int64_t tiles = tall / Maxima::kRows;
+    float* best = mine_.maxima.get(tiles * wide);
+    F* panels = mine_.panels.get(round_up(wide, Maxima::kPanel) * dim_);
     pack(queries, all, panels, 0, wide);
     F* keys = mine_.keys.get(tall * dim_);
     float* rank = mine_.exact.get(tall);
-    {
-      const ColumnMaxima<F> maxima(dim_);
-      int64_t fetched = 0;
-      for (int64_t t = 0; t < tall; t += kKeys) {
-        const int64_t some = std::min(kKeys, tall - t);
-        for (int64_t i = t; i < t + some; ++i) {
-          convert(keys + i * dim_, k_.row(tokens[std::min(i, count - 1)]), dim_);
-        }
-        fetched = std::max(fetched, std::min(t + some, count));
-        const int64_t limit = std::min(count, t + 2 * kKeys);
-        // The next keys are fetched a few at a time: all at once they would wait for each other.
-        const auto fetch_few = [&]() __attribute__((always_inline)) {
-          for (int64_t few = 0; few < kFew && fetched < limit; ++few) {
-            fetch(k_, tokens[fetched++], 1, dim_);
-          }
-        };
-        maxima.of_rows(keys + t * dim_, dim_, some, panels, 0, wide, best, wide, fetch_few);
-        mine_.columns.template add<kCoarse>(best, wide, some / ColumnMaxima<F>::kRows, magnitude(), 0,
-                                            wide);
+    const Maxima maxima(dim_);
+    int64_t fetched = 0;
+    for (int64_t t = 0; t < tall; t += kKeys) {
+      const int64_t some = std::min(kKeys, tall - t);
+      for (int64_t i = t; i < t + some; ++i) {
+        convert(keys + i * dim_, k_.row(tokens[std::min(i, count - 1)]), dim_);
       }
-      mine_.columns.finish();
-      maxima.of_columns(keys, dim_, tall, panels, 0, wide, wide, mine_.columns.sums(magnitude()), rank,
-                        0, [] {});
+      fetched = std::max(fetched, std::min(t + some, count));
+      const int64_t limit = std::min(count, t + 2 * kKeys);
+      // The next keys are fetched a few at a time: all at once they would wait for each other.
+      const auto fetch_few = [&]() __attribute__((always_inline)) {
+        for (int64_t few = 0; few < kFew && fetched < limit; ++few) {
+          fetch(k_, tokens[fetched++], 1, dim_);
+        }
+      };
+      float* of_tiles = best + t / Maxima::kRows * wide;
+      maxima.of_rows(keys + t * dim_, dim_, some, panels, 0, wide, of_tiles, wide, fetch_few);
+      mine_.columns.template add<kCoarse>(of_tiles, wide, some / Maxima::kRows, unit, 0, wide);
     }
-    for (int64_t t = 0; t < count && tokens[t] < choice_.sinks; ++t) {
-      rank[t] = kHidden;
-    }
-    int32_t* chosen_of = mine_.best.get(choice_.budget);
-    const int64_t taken = mine_.order.find(rank, count, choice_.budget, chosen_of);
+    mine_.columns.finish();
+    Sum* starts = mine_.starts.get(wide);
+    mine_.columns.starts(unit, 0, wide, starts);
+    const int64_t sinks = std::lower_bound(tokens, tokens + count, choice_.sinks) - tokens;
+    const auto rank_tiles = [&](const int32_t* some, int64_t found) {
+      maxima.of_columns(keys, dim_, found * Maxima::kRows, panels, 0, wide, wide, starts, rank, 0,
+                        [] {}, some);
+      std::fill(rank, rank + sinks, kHidden);
+      return mine_.order.find(rank, count, choice_.budget, mine_.best.get(choice_.budget));
+    };
+    std::fill(rank, rank + tall, kHidden);
+    const int64_t taken = best_of_tiles(best, tiles, wide, starts, rank, rank_tiles);
+    const int32_t* chosen_of = mine_.best.get(0);
     for (int64_t i = 0; i < taken; ++i) {
       chosen[i] = tokens[chosen_of[i]];
     }
   }
 
-  // Products with rows that were turned, times the magnitude, are scores: maxima of products are
-  // those of scores whatever the sign of the scale.
-  float magnitude() const { return choice_.scale == 0.0f ? 1.0f : std::abs(choice_.scale); }
-  void turn(F* rows, int64_t count) const {
+  // Ranks the tiles that promise most, then those that may still hold one of the best keys, by the
+  // largest products `best [tiles, wide]` of each; `rank_tiles` returns how many of the best there are.
+  template <typename Rank>
+  int64_t best_of_tiles(const float* best, int64_t tiles, int64_t wide, const Sum* starts,
+                        const float* rank, Rank&& rank_tiles) {
+    float *tops = mine_.tops.get(tiles), *start = mine_.floats.get(wide);
+    int32_t* some = mine_.some.get(tiles);
+    float farthest = 0.0f;
+    for (int64_t c = 0; c < wide; ++c) {
+      start[c] = static_cast<float>(starts[c]);
+      // Those of columns that are none are farther than any.
+      farthest = std::max(farthest, start[c] > kNone ? std::abs(start[c]) : 0.0f);
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      Vec top(kHidden);
+      for (int64_t c = 0; c < wide; c += kLanes) {
+        top = larger(top, Vec::loadu(best + t * wide + c) + Vec::loadu(start + c));
+      }
+      tops[t] = max_of(top);
+    }
+    const int64_t likely = mine_.order.find(tops, tiles, std::max<int64_t>(choice_.budget / 2, 1), some);
+    const int64_t taken = rank_tiles(some, likely);
+    float least = kHidden;
+    if (taken == choice_.budget) {
+      const int32_t* chosen = mine_.best.get(0);
+      least = -kHidden;
+      for (int64_t i = 0; i < taken; ++i) {
+        least = std::min(least, rank[chosen[i]]);
+      }
+      // Sums in another order.
+      least -= 1e-5f * (farthest + std::abs(least));
+    }
+    for (int64_t i = 0; i < likely; ++i) {
+      tops[some[i]] = std::numeric_limits<float>::quiet_NaN();
+    }
+    int64_t more = 0;
+    for (int32_t t = 0; t < tiles; ++t) {
+      some[more] = t;
+      more += tops[t] >= least;
+    }
+    return more > 0 ? rank_tiles(some, more) : taken;
+  }
+
+  // Writes `count` rows as factors; returns what their products with keys are to be multiplied by,
+  // which is positive: maxima of products are those of scores whatever the sign of the scale.
+  float factors_of_rows(float* rows, int64_t count, F* out) const {
     if (choice_.scale <= 0.0f) {
       const float sign = choice_.scale < 0.0f ? -1.0f : 0.0f;
-      for (int64_t i = 0; i < count * dim_; ++i) {
-        rows[i] = F(static_cast<float>(rows[i]) * sign);
+      for (int64_t i = 0; i < count * q_dim_; ++i) {
+        rows[i] *= sign;
       }
+    }
+    const float magnitude = choice_.scale == 0.0f ? 1.0f : std::abs(choice_.scale);
+    if constexpr (std::is_same_v<F, int8_t>) {
+      const float peak = extent_of(Rows<const float>{rows, q_dim_}, 0, count, q_dim_).peak;
+      const float step = std::max(peak / kMostSteps, kLeastStep);
+      for (int64_t i = 0; i < count; ++i) {
+        to_bytes(rows + i * q_dim_, q_dim_, 1.0f / step, out + i * dim_, dim_);
+      }
+      return magnitude * step * key_unit_;
+    } else {
+      convert(out, rows, count * q_dim_);
+      return magnitude;
     }
   }
 
   // `count` rows as columns [first, end) of panels, those that are not there as zeros.
   void pack(const F* rows, int64_t count, F* panels, int64_t first, int64_t end) const {
-    constexpr int64_t wide = ColumnMaxima<F>::kPanel;
+    constexpr int64_t wide = Maxima::kPanel;
     for (int64_t c = first; c < end;) {
       const int64_t inside = c % wide, some = std::min(wide - inside, end - c);
       const int64_t here = std::clamp<int64_t>(first + count - c, 0, some);
@@ -157,8 +222,8 @@ class Chooser {
 
   // Keys [first, first + count), as many as they are filled up to by the last; `padded` of them.
   const F* tile_of(int64_t first, int64_t count, F* tile, int64_t* step, int64_t* padded) const {
-    *padded = round_up(count, ColumnMaxima<F>::kRows);
-    if constexpr (std::is_same_v<T, F>) {
+    *padded = round_up(count, Maxima::kRows);
+    if constexpr (std::is_same_v<K, F>) {
       if (count == *padded) {
         *step = k_.step;
         return k_.row(first);
@@ -174,11 +239,16 @@ class Chooser {
  private:
   // Keys fetched while two tiles of products are taken.
   static constexpr int64_t kFew = 4;
+  // What columns that are none start from lies below.
+  static constexpr float kNone = -(1 << 29);
+  // Of rows that are nearly nothing.
+  static constexpr float kLeastStep = 1e-20f;
 
   struct Space {
     Buffer<F> rows, panels, keys;
-    Buffer<float> rank, exact, maxima;
-    Buffer<int32_t> blocks, tokens, best;
+    Buffer<float> lines, rank, exact, maxima, tops, floats;
+    Buffer<Sum> starts;
+    Buffer<int32_t> blocks, tokens, best, some;
     Best order;
     Columns columns;
   };
@@ -204,14 +274,16 @@ class Chooser {
 
  protected:
   const Choice& choice_;
-  const int64_t dim_, q_len_, k_len_, heads_;
-  const Rows<const T> k_;
+  // Channels of queries, and of factors: perhaps more, as tiles are.
+  const int64_t q_dim_, dim_, q_len_, k_len_, heads_;
+  const Rows<const K> k_;
   int32_t* tokens_;
   Space& mine_;
   int64_t blocks_;
   std::vector<Rows<const T>> q_;
 
  private:
+  const float key_unit_;
   const int64_t* edges_;
   std::vector<const float*> lse_;
 };

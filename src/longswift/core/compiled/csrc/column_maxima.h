@@ -6,11 +6,16 @@
 namespace longswift {
 
 // In the processor's tile unit where it has one for bf16: inner dimensions as short as a head's
-// leave a general product busy with loading and storing. While an object lives, its thread must not
-// multiply by other means.
+// leave a general product busy with loading and storing. Bytes are multiplied nowhere else. While an
+// object lives, its thread must not multiply by other means.
 template <typename F>
 class ColumnMaxima {
+  static constexpr bool kBytes = std::is_same_v<F, int8_t>;
+
  public:
+  // What products are sums of.
+  using Sum = std::conditional_t<kBytes, int32_t, float>;
+
   // Columns come in panels [dim, 64]; rows in multiples of 16.
   static constexpr int64_t kPanel = 64, kRows = 16;
 
@@ -26,24 +31,24 @@ class ColumnMaxima {
                int64_t end, float* out, int64_t out_step, Meanwhile&& meanwhile) const {
 #if defined(LONGSWIFT_TILES)
     if (unit_.used()) {
-      by_tiles(rows, step, count, panels, first, end,
+      by_tiles(rows, step, count, nullptr, panels, first, end, nullptr,
                [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                  meanwhile();
                  for (int tile = 0; tile < 2; ++tile, c += 16) {
                    if (c >= first && c < end) {
-                     best_of(scores[tile], 16).store(out + r / 16 * out_step + c);
+                     as_floats(best_of(scores[tile], 16)).store(out + r / 16 * out_step + c);
                    }
                  }
                });
       return;
     }
 #endif
-    by_products(rows, step, count, panels, first, end,
-                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores) {
+    by_products(rows, step, count, nullptr, panels, first, end,
+                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
                   for (int64_t i = 0; i < tall; i += kRows) {
                     for (int64_t l = 0; l < wide; l += kLanes) {
-                      best_of(scores + i * kPanel + l, kPanel)
+                      as_floats(best_of(scores + i * kPanel + l, kPanel))
                           .store(out + (r + i) / kRows * out_step + c + l);
                     }
                   }
@@ -53,7 +58,7 @@ class ColumnMaxima {
   // The products themselves, `[count, *]`, rows `out_step` apart.
   void all(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first, int64_t end,
            float* out, int64_t out_step) const {
-    const auto copy = [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores,
+    const auto copy = [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const Sum* scores,
                           int64_t apart) {
       for (int64_t i = 0; i < tall; ++i) {
         std::copy(scores + i * apart, scores + i * apart + wide, out + (r + i) * out_step + c);
@@ -61,77 +66,78 @@ class ColumnMaxima {
     };
 #if defined(LONGSWIFT_TILES)
     if (unit_.used()) {
-      by_tiles(rows, step, count, panels, first, end, [&](int64_t r, int64_t c, const Pair& scores) {
-        for (int tile = 0; tile < 2; ++tile, c += 16) {
-          if (c >= first && c < end) {
-            copy(r, 16, c, 16, scores[tile], 16);
-          }
-        }
-      });
+      by_tiles(rows, step, count, nullptr, panels, first, end, nullptr,
+               [&](int64_t r, int64_t c, const Pair& scores) {
+                 for (int tile = 0; tile < 2; ++tile, c += 16) {
+                   if (c >= first && c < end) {
+                     copy(r, 16, c, 16, scores[tile], 16);
+                   }
+                 }
+               });
       return;
     }
 #endif
-    by_products(rows, step, count, panels, first, end,
-                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores) {
+    by_products(rows, step, count, nullptr, panels, first, end,
+                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   copy(r, tall, c, wide, scores, kPanel);
                 });
   }
 
   // Every `per` columns of [first, end), 16 or a multiple of 32, have `count` numbers of their own,
-  // `out_step` apart, one for each row: its largest product with a column, `less[c]` smaller. Calls
-  // `meanwhile` now and then.
+  // `out_step` apart, one for each row: its largest product with a column, `start[c]` larger. Calls
+  // `meanwhile` now and then. If `only` lists some tiles of 16 rows, it is those of the list that are
+  // counted and looked at; they keep their places.
   template <typename Meanwhile>
   void of_columns(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
-                  int64_t end, int64_t per, const float* less, float* out, int64_t out_step,
-                  Meanwhile&& meanwhile) const {
+                  int64_t end, int64_t per, const Sum* start, float* out, int64_t out_step,
+                  Meanwhile&& meanwhile, const int32_t* only = nullptr) const {
 #if defined(LONGSWIFT_TILES)
     if (unit_.used()) {
-      Vec best[16];
-      const auto both = [&](int i, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-        return larger(Vec::loadu(scores[0] + 16 * i) - Vec::loadu(less + c),
-                      Vec::loadu(scores[1] + 16 * i) - Vec::loadu(less + c + 16));
+      Sums best[16];
+      const auto both = [&](int i, const Pair& scores) __attribute__((always_inline)) {
+        return larger(Sums::loadu(scores[0] + 16 * i), Sums::loadu(scores[1] + 16 * i));
       };
       if (per == 16) {
-        by_tiles(rows, step, count, panels, first, end,
+        by_tiles(rows, step, count, only, panels, first, end, start,
                  [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                    meanwhile();
                    for (int tile = 0; tile < 2; ++tile, c += 16) {
                      if (c >= first && c < end) {
 #pragma GCC unroll 16
                        for (int i = 0; i < 16; ++i) {
-                         best[i] = Vec::loadu(scores[tile] + 16 * i) - Vec::loadu(less + c);
+                         best[i] = Sums::loadu(scores[tile] + 16 * i);
                        }
-                       max_of_each(best).store(out + (c - first) / 16 * out_step + r);
+                       as_floats(max_of_each(best)).store(out + (c - first) / 16 * out_step + r);
                      }
                    }
                  });
         return;
       }
       if (per == 32) {
-        by_tiles(rows, step, count, panels, first, end,
+        by_tiles(rows, step, count, only, panels, first, end, start,
                  [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                    meanwhile();
 #pragma GCC unroll 16
                    for (int i = 0; i < 16; ++i) {
-                     best[i] = both(i, c, scores);
+                     best[i] = both(i, scores);
                    }
-                   max_of_each(best).store(out + (c - first) / 32 * out_step + r);
+                   as_floats(max_of_each(best)).store(out + (c - first) / 32 * out_step + r);
                  });
         return;
       }
       int64_t inside = 0;
       float* to = out;
-      by_tiles(rows, step, count, panels, first, end,
+      by_tiles(rows, step, count, only, panels, first, end, start,
                [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                  meanwhile();
 #pragma GCC unroll 16
                  for (int i = 0; i < 16; ++i) {
-                   const Vec x = both(i, c, scores);
+                   const Sums x = both(i, scores);
                    best[i] = inside == 0 ? x : larger(best[i], x);
                  }
                  inside += 32;
                  if (inside == per) {
-                   max_of_each(best).store(to + r);
+                   as_floats(max_of_each(best)).store(to + r);
                    inside = 0;
                    to += out_step;
                  }
@@ -142,14 +148,14 @@ class ColumnMaxima {
       return;
     }
 #endif
-    by_products(rows, step, count, panels, first, end,
-                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const float* scores) {
+    by_products(rows, step, count, only, panels, first, end,
+                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
                   for (int64_t l = 0; l < wide; l += kColumns) {
                     const int64_t place = c + l - first;
                     float* to = out + place / per * out_step + r;
                     for (int64_t i = 0; i < tall; i += kLanes) {
-                      const Vec best = best_of_each(scores + i * kPanel + l, less + c + l);
+                      const Vec best = best_of_each(scores + i * kPanel + l, start + c + l);
                       (place % per == 0 ? best : larger(Vec::loadu(to + i), best)).store(to + i);
                     }
                   }
@@ -162,18 +168,24 @@ class ColumnMaxima {
   // Calls `use` with the products of some rows and the columns of a panel: the first row, how many, the
   // first column, how many.
   template <typename Use>
-  void by_products(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
-                   int64_t end, Use&& use) const {
-    static thread_local Buffer<float> buffer;
-    float* scores = buffer.get(kTall * kPanel);
-    for (int64_t r = 0; r < count; r += kTall) {
-      const int64_t tall = std::min(kTall, count - r);
-      for (int64_t c = first; c < end;) {
-        const int64_t wide = std::min(kPanel - c % kPanel, end - c);
-        multiply<F>(tall, wide, dim_, rows + r * step, step, columns_at(panels, c), kPanel, scores,
-                    kPanel);
-        use(r, tall, c, wide, scores);
-        c += wide;
+  void by_products(const F* rows, int64_t step, int64_t count, const int32_t* only, const F* panels,
+                   int64_t first, int64_t end, Use&& use) const {
+    if constexpr (kBytes) {
+      TORCH_CHECK(false, "expected a tile unit to multiply bytes, got none");
+    } else {
+      static thread_local Buffer<float> buffer;
+      float* scores = buffer.get(kTall * kPanel);
+      const int64_t most = only == nullptr ? kTall : kRows;
+      for (int64_t i = 0; i < count; i += most) {
+        const int64_t tall = std::min(most, count - i);
+        const int64_t r = only == nullptr ? i : only[i / kRows] * kRows;
+        for (int64_t c = first; c < end;) {
+          const int64_t wide = std::min(kPanel - c % kPanel, end - c);
+          multiply<F>(tall, wide, dim_, rows + r * step, step, columns_at(panels, c), kPanel, scores,
+                      kPanel);
+          use(r, tall, c, wide, scores);
+          c += wide;
+        }
       }
     }
   }
@@ -181,76 +193,84 @@ class ColumnMaxima {
   // What a whole number of groups of columns has in common.
   static constexpr int64_t kColumns = 16;
 
+  using Sums = at::vec::Vectorized<Sum>;
+
   // The largest of `kRows` vectors.
-  [[gnu::always_inline]] static Vec best_of(const float* scores, int64_t step) {
-    Vec even = Vec::loadu(scores), odd = Vec::loadu(scores + step);
+  [[gnu::always_inline]] static Sums best_of(const Sum* scores, int64_t step) {
+    Sums even = Sums::loadu(scores), odd = Sums::loadu(scores + step);
 #pragma GCC unroll 8
     for (int64_t i = 2; i < kRows; i += 2) {
-      even = larger(even, Vec::loadu(scores + i * step));
-      odd = larger(odd, Vec::loadu(scores + (i + 1) * step));
+      even = larger(even, Sums::loadu(scores + i * step));
+      odd = larger(odd, Sums::loadu(scores + (i + 1) * step));
     }
     return larger(even, odd);
   }
 
   // The largest of `kColumns` columns in each of as many rows of scores as there are lanes.
-  static Vec best_of_each(const float* scores, const float* less) {
+  static Vec best_of_each(const float* scores, const float* start) {
     Vec best[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
       const float* of_row = scores + i * kPanel;
-      best[i] = Vec::loadu(of_row) - Vec::loadu(less);
+      best[i] = Vec::loadu(of_row) + Vec::loadu(start);
       for (int64_t l = kLanes; l < kColumns; l += kLanes) {
-        best[i] = larger(best[i], Vec::loadu(of_row + l) - Vec::loadu(less + l));
+        best[i] = larger(best[i], Vec::loadu(of_row + l) + Vec::loadu(start + l));
       }
     }
     return max_of_each(best);
   }
 
-  // A column takes 32 bits of a panel's row: one number, or two of 16.
+  // A column takes 32 bits of a panel's row: one number, two of 16 or four of 8.
   const F* columns_at(const F* panels, int64_t c) const {
     const int64_t inside = c % kPanel;
     return panels + (c - inside) * dim_ + inside * static_cast<int64_t>(sizeof(float) / sizeof(F));
   }
 
 #if defined(LONGSWIFT_TILES)
+  static constexpr int64_t kInner = kDeepOf<F>;
   // Scores of 16 rows, in two times 16 columns.
-  using Pair = float[2][256];
+  using Pair = Sum[2][256];
 
   template <typename Use>
-  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels,
-                                       int64_t first, int64_t end, Use&& use) const {
+  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count,
+                                       const int32_t* only, const F* panels, int64_t first,
+                                       int64_t end, const Sum* start, Use&& use) const {
     if (count == 0) {
       return;
     }
-    if (dim_ == kDeep) {
-      by_tiles<1>(rows, step, count, panels, first, end, use);
-    } else if (dim_ == 2 * kDeep) {
-      by_tiles<2>(rows, step, count, panels, first, end, use);
+    if (dim_ == kInner) {
+      by_tiles<1>(rows, step, count, only, panels, first, end, start, use);
+    } else if (dim_ == 2 * kInner) {
+      by_tiles<2>(rows, step, count, only, panels, first, end, start, use);
     } else {
-      by_tiles<0>(rows, step, count, panels, first, end, use);
+      by_tiles<0>(rows, step, count, only, panels, first, end, start, use);
     }
   }
 
-  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair. A pair is
-  // stored while the next is multiplied, and used while that is stored: neither waits for the other.
-  // Tiles of rows stay where they are for inner dimensions of `held` tiles.
+  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair, which start
+  // at zero or at what is given for each column. A pair is stored while the next is multiplied, and
+  // used while that is stored: neither waits for the other. Tiles of rows stay where they are for
+  // inner dimensions of `held` tiles.
   template <int held, typename Use>
-  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count, const F* panels,
-                                       int64_t first, int64_t end, Use&& use) const {
+  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count,
+                                       const int32_t* only, const F* panels, int64_t first,
+                                       int64_t end, const Sum* start, Use&& use) const {
     const int64_t apart = step * sizeof(F), begin = first / 32 * 32;
     alignas(64) Pair scores[2];
     int64_t row[2], column[2], done = 0;
     // The compiler does not know what tiles are loaded from.
     asm volatile("" ::: "memory");
-    for (int64_t r = 0; r < count; r += 16) {
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t r = only == nullptr ? i : only[i / 16] * 16;
       const F* left = rows + r * step;
       if constexpr (held >= 1) {
         tile::load<4>(left, apart);
       }
       if constexpr (held >= 2) {
-        tile::load<5>(left + kDeep, apart);
+        tile::load<5>(left + kInner, apart);
       }
       for (int64_t c = begin; c < end; c += 32, ++done) {
         const F* right = columns_at(panels, c);
+        const Sum* from = start == nullptr ? nullptr : start + c;
         const auto at = [&](int64_t slot) __attribute__((always_inline)) {
           if (done >= 2) {
             use(row[slot], column[slot], scores[slot]);
@@ -258,13 +278,13 @@ class ColumnMaxima {
           row[slot] = r, column[slot] = c;
         };
         if (done % 2 == 0) {
-          multiply_pair<held, 0>(left, apart, right);
+          multiply_pair<held, 0>(left, apart, right, from);
           if (done >= 1) {
             store_pair<1>(scores[1]);
           }
           at(0);
         } else {
-          multiply_pair<held, 1>(left, apart, right);
+          multiply_pair<held, 1>(left, apart, right, from);
           store_pair<0>(scores[0]);
           at(1);
         }
@@ -283,31 +303,38 @@ class ColumnMaxima {
   }
 
   template <int held, int slot>
-  [[gnu::always_inline]] void multiply_pair(const F* left, int64_t apart, const F* panel) const {
-    constexpr int64_t along = kPanel * 2 * sizeof(F), next = along * kDeep / 2;
+  [[gnu::always_inline]] void multiply_pair(const F* left, int64_t apart, const F* panel,
+                                            const Sum* start) const {
+    constexpr int64_t along = kPanel * sizeof(Sum), next = along * 16;
     constexpr int one = 2 * slot, two = one + 1;
     const char* right = reinterpret_cast<const char*>(panel);
-    tile::zero<one>();
-    tile::zero<two>();
+    if (start == nullptr) {
+      tile::zero<one>();
+      tile::zero<two>();
+    } else {
+      // The same 16 numbers for every row.
+      tile::load<one>(start, 0);
+      tile::load<two>(start + 16, 0);
+    }
     if constexpr (held >= 1) {
       tile::load<6>(right, along);
-      tile::multiply<one, 4, 6>();
+      tile::multiply<one, 4, 6, F>();
       tile::load<7>(right + 64, along);
-      tile::multiply<two, 4, 7>();
+      tile::multiply<two, 4, 7, F>();
     }
     if constexpr (held >= 2) {
       tile::load<6>(right + next, along);
-      tile::multiply<one, 5, 6>();
+      tile::multiply<one, 5, 6, F>();
       tile::load<7>(right + next + 64, along);
-      tile::multiply<two, 5, 7>();
+      tile::multiply<two, 5, 7, F>();
     }
     if constexpr (held == 0) {
-      for (int64_t d = 0; d < dim_; d += kDeep, right += next) {
+      for (int64_t d = 0; d < dim_; d += kInner, right += next) {
         tile::load<4>(left + d, apart);
         tile::load<6>(right, along);
-        tile::multiply<one, 4, 6>();
+        tile::multiply<one, 4, 6, F>();
         tile::load<7>(right + 64, along);
-        tile::multiply<two, 4, 7>();
+        tile::multiply<two, 4, 7, F>();
       }
     }
   }
@@ -320,7 +347,8 @@ class ColumnMaxima {
 #endif
 
   static bool fits(int64_t dim) {
-    return std::is_same_v<F, at::BFloat16> && dim % kDeep == 0 && TileUnit::there();
+    constexpr bool known = std::is_same_v<F, at::BFloat16> || kBytes;
+    return known && dim % kDeepOf<F> == 0 && TileUnit::there();
   }
 
   const int64_t dim_;

@@ -57,13 +57,21 @@ class Columns {
     std::fill(total_.get(0) + first, total_.get(0) + end, -kHidden);
   }
 
-  // Logarithms of the sums, in the units of scores that are to be multiplied by `scale`.
-  const float* sums(float scale) {
-    float* total = total_.get(0);
-    for (int64_t c = 0; c < padded_; ++c) {
-      total[c] /= scale * kLog2e;
+  // What products of columns [first, first + count), scores when multiplied by `scale`, are larger by
+  // when they are log-probabilities: minus the logarithms of the sums.
+  template <typename Sum>
+  void starts(float scale, int64_t first, int64_t count, Sum* out) const {
+    const float unit = 1.0f / (scale * kLog2e);
+    for (int64_t c = first; c < first + count; ++c) {
+      const float start = -total_.data()[c] * unit;
+      if constexpr (std::is_same_v<Sum, float>) {
+        out[c] = start;
+      } else {
+        // Farther than products reach, and not so far that a sum overflows.
+        constexpr float far = 1 << 30;
+        out[c] = static_cast<Sum>(std::nearbyint(std::clamp(start, -far, far)));
+      }
     }
-    return total;
   }
 
   // Raises the rank of every key to its largest log-probability in columns [first, first + count).

@@ -147,6 +147,27 @@ void convert(To* out, const Vec& in) {
   }
 }
 
+// The first `n` numbers, at most as many as there are lanes.
+template <typename T>
+Vec floats_at(const T* x, int64_t n = kLanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Vec::loadu(x, n);
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto kept = static_cast<__mmask16>((1u << n) - 1);
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(kept, x)), 16));
+  } else if constexpr (std::is_same_v<T, at::Half>) {
+    const auto kept = static_cast<__mmask16>((1u << n) - 1);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(kept, x));
+#endif
+  } else {
+    float line[kLanes];
+    at::vec::convert(x, line, n);
+    return Vec::loadu(line, n);
+  }
+}
+
 template <typename To, typename From>
 void convert(To* out, const From* in, int64_t n) {
   if constexpr (std::is_same_v<To, From>) {
@@ -168,6 +189,16 @@ void convert(To* out, const From* in, int64_t n) {
       convert(out + i, Vec::loadu(in + i));
     }
     at::vec::convert(in + i, out + i, n - i);
+#endif
+#if defined(CPU_CAPABILITY_AVX512)
+  } else if constexpr (std::is_same_v<To, float>) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      floats_at(in + i).store(out + i);
+    }
+    if (i < n) {
+      floats_at(in + i, n - i).store(out + i, n - i);
+    }
 #endif
   } else {
     at::vec::convert(in, out, n);
@@ -275,6 +306,20 @@ inline Vec larger(const Vec& a, const Vec& b) {
   return at::vec::clamp_min(a, b);
 }
 
+using Integers = at::vec::Vectorized<int32_t>;
+
+inline Integers larger(const Integers& a, const Integers& b) {
+  return at::vec::maximum(a, b);
+}
+
+inline Vec as_floats(const Vec& x) {
+  return x;
+}
+
+inline Vec as_floats(const Integers& x) {
+  return at::vec::convert_to_fp_of_same_size<float>(x);
+}
+
 inline float sum_of(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, x);
 }
@@ -289,21 +334,42 @@ inline float max_of(const Vec& x) {
 }
 
 // The largest lane of each of as many vectors as there are lanes.
-inline Vec max_of_each(const Vec* x) {
+template <typename V>
+[[gnu::always_inline]] inline V max_of_each(const V* x) {
 #if defined(CPU_CAPABILITY_AVX512)
+  const auto best = [](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<V, Vec>) {
+      return _mm512_max_ps(a, b);
+    } else {
+      return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    }
+  };
+  const auto bits = [&](int i) __attribute__((always_inline)) {
+    if constexpr (std::is_same_v<V, Vec>) {
+      return static_cast<__m512>(x[i]);
+    } else {
+      return _mm512_castsi512_ps(x[i]);
+    }
+  };
   // Pairs of vectors, of pairs, of quarters: every step halves what is left of each.
   __m512 quarters[4];
   for (int q = 0; q < 4; ++q) {
-    const __m512 a = x[4 * q], b = x[4 * q + 1], c = x[4 * q + 2], d = x[4 * q + 3];
-    const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    quarters[q] = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m512 a = bits(4 * q), b = bits(4 * q + 1), c = bits(4 * q + 2), d = bits(4 * q + 3);
+    const __m512 ab = best(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = best(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quarters[q] = best(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   }
-  const auto halves = [](const __m512& a, const __m512& b) {
-    return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const auto halves = [&](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+    return best(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
+  const __m512 all = halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
+  if constexpr (std::is_same_v<V, Vec>) {
+    return all;
+  } else {
+    return _mm512_castps_si512(all);
+  }
 #else
+  static_assert(std::is_same_v<V, Vec>);
   float largest[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) {
     largest[i] = max_of(x[i]);

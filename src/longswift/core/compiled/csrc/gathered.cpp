@@ -200,10 +200,12 @@ class Merger {
   }
 
   static void subtract(float* from, const T* row, int64_t n) {
-    float wide[n];
-    convert(wide, row, n);
-    for (int64_t d = 0; d < n; ++d) {
-      from[d] -= wide[d];
+    int64_t d = 0;
+    for (; d + kLanes <= n; d += kLanes) {
+      (Vec::loadu(from + d) - floats_at(row + d)).store(from + d);
+    }
+    for (; d < n; ++d) {
+      from[d] -= static_cast<float>(row[d]);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <limits>
 #include <tuple>
 
 namespace longswift {
@@ -29,6 +30,24 @@ struct Gather {
 // itself and `ahead` after.
 struct Rectangle {
   int64_t row, key, step, count, rows, width, shift, behind, ahead;
+};
+
+// No level of a step: factors stay what they are.
+constexpr int32_t kNoBytes = std::numeric_limits<int32_t>::min();
+
+// Keys `[B, Hkv, L, *]` as bytes, and the level of their step for every block of queries from `first`
+// on, int32 `[B, Hkv, count]`; no levels where there are no bytes.
+struct Bytes {
+  at::Tensor keys, levels;
+  int64_t first;
+
+  int32_t level(int64_t batch, int64_t head, int64_t block) const {
+    if (levels.numel() == 0) {
+      return kNoBytes;
+    }
+    const int64_t at = (batch * levels.size(1) + head) * levels.size(2) + block - first;
+    return levels.data_ptr<int32_t>()[at];
+  }
 };
 
 // Sums of every `size` rows of `x [B, H, L, D]`, fp32 `[B, H, L / size, D]`.
@@ -57,7 +76,23 @@ void choose_by_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 // single keys: their first, how many, the first row, rows of a block.
 void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                          const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
-                         const Choice& choice, int64_t rows, int64_t far, bool narrow);
+                         const Choice& choice, int64_t rows, int64_t far, bool narrow,
+                         const Bytes& bytes);
+
+// Whether bytes can be multiplied here.
+bool multiplies_bytes();
+
+// For every 64 keys, as far as there are as many, the largest absolute number and the sum of squares of
+// all up to them, fp32 `[B, Hkv, L / 64, 2]`.
+void raise_extents(const at::Tensor& k, at::Tensor extents);
+
+// Levels `[B, Hkv, count]` of a run of blocks: its first block, first row, rows of a block.
+void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& extents,
+                 const at::Tensor& edges, at::Tensor levels, at::IntArrayRef run, double scale,
+                 bool causal);
+
+// The first of some keys, their end, the level of their step.
+void round_keys(const at::Tensor& k, at::Tensor bytes, at::IntArrayRef places);
 
 // A block of queries, its first row, how many rows.
 void choose_for_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,

@@ -37,9 +37,11 @@ void choose_tree(const at::Tensor& q, const at::Tensor& k, const at::Tensor& ban
 void choose_centroids(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
                       const at::Tensor& edges, at::Tensor tokens, at::IntArrayRef places,
                       at::IntArrayRef sizes, double scale, bool causal, int64_t rows, int64_t far,
-                      bool narrow) {
+                      bool narrow, const at::Tensor& bytes, const at::Tensor& levels,
+                      int64_t first) {
   choose_by_centroids(q, k, band_lse, edges, tokens, places,
-                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, far, narrow);
+                      choice_of(sizes, scale, {0.0, 0.0}, causal), rows, far, narrow,
+                      {bytes, levels, first});
 }
 
 void choose_few(const at::Tensor& q, const at::Tensor& k, const at::Tensor& band_lse,
@@ -84,7 +86,13 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "choose_centroids(Tensor q, Tensor k, Tensor band_lse, Tensor edges, Tensor(a!) tokens, "
       "int[] places, int[] sizes, float scale, bool causal, int rows, int far, "
-      "bool narrow) -> ()");
+      "bool narrow, Tensor bytes, Tensor levels, int first) -> ()");
+  m.def("multiplies_bytes() -> bool", longswift::multiplies_bytes);
+  m.def("raise_extents(Tensor k, Tensor(a!) extents) -> ()");
+  m.def(
+      "find_levels(Tensor q, Tensor k, Tensor extents, Tensor edges, Tensor(a!) levels, int[] run, "
+      "float scale, bool causal) -> ()");
+  m.def("round_keys(Tensor k, Tensor(a!) bytes, int[] places) -> ()");
   m.def(
       "choose_few(Tensor q, Tensor k, Tensor band_lse, Tensor low, Tensor high, Tensor edges, "
       "Tensor(a!) tokens, int[] places, int[] sizes, float scale, float[] radii, bool causal, "
@@ -113,6 +121,9 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose", longswift::choose);
   m.impl("choose_tree", longswift::choose_tree);
   m.impl("choose_centroids", longswift::choose_centroids);
+  m.impl("raise_extents", longswift::raise_extents);
+  m.impl("find_levels", longswift::find_levels);
+  m.impl("round_keys", longswift::round_keys);
   m.impl("choose_few", longswift::choose_few);
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);

@@ -1,10 +1,10 @@
-// The processor's unit for products of tiles, where it has one for bf16.
+// The processor's unit for products of tiles, where it has one for bf16 and bytes.
 #pragma once
 
 #include "common.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && \
-    defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
+    defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -13,8 +13,10 @@
 
 namespace longswift {
 
-// Inner dimension of a tile of bf16 factors.
+// Inner dimension of a tile of bf16 factors, and of one of other factors.
 constexpr int64_t kDeep = 32;
+template <typename F>
+constexpr int64_t kDeepOf = 64 / sizeof(F);
 
 // Eight tiles of 16 rows of 64 bytes. While an object that uses them lives, its thread must not
 // multiply by other means.
@@ -87,10 +89,14 @@ void store(void* rows, int64_t apart) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(apart), "i"(from) : "memory");
 }
 
-// Adds the product of tiles of bf16 factors, the right one's rows in pairs.
-template <int sum, int left, int right>
+// Adds the product of tiles of bf16 factors, the right one's rows in pairs, or of bytes, in fours.
+template <int sum, int left, int right, typename F = at::BFloat16>
 void multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+  if constexpr (std::is_same_v<F, int8_t>) {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+  } else {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(left), "i"(right));
+  }
 }
 
 }  // namespace tile
