@@ -2,8 +2,12 @@
 
 A channel becomes a whole multiple of a step, at most 127 of them. The largest number among the keys
 that a block of queries may choose from sets the step, in powers of the fourth root of two: a choice
-depends on no later key, and keys are rounded anew a few times only. Blocks whose scores would move
-by more than a tenth (a standard deviation) are chosen for in 16 bits or more.
+depends on no later key, and keys are rounded anew a few times only.
+
+Rounding moves a score by about a step's share of it, which only turns around keys that a row wants
+nearly alike. Where scores would move by more than .1 and by more than 4 % of how much they differ
+(standard deviations), as where one channel is far larger than others, a block's keys are ranked
+in 16 bits or more.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ _STRETCH = 64
 # Keys rounded by a thread at a time.
 _KEYS = 4096
 # What the kernels take for no level.
-_NO_BYTES = -(2**31)
+NO_BYTES = -(2**31)
 
 
 class RoundedKeys:
@@ -62,8 +66,8 @@ class RoundedKeys:
             # Every head's longest contexts first.
             here = [of_head[-1 - turn] for of_head in stretches if turn < len(of_head)]
             work = []
-            for b, h, level, first, end in here:
-                if level != _NO_BYTES:
+            for b, h, level, _, end in here:
+                if level != NO_BYTES:
                     last = run.first + end - 1
                     keys = min(length, int(edges[h, last, 0])) if pattern.causal else length
                     work += [
@@ -80,9 +84,9 @@ class RoundedKeys:
 
     @cached_property
     def _extents(self) -> Tensor:
-        """The largest number and the squares of the keys up to every 64th, ``[B, Hkv, *, 2]``."""
-        batch, kv_heads, length = self._k.shape[:3]
-        extents = torch.empty(batch, kv_heads, length // _STRETCH, 2)
+        """The largest number, sums and squares of the keys up to every 64th, as the kernels do."""
+        batch, kv_heads, length, dim = self._k.shape
+        extents = torch.empty(batch, kv_heads, length // _STRETCH, 1 + 2 * dim)
         compiled.loaded().raise_extents(self._k, extents)
         return extents
 
@@ -98,9 +102,9 @@ def _stretches(levels: list[int]) -> list[tuple[int, int, int]]:
     """Level, first and end of stretches of blocks of one level; those of none join any."""
     found: list[tuple[int, int, int]] = []
     for block, level in enumerate(levels):
-        if found and (level in (found[-1][0], _NO_BYTES) or found[-1][0] == _NO_BYTES):
+        if found and (level in (found[-1][0], NO_BYTES) or found[-1][0] == NO_BYTES):
             before, first, _ = found[-1]
-            found[-1] = (before if level == _NO_BYTES else level, first, block + 1)
+            found[-1] = (before if level == NO_BYTES else level, first, block + 1)
         else:
             found.append((level, block, block + 1))
     return found

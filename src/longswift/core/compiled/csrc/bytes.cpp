@@ -10,31 +10,87 @@ namespace {
 
 // Keys that have an extent together.
 constexpr int64_t kStretch = 64;
-// The most that rounding to bytes may move a score, as a standard deviation.
-constexpr float kNoise = 0.1f;
+// What rounding to bytes may move a score, as a standard deviation: so much, or such a share of how much
+// scores of keys differ.
+constexpr float kNoise = 0.1f, kNoiseShare = 0.04f;
 // Steps beyond which products of bytes are no use as numbers.
 constexpr int32_t kFarLevel = 160;
+
+// Of some rows: the largest absolute number, and every channel's sum and sum of squares.
+class Extent {
+ public:
+  static int64_t numbers(int64_t dim) { return 1 + 2 * dim; }
+
+  Extent(float* numbers, int64_t dim) : numbers_(numbers), dim_(dim) {}
+
+  float& peak() const { return numbers_[0]; }
+  float* sums() const { return numbers_ + 1; }
+  float* squares() const { return numbers_ + 1 + dim_; }
+
+  void clear() const { std::fill(numbers_, numbers_ + numbers(dim_), 0.0f); }
+
+  template <typename T>
+  void add(const Rows<const T>& x, int64_t first, int64_t count) const {
+    Vec peaks(0.0f);
+    for (int64_t d = 0; d < dim_; d += kLanes) {
+      const int64_t some = std::min(kLanes, dim_ - d);
+      // One of each would wait for itself.
+      Vec sum[2] = {Vec(0.0f), Vec(0.0f)}, square[2] = {Vec(0.0f), Vec(0.0f)};
+      for (int64_t i = first; i < first + count; ++i) {
+        const Vec values = floats_at(x.row(i) + d, some);
+        peaks = larger(peaks, values.abs());
+        sum[i % 2] += values;
+        square[i % 2] = at::vec::fmadd(values, values, square[i % 2]);
+      }
+      (Vec::loadu(sums() + d, some) + sum[0] + sum[1]).store(sums() + d, some);
+      (Vec::loadu(squares() + d, some) + square[0] + square[1]).store(squares() + d, some);
+    }
+    peak() = std::max(peak(), max_of(peaks));
+  }
+
+  void add(const Extent& other) const {
+    const float highest = std::max(peak(), other.peak());
+    for (int64_t i = 0; i < numbers(dim_); ++i) {
+      numbers_[i] += other.numbers_[i];
+    }
+    peak() = highest;
+  }
+
+ private:
+  float* numbers_;
+  const int64_t dim_;
+};
 
 template <typename Call>
 void by_type(at::ScalarType type, Call&& call) {
   by_types(type, true, [&](auto in, auto) { call(in); });
 }
 
-// The level of the step of keys, or none: where rounding them and the rows of a block would move
-// scores too far. Squares are those of a row, on average.
-int32_t level_for(const Extent& rows, const Extent& keys, float scale) {
-  if (!(rows.peak > 0.0f) || !(keys.peak > 0.0f) || scale == 0.0f) {
+// The level of the step of some keys, or none: where rounding them and the rows of a block would move
+// scores too far.
+int32_t level_for(const Extent& rows, int64_t row_count, const Extent& keys, int64_t key_count,
+                  int64_t dim, float scale) {
+  if (!(rows.peak() > 0.0f) || !(keys.peak() > 0.0f) || scale == 0.0f) {
     return kNoBytes;
   }
-  const int32_t level = step_level(keys.peak);
-  if (std::abs(level) > kFarLevel || std::abs(step_level(rows.peak)) > kFarLevel) {
+  const int32_t level = step_level(keys.peak());
+  if (std::abs(level) > kFarLevel || std::abs(step_level(rows.peak())) > kFarLevel) {
     return kNoBytes;
   }
-  const float of_keys = step_at(level), of_rows = rows.peak / kMostSteps;
+  const float of_keys = step_at(level), of_rows = rows.peak() / kMostSteps;
+  float row_squares = 0.0f, key_squares = 0.0f, differ = 0.0f;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float row = rows.squares()[d] / row_count, key = keys.squares()[d] / key_count;
+    const float mean = keys.sums()[d] / key_count;
+    row_squares += row;
+    key_squares += key;
+    differ += row * std::max(key - mean * mean, 0.0f);
+  }
   // A rounded number is off by a step over the root of twelve.
-  const float moved =
-      (of_keys * of_keys * rows.squares + of_rows * of_rows * keys.squares) / 12.0f;
-  return scale * scale * moved <= kNoise * kNoise ? level : kNoBytes;
+  const float moved = (of_keys * of_keys * row_squares + of_rows * of_rows * key_squares) / 12.0f;
+  const float allowed =
+      std::max(kNoise * kNoise / (scale * scale), kNoiseShare * kNoiseShare * differ);
+  return moved <= allowed ? level : kNoBytes;
 }
 
 }  // namespace
@@ -46,7 +102,9 @@ bool multiplies_bytes() {
 void raise_extents(const at::Tensor& k, at::Tensor extents) {
   const int64_t heads = k.size(1), dim = k.size(3), stretches = extents.size(2);
   const int64_t all = k.size(0) * heads;
-  auto* out = reinterpret_cast<Extent*>(extents.data_ptr<float>());
+  const auto at = [&](int64_t i) {
+    return Extent(extents.data_ptr<float>() + i * Extent::numbers(dim), dim);
+  };
   by_type(k.scalar_type(), [&](auto in) {
     // A thread takes some at a time.
     constexpr int64_t some = 16;
@@ -55,15 +113,17 @@ void raise_extents(const at::Tensor& k, at::Tensor extents) {
       const int64_t head = i / parts, first = i % parts * some;
       const auto rows = rows_of<const decltype(in)>(k, head / heads, head % heads);
       for (int64_t s = first; s < std::min(first + some, stretches); ++s) {
-        out[head * stretches + s] = extent_of(rows, s * kStretch, kStretch, dim);
+        const Extent extent = at(head * stretches + s);
+        extent.clear();
+        extent.add(rows, s * kStretch, kStretch);
       }
     });
   });
-  for (int64_t i = 0; i < all * stretches; ++i) {
-    if (i % stretches > 0) {
-      out[i].join(out[i - 1]);
+  for_each_index(all, [&](int64_t head) {
+    for (int64_t s = 1; s < stretches; ++s) {
+      at(head * stretches + s).add(at(head * stretches + s - 1));
     }
-  }
+  });
 }
 
 void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& extents,
@@ -71,7 +131,6 @@ void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& ext
                  bool causal) {
   const int64_t first = run[0], row = run[1], rows = run[2], dim = q.size(3);
   const int64_t heads = levels.size(1), count = levels.size(2), group = q.size(1) / heads;
-  const auto* known = reinterpret_cast<const Extent*>(extents.data_ptr<float>());
   by_type(q.scalar_type(), [&](auto in) {
     using T = decltype(in);
     for_each_index(levels.size(0) * heads * count, [&](int64_t i) {
@@ -86,22 +145,20 @@ void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& ext
       if (keys <= 0) {
         return;
       }
-      Extent of_rows, of_keys;
+      float numbers[2 * Extent::numbers(dim)];
+      const Extent of_rows(numbers, dim), of_keys(numbers + Extent::numbers(dim), dim);
+      of_rows.clear();
+      of_keys.clear();
       for (int64_t g = 0; g < group; ++g) {
-        const auto x = rows_of<const T>(q, batch, head * group + g);
-        of_rows.join(extent_of(x, row + n * rows, rows, dim));
+        of_rows.add(rows_of<const T>(q, batch, head * group + g), row + n * rows, rows);
       }
-      of_rows.squares /= static_cast<float>(group * rows);
       const int64_t whole = keys / kStretch;
       if (whole > 0) {
-        of_keys = known[(batch * heads + head) * extents.size(2) + whole - 1];
+        const int64_t known = (batch * heads + head) * extents.size(2) + whole - 1;
+        of_keys.add(Extent(extents.data_ptr<float>() + known * Extent::numbers(dim), dim));
       }
-      if (keys > whole * kStretch) {
-        const auto x = rows_of<const T>(k, batch, head);
-        of_keys.join(extent_of(x, whole * kStretch, keys - whole * kStretch, dim));
-      }
-      of_keys.squares /= static_cast<float>(keys);
-      level = level_for(of_rows, of_keys, static_cast<float>(scale));
+      of_keys.add(rows_of<const T>(k, batch, head), whole * kStretch, keys - whole * kStretch);
+      level = level_for(of_rows, group * rows, of_keys, keys, dim, static_cast<float>(scale));
     });
   });
 }

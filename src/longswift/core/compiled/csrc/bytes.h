@@ -39,49 +39,20 @@ void to_bytes(const T* row, int64_t dim, float inverse, int8_t* out, int64_t pad
   }
 }
 
-// The largest absolute number of some rows, and the sum of all squares.
-struct Extent {
-  float peak = 0.0f, squares = 0.0f;
-
-  void join(const Extent& other) {
-    peak = std::max(peak, other.peak);
-    squares += other.squares;
-  }
-};
-
+// The largest absolute number of rows.
 template <typename T>
-Extent extent_of(const Rows<const T>& x, int64_t first, int64_t count, int64_t dim) {
-  // Each of several waits for itself less often.
-  constexpr int64_t ways = 4;
-  Vec peak[ways], squares[ways];
-  std::fill(peak, peak + ways, Vec(0.0f));
-  std::fill(squares, squares + ways, Vec(0.0f));
-  Extent rest;
-  const auto add = [&](const T* x, int64_t way) __attribute__((always_inline)) {
-    const Vec values = floats_at(x);
-    peak[way] = larger(peak[way], values.abs());
-    squares[way] = at::vec::fmadd(values, values, squares[way]);
-  };
-  for (int64_t i = first; i < first + count; ++i) {
-    const T* row = x.row(i);
-    int64_t d = 0;
-    for (; d + ways * kLanes <= dim; d += ways * kLanes) {
-      for (int64_t w = 0; w < ways; ++w) {
-        add(row + d + w * kLanes, w);
-      }
-    }
-    for (; d + kLanes <= dim; d += kLanes) {
-      add(row + d, 0);
-    }
-    for (; d < dim; ++d) {
-      const float value = row[d];
-      rest.join({std::abs(value), value * value});
-    }
+float peak_of(const T* rows, int64_t count) {
+  Vec even(0.0f), odd(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    even = larger(even, floats_at(rows + i).abs());
+    odd = larger(odd, floats_at(rows + i + kLanes).abs());
   }
-  for (int64_t w = 0; w < ways; ++w) {
-    rest.join({max_of(peak[w]), sum_of(squares[w])});
+  float peak = max_of(larger(even, odd));
+  for (; i < count; ++i) {
+    peak = std::max(peak, std::abs(static_cast<float>(rows[i])));
   }
-  return rest;
+  return peak;
 }
 
 }  // namespace longswift

@@ -194,7 +194,7 @@ class Chooser {
     }
     const float magnitude = choice_.scale == 0.0f ? 1.0f : std::abs(choice_.scale);
     if constexpr (std::is_same_v<F, int8_t>) {
-      const float peak = extent_of(Rows<const float>{rows, q_dim_}, 0, count, q_dim_).peak;
+      const float peak = peak_of(rows, count * q_dim_);
       const float step = std::max(peak / kMostSteps, kLeastStep);
       for (int64_t i = 0; i < count; ++i) {
         to_bytes(rows + i * q_dim_, q_dim_, 1.0f / step, out + i * dim_, dim_);

@@ -82,8 +82,8 @@ void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Ten
 // Whether bytes can be multiplied here.
 bool multiplies_bytes();
 
-// For every 64 keys, as far as there are as many, the largest absolute number and the sum of squares of
-// all up to them, fp32 `[B, Hkv, L / 64, 2]`.
+// For every 64 keys, as far as there are as many, of all up to them: the largest absolute number, every
+// channel's sum, every channel's sum of squares, fp32 `[B, Hkv, L / 64, 1 + 2 * D]`.
 void raise_extents(const at::Tensor& k, at::Tensor extents);
 
 // Levels `[B, Hkv, count]` of a run of blocks: its first block, first row, rows of a block.
