@@ -221,7 +221,7 @@ def test_unusual_sizes(scale: float, of_keys: float) -> None:
     assert share.mean() > -1e-2
 
 
-def test_without_the_unit_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_unit_nothing_is_rounded() -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("expected no rounding")
 
@@ -230,10 +230,11 @@ def test_without_the_unit_nothing_is_rounded(monkeypatch: pytest.MonkeyPatch) ->
             return refuse if name in ("find_levels", "round_keys") else getattr(loaded, name)
 
     loaded = compiled.loaded()
-    monkeypatch.setattr(rounding.compiled, "loaded", Operators)
     q, k, v = torch.randn(3, 1, 1, 600, 64)
     attention = MSSwift(windows=(128,), key_tokens=16, dense_below=128)
-    with pytest.raises(AssertionError, match="no rounding"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding.compiled, "loaded", Operators)
+        with pytest.raises(AssertionError, match="no rounding"):
+            attention(q, k, v, backend="native")
+        patch.setattr(rounding, "ranks_in_bytes", lambda: False)
         attention(q, k, v, backend="native")
-    monkeypatch.setattr(rounding, "ranks_in_bytes", lambda: False)
-    attention(q, k, v, backend="native")

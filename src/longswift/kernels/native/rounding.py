@@ -12,6 +12,8 @@ in 16 bits or more.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -30,8 +32,11 @@ _TILE = 64
 _STRETCH = 64
 # Keys rounded by a thread at a time.
 _KEYS = 4096
+# Bytes that a thread keeps.
+_KEPT = 1 << 25
 # What the kernels take for no level.
 NO_BYTES = -(2**31)
+_mine = threading.local()
 
 
 class RoundedKeys:
@@ -93,9 +98,19 @@ class RoundedKeys:
     @cached_property
     def _bytes(self) -> Tensor:
         *shape, dim = self._k.shape
-        room = torch.empty(*shape, -(-dim // _TILE) * _TILE, dtype=torch.int8)
-        compiled.loaded().use_large_pages(room)
-        return room
+        return _room((*shape, -(-dim // _TILE) * _TILE))
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    """Memory for bytes; a moderate amount is kept, as fresh memory costs more than to fill it."""
+    needed = math.prod(shape)
+    kept: Tensor | None = getattr(_mine, "room", None)
+    if kept is None or kept.numel() < needed:
+        kept = torch.empty(needed, dtype=torch.int8)
+        compiled.loaded().use_large_pages(kept)
+        if needed <= _KEPT:
+            _mine.room = kept
+    return kept[:needed].view(shape)
 
 
 def _stretches(levels: list[int]) -> list[tuple[int, int, int]]:

@@ -47,7 +47,7 @@ class Best {
     int32_t* sample = keys_.get(kSample + kSlack);
     const int64_t step = n / kSample;
     for (int64_t i = 0; i < kSample; ++i) {
-      sample[i] = ordered(x[i * step]);
+      sample[i] = ordered(x[i * step] + 0.0f);
     }
     // What the sample says is off by the root of it.
     const float expected = static_cast<float>(most) * kSample / n;
@@ -78,7 +78,7 @@ class Best {
                      : middle;
       }
       const int64_t count = count_above(keys, n, static_cast<int32_t>(middle));
-      // Minus zero is below zero as an integer, but not as a number.
+      // As a number minus zero would not be below zero.
       if (count == k && middle != ordered(-0.0f)) {
         *ties = 0;
         return number_of(static_cast<int32_t>(middle));
@@ -103,7 +103,8 @@ class Best {
     return count;
   }
 
-  // Keeps the keys of the numbers above a limit.
+  // Keeps the keys of the numbers above a limit. Minus zero, below zero as an integer but not as a
+  // number, becomes zero.
   int64_t above(const float* x, int64_t n, float limit) {
     int32_t* kept = keys_.get(std::max(n, kSample) + kSlack);
     int64_t count = 0, i = 0;
@@ -113,7 +114,7 @@ class Best {
     for (; i + 16 <= n; i += 16) {
       const __m512 values = _mm512_loadu_ps(x + i);
       const __mmask16 larger = _mm512_cmp_ps_mask(values, edge, _CMP_GT_OQ);
-      const __m512i bits = _mm512_castps_si512(values);
+      const __m512i bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
       const __m512i flip = _mm512_and_si512(_mm512_srai_epi32(bits, 31), positive);
       // To write part of a vector takes longer than all of it.
       const __m512i found = _mm512_maskz_compress_epi32(larger, _mm512_xor_si512(bits, flip));
@@ -123,7 +124,7 @@ class Best {
 #endif
     for (; i < n; ++i) {
       if (x[i] > limit) {
-        kept[count++] = ordered(x[i]);
+        kept[count++] = ordered(x[i] + 0.0f);
       }
     }
     return count;

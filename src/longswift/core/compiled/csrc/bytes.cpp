@@ -34,16 +34,24 @@ class Extent {
     Vec peaks(0.0f);
     for (int64_t d = 0; d < dim_; d += kLanes) {
       const int64_t some = std::min(kLanes, dim_ - d);
-      // One of each would wait for itself.
-      Vec sum[2] = {Vec(0.0f), Vec(0.0f)}, square[2] = {Vec(0.0f), Vec(0.0f)};
-      for (int64_t i = first; i < first + count; ++i) {
+      Vec sum(0.0f), square(0.0f), others(0.0f), other_squares(0.0f);
+      const auto take = [&](int64_t i, Vec& here, Vec& squares_here) __attribute__((always_inline)) {
         const Vec values = floats_at(x.row(i) + d, some);
         peaks = larger(peaks, values.abs());
-        sum[i % 2] += values;
-        square[i % 2] = at::vec::fmadd(values, values, square[i % 2]);
+        here += values;
+        squares_here = at::vec::fmadd(values, values, squares_here);
+      };
+      // One sum alone would wait for itself.
+      int64_t i = first;
+      for (; i + 1 < first + count; i += 2) {
+        take(i, sum, square);
+        take(i + 1, others, other_squares);
       }
-      (Vec::loadu(sums() + d, some) + sum[0] + sum[1]).store(sums() + d, some);
-      (Vec::loadu(squares() + d, some) + square[0] + square[1]).store(squares() + d, some);
+      if (i < first + count) {
+        take(i, sum, square);
+      }
+      (Vec::loadu(sums() + d, some) + sum + others).store(sums() + d, some);
+      (Vec::loadu(squares() + d, some) + square + other_squares).store(squares() + d, some);
     }
     peak() = std::max(peak(), max_of(peaks));
   }

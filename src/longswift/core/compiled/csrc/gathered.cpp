@@ -60,6 +60,7 @@ class Merger {
       const int64_t start = std::max(offset, (base + n) * how_.block);
       const int64_t end = std::min(k_len_, (base + n + 1) * how_.block);
       const int64_t keys = load(n);
+      next_ = n + 1 < first + count ? tokens_ + (n + 1) * token_step_ : nullptr;
       if (keys > 0) {
         attend(start - offset, end - start, keys);
       }
@@ -78,9 +79,11 @@ class Merger {
       tokens[count] = slots[c];
       count += slots[c] >= 0;
     }
-    for (int64_t t = 0; t < count; ++t) {
-      fetch(k_, tokens[t], 1, dim_);
-      fetch(v_, tokens[t], 1, value_dim_);
+    if (slots != fetched_) {
+      for (int64_t t = 0; t < count; ++t) {
+        fetch(k_, tokens[t], 1, dim_);
+        fetch(v_, tokens[t], 1, value_dim_);
+      }
     }
     const int64_t start = edges_[2 * block], end = edges_[2 * block + 1];
     const int64_t columns = how_.pool > 0 ? pool_columns(tokens, count, start, end) : 0;
@@ -246,8 +249,20 @@ class Merger {
   }
 
 #if defined(LONGSWIFT_TILES)
+  // Of what the next block has gathered the share `part / all`, from slot `fetched` on: all at once they
+  // would wait for each other.
+  void fetch_next(int64_t& fetched, int64_t part, int64_t all) const {
+    const int64_t end = std::min(slots_, fetched + (slots_ * part + all - 1) / all);
+    for (; next_ != nullptr && fetched < end; ++fetched) {
+      if (next_[fetched] >= 0) {
+        fetch(k_, next_[fetched], 1, dim_);
+        fetch(v_, next_[fetched], 1, value_dim_);
+      }
+    }
+  }
+
   void attend_by_unit(int64_t row, int64_t rows, int64_t width) {
-    constexpr int64_t some = TileAttention::kRows;
+    constexpr int64_t some = TileAttention::kRows, few = 64;
     const TileAttention tiles(dim_, value_dim_, static_cast<float>(how_.scale));
     const F* keys = mine_.packed_keys.get(0);
     const F* values = mine_.packed_values.get(0);
@@ -261,6 +276,7 @@ class Merger {
       bias[c] *= kLog2e;
     }
     F* queries = mine_.queries.get(some * dim_);
+    int64_t fetched = 0;
     // Heads of few rows, as when decoding, share a block.
     for (int64_t first = 0; first < heads_ * rows; first += some) {
       const int64_t tall = std::min(some, heads_ * rows - first);
@@ -269,7 +285,10 @@ class Merger {
       }
       std::fill(queries + tall * dim_, queries + some * dim_, F(0.0f));
       tiles.begin(state);
-      tiles.add(queries, state, keys, values, plain);
+      for (int64_t c = 0; c < plain; c += few) {
+        fetch_next(fetched, few * some, plain * heads_ * rows);
+        tiles.add(queries, state, keys, values, c, std::min(c + few, plain));
+      }
       tiles.add_biased(queries, state, keys, values, plain, width, bias + plain);
       float tops[some], totals[some];
       for (int64_t r = 0; r < tall; ++r) {
@@ -282,6 +301,7 @@ class Merger {
         merge((first + r) / rows, row + place, n, state.part + r * value_dim_, tops + r, totals + r);
       }
     }
+    fetched_ = plain > 0 ? next_ : nullptr;
   }
 #endif
 
@@ -342,6 +362,8 @@ class Merger {
   const TileUnit unit_;
   Space<F>& mine_;
   int64_t pools_ = 0, tokens_loaded_ = 0;
+  // Slots of the block after this one, and those whose tokens have been fetched.
+  const int32_t *next_ = nullptr, *fetched_ = nullptr;
   Rows<const float> key_grains_{}, value_grains_{}, key_sums_{}, value_sums_{};
   std::vector<Rows<const T>> q_;
   std::vector<Rows<T>> out_;

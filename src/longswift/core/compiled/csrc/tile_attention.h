@@ -71,10 +71,10 @@ class TileAttention {
     by_depth<false>(rows, state, keys, values, from, end, low, high, nullptr);
   }
 
-  // The same for keys [0, end) that every row sees.
+  // The same for keys [from, end) that every row sees.
   void add(const Factor* rows, const TileState& state, const Factor* keys, const Factor* values,
-           int64_t end) const {
-    add(rows, state, keys, values, 0, end, -kFarthest, kFarthest);
+           int64_t from, int64_t end) const {
+    add(rows, state, keys, values, from, end, -kFarthest, kFarthest);
   }
 
   // The same for keys whose scores are `bias` [end - from] larger, as base-two logarithms.
