@@ -8,7 +8,7 @@ scores. Strictly causal choices, where each row takes for itself, use exact prob
 
 Where the processor multiplies 16-bit numbers fast, 16-bit queries and keys are multiplied as they
 are (sums in fp32, each score rounded once): it decides between near ties only. Probabilities and
-ranks are fp32 always.
+ranks are fp32 always. The compiled kernels go further, see ``longswift.kernels.native.rounding``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ namespace {
 // sums that only weigh groups of rows against each other, and the best of every 16 keys in it.
 constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4, kSome = 16;
 // Ranks of keys a thread holds at once.
-constexpr int64_t kRanks = 1 << 21;
+constexpr int64_t kRanks = 1 << 23;
 // Centroids that share what is read of the keys, and rows that are scored at once for themselves.
 constexpr int64_t kRows = 256, kColumns = 128;
 
