@@ -57,18 +57,23 @@ class ByColumns : Chooser<T, F, K> {
     };
     int64_t done = 0;
     while (done < count) {
-      if (reach(first + done) == 0) {
+      const int64_t block = first + done, at_row = row + done * rows, together = most_at(done);
+      if (candidates(block) <= choice_.proposed) {
+        const int64_t found = take_all(block);
+        if (found > 0) {
+          choose(found, at_row, rows, tokens_ + block * choice_.budget);
+        }
         ++done;
         continue;
       }
-      const int64_t at_row = row + done * rows, together = most_at(done);
       const int64_t groups = own_.centroids.find(q_, at_row, rows, q_dim_, together);
       const int64_t wide = Maxima::columns_for(groups);
       int64_t some = std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
       const bool many = has_many(first + done);
       for (int64_t n = 1; n < some; ++n) {
-        if (has_many(first + done + n) != many || most_at(done + n) != together) {
+        if (has_many(first + done + n) != many || most_at(done + n) != together ||
+            candidates(first + done + n) <= choice_.proposed) {
           some = n;
         }
       }
@@ -96,6 +101,7 @@ class ByColumns : Chooser<T, F, K> {
   using Base::after;
   using Base::before;
   using Base::blocks_;
+  using Base::candidates;
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
@@ -112,12 +118,11 @@ class ByColumns : Chooser<T, F, K> {
   using Base::q_len_;
   using Base::reach;
   using Base::take;
+  using Base::take_all;
   using Base::tile_of;
   using Base::tokens_;
 
-  bool has_many(int64_t block) const {
-    return std::min(before(block), blocks_) + blocks_ - after(block) >= kMany;
-  }
+  bool has_many(int64_t block) const { return candidates(block) >= kMany; }
 
   // Blocks [first, first + count), `groups` centroids each, columns for `wide`.
   void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,

@@ -81,6 +81,22 @@ class Chooser {
     return count + mine_.order.find(rank, last, choice_.proposed, found + count);
   }
 
+  // Writes every candidate of a block of queries, ascending.
+  int64_t take_all(int64_t block) {
+    int32_t* found = mine_.blocks.get(choice_.sink_blocks + choice_.proposed);
+    int64_t count = 0;
+    for_candidates(block, [&](int64_t first, int64_t end) {
+      for (int64_t j = first; j < end; ++j) {
+        found[count++] = static_cast<int32_t>(j);
+      }
+    });
+    return count;
+  }
+
+  int64_t candidates(int64_t block) const {
+    return std::min(before(block), blocks_) + blocks_ - after(block);
+  }
+
   // The best tokens of the proposed blocks, by how little a row's score of them is below the sum of its
   // band and the best of every 16 of them.
   void choose(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
