@@ -330,10 +330,8 @@ class Merger {
         T* out = out_[g].row(row + r);
         const float* more = part + r * value_dim_;
         const Vec old(keep[r - i]), by(add[r - i]);
-        float line[value_dim_];
-        convert(line, out, value_dim_);
         for (int64_t d = 0; d < value_dim_; d += kLanes) {
-          convert(out + d, Vec::loadu(line + d) * old + Vec::loadu(more + d) * by);
+          convert(out + d, at::vec::fmadd(floats_at(out + d), old, Vec::loadu(more + d) * by));
         }
       }
     }
