@@ -69,7 +69,7 @@ def measure(
         progress: Show a bar on stderr.
     """
     kept = Progress(result, output, fresh=fresh)
-    with bar(len(cases) * share, "starting", shown=progress) as whole:
+    with bar(len(cases) * share, "starting", shown=progress, timed=True) as whole:
         for case in cases:
             step = Share(whole, share)
             if kept.find(**case) is None:

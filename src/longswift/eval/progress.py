@@ -20,13 +20,15 @@ def silent(advance: float = 0, text: str | None = None) -> None:
 
 
 @contextmanager
-def bar(total: float, text: str, *, shown: bool = True) -> Iterator[Bar]:
+def bar(total: float, text: str, *, shown: bool = True, timed: bool = False) -> Iterator[Bar]:
     """Show a bar while the work inside runs.
 
     Args:
         total: Units of work.
         text: What is being done.
         shown: False for a silent bar.
+        timed: Draw the bar only when it is told something: a thread that draws all the time takes
+            turns with what is being timed.
     """
     # Off a terminal a bar is noise in a log file.
     if not shown or not sys.stderr.isatty():
@@ -36,7 +38,8 @@ def bar(total: float, text: str, *, shown: bool = True) -> Iterator[Bar]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, auto_refresh=not timed) as progress:
         task = progress.add_task(text, total=total)
 
         def step(advance: float = 0, text: str | None = None) -> None:
@@ -44,6 +47,8 @@ def bar(total: float, text: str, *, shown: bool = True) -> Iterator[Bar]:
                 progress.update(task, advance=advance)
             else:
                 progress.update(task, advance=advance, description=text)
+            if timed:
+                progress.refresh()
 
         yield step
 
