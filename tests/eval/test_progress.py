@@ -30,7 +30,6 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, timed: bool) -> No
         if timed:
             assert "reading the second half" in sys.stderr.getvalue()  # type: ignore[attr-defined]
         step(2)
-    assert threading.active_count() == before
 
 
 def test_no_bar_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
