@@ -60,7 +60,7 @@ class RoundedKeys:
             yield cut(every), self._k.new_empty(0), self._k.new_empty(0, dtype=torch.int32)
             return
         operators = compiled.loaded()
-        levels = torch.empty(batch, kv_heads, run.count, dtype=torch.int32)
+        levels = torch.empty(batch, kv_heads, run.count, dtype=torch.int32, device="cpu")
         where = [run.first, run.row, run.rows]
         of_keys = self._k, self._extents
         operators.find_levels(q, *of_keys, edges, levels, where, scale, pattern.causal)
@@ -91,7 +91,8 @@ class RoundedKeys:
     def _extents(self) -> Tensor:
         """The largest number, sums and squares of the keys up to every 64th, as the kernels do."""
         batch, kv_heads, length, dim = self._k.shape
-        extents = torch.empty(batch, kv_heads, length // _STRETCH, 1 + 2 * dim)
+        shape = batch, kv_heads, length // _STRETCH, 1 + 2 * dim
+        extents = torch.empty(shape, dtype=torch.float32, device="cpu")
         compiled.loaded().raise_extents(self._k, extents)
         return extents
 
@@ -106,7 +107,7 @@ def _room(shape: tuple[int, ...]) -> Tensor:
     needed = math.prod(shape)
     kept: Tensor | None = getattr(_mine, "room", None)
     if kept is None or kept.numel() < needed:
-        kept = torch.empty(needed, dtype=torch.int8)
+        kept = torch.empty(needed, dtype=torch.int8, device="cpu")
         compiled.loaded().use_large_pages(kept)
         if needed <= _KEPT:
             _mine.room = kept
