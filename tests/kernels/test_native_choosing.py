@@ -23,6 +23,32 @@ RUNS, WHY = native.verify(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY)
 
 
+def asked(
+    q: Tensor,
+    k: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    *,
+    sinks: int,
+    budget: int,
+    key_block: int = 4,
+    strict: bool = False,
+) -> Request:
+    """What a selector is asked for blocks that see the pattern's bands."""
+    return Request(
+        q=q,
+        k=k,
+        scale=scale,
+        key_block=key_block,
+        pattern=pattern,
+        band_lse=eager.attend_bands(q, k, k, pattern, scale).lse,
+        sinks=sinks,
+        budget=budget,
+        coverage=None,
+        strict=strict,
+    )
+
+
 @st.composite
 def requests(draw: st.DrawFn, longest: int = 400, centroids: bool = True) -> tuple[Bounds, Request]:
     causal = draw(st.booleans())
@@ -41,17 +67,14 @@ def requests(draw: st.DrawFn, longest: int = 400, centroids: bool = True) -> tup
     heads = kv_heads * groups
     q = torch.randn(batch, q_len, heads, 32, generator=generator).transpose(1, 2)
     k = 2 * torch.randn(batch, kv_heads, k_len, 32, generator=generator)
-    scale = 32**-0.5
-    request = Request(
-        q=q,
-        k=k,
-        scale=scale,
+    request = asked(
+        q,
+        k,
+        pattern,
+        32**-0.5,
         key_block=key_block,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, scale).lse,
         sinks=draw(st.integers(0, 9)),
         budget=draw(st.sampled_from([1, 7, 16, 64])),
-        coverage=None,
         strict=causal and draw(st.booleans()),
     )
     options = {"key_block": key_block, "proposals": draw(st.sampled_from([1, 2, 3, 100]))}
@@ -124,18 +147,7 @@ def test_many_keys_are_weighed_by_the_same_sample(heads: tuple[int, int], causal
     k = 2 * torch.randn(1, heads[1], k_len, 32, generator=generator)
     bands = (Band(tile=64, left=64, right=0 if causal else 64),) * heads[1]
     pattern = BlockPattern(causal=causal, bands=bands, block=64)
-    request = Request(
-        q=q,
-        k=k,
-        scale=0.3,
-        key_block=4,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, 0.3).lse,
-        sinks=4,
-        budget=32,
-        coverage=None,
-        strict=False,
-    )
+    request = asked(q, k, pattern, 0.3, sinks=4, budget=32)
     selector = Centroids(rows=4, proposals=4)
     slow = ordered(selector.select(request))
     fast = ordered(selector.select(replace(request, choose_by_bounds=native.choose_by_bounds)))

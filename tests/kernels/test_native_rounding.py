@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor
 from longswift import Full, MSSwift
 from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
-from longswift.kernels import eager, native
+from longswift.kernels import native
 from longswift.kernels.native import rounding
 from longswift.kernels.native.factors import ranks_in_bytes
 from longswift.kernels.native.rounding import RoundedKeys
-from longswift.mechanisms.selectors.base import Request
 from longswift.mechanisms.selectors.centroids import Centroids
+from tests.kernels.test_native_choosing import asked
 
 RUNS, WHY = native.verify(torch.device("cpu"))
 pytestmark = [
@@ -41,18 +42,8 @@ def levels_of(q: Tensor, k: Tensor, scale: float | None = None) -> list[int]:
     pattern = BlockPattern(
         causal=True, bands=(Band(tile=128, left=0, right=0),) * k.shape[1], block=64
     )
-    request = Request(
-        q=q,
-        k=k,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        key_block=1,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, 1.0).lse,
-        sinks=0,
-        budget=4,
-        coverage=None,
-        strict=False,
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = asked(q, k, pattern, scale, sinks=0, budget=4)
     (run,) = [run for run in request.runs(2) if run.rows == 64]
     assert length % 64 == 0
     rounded = RoundedKeys(k)
@@ -99,19 +90,8 @@ def test_whole_numbers_lose_nothing(
     band = Band(tile=2 * block, left=left, right=0 if causal else left)
     pattern = BlockPattern(causal=causal, bands=(band, band), block=block)
     scale = 0.5 / 127 / dim**0.5
-    request = Request(
-        q=q,
-        k=k,
-        scale=scale,
-        key_block=4,
-        pattern=pattern,
-        band_lse=eager.attend_bands(q, k, k, pattern, scale).lse,
-        sinks=3,
-        budget=budget,
-        coverage=None,
-        strict=False,
-        choose_by_bounds=native.choose_by_bounds,
-    )
+    request = asked(q, k, pattern, scale, sinks=3, budget=budget)
+    request = replace(request, choose_by_bounds=native.choose_by_bounds)
     found = Centroids(rows=rows, proposals=3).select(request).tokens
     for n, row in enumerate(of_blocks.unbind(2)):
         if length - n * block < 2:

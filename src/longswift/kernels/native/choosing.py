@@ -173,11 +173,8 @@ class _Choice:
         budget = self.tokens.shape[3], self.sinks, self.sinks
         sizes = (self.pattern.block, 1, self.row_group, candidates, *budget)
         phases = self._rounded.phases(self.q, run, self.edges, self.pattern, self.scale)
-        for pieces_of_phase, *keys in phases:
-            work = [
-                (*piece, run.row + (piece[2] - run.first) * run.rows, run.rows)
-                for piece in pieces_of_phase
-            ]
+        for part, *keys in phases:
+            work = [(*piece, run.rows) for piece in _with_rows(part, run)]
             for places in batches(work):
                 compiled.loaded().choose_centroids(
                     *(*self._inputs, self.edges, self.tokens, places, sizes),
@@ -245,10 +242,11 @@ class _Choice:
 
 def _pieces(k: Tensor, run: BlockRun, part: range) -> list[tuple[int, ...]]:
     """Pieces of work of some of a run's blocks, each with its first row."""
-    return [
-        (*piece, run.row + (piece[2] - run.first) * run.rows)
-        for piece in pieces(k, len(part), run.first + part.start)
-    ]
+    return _with_rows(pieces(k, len(part), run.first + part.start), run)
+
+
+def _with_rows(work: list[tuple[int, int, int, int]], run: BlockRun) -> list[tuple[int, ...]]:
+    return [(*piece, run.row + (piece[2] - run.first) * run.rows) for piece in work]
 
 
 def _boxes(k: Tensor, count: int, key_block: int, numbers: int, width: int = _WIDTH) -> Tensor:

@@ -28,8 +28,6 @@ from longswift.kernels.native.pieces import batches, cut
 
 # Bytes of a row of a tile.
 _TILE = 64
-# Keys that share an extent.
-_STRETCH = 64
 # Keys rounded by a thread at a time.
 _KEYS = 4096
 # Bytes that a thread keeps.
@@ -89,12 +87,9 @@ class RoundedKeys:
 
     @cached_property
     def _extents(self) -> Tensor:
-        """The largest number, sums and squares of the keys up to every 64th, as the kernels do."""
-        batch, kv_heads, length, dim = self._k.shape
-        shape = batch, kv_heads, length // _STRETCH, 1 + 2 * dim
-        extents = torch.empty(shape, dtype=torch.float32, device="cpu")
-        compiled.loaded().raise_extents(self._k, extents)
-        return extents
+        """What the kernels know of the keys up to every so many."""
+        found: Tensor = compiled.loaded().extents(self._k)
+        return found
 
     @cached_property
     def _bytes(self) -> Tensor:

@@ -107,9 +107,11 @@ bool multiplies_bytes() {
   return TileUnit::there();
 }
 
-void raise_extents(const at::Tensor& k, at::Tensor extents) {
-  const int64_t heads = k.size(1), dim = k.size(3), stretches = extents.size(2);
+at::Tensor extents_of(const at::Tensor& k) {
+  const int64_t heads = k.size(1), dim = k.size(3), stretches = k.size(2) / kStretch;
   const int64_t all = k.size(0) * heads;
+  at::Tensor extents = at::empty({k.size(0), heads, stretches, Extent::numbers(dim)},
+                                 k.options().dtype(at::kFloat));
   const auto at = [&](int64_t i) {
     return Extent(extents.data_ptr<float>() + i * Extent::numbers(dim), dim);
   };
@@ -132,6 +134,7 @@ void raise_extents(const at::Tensor& k, at::Tensor extents) {
       at(head * stretches + s).add(at(head * stretches + s - 1));
     }
   });
+  return extents;
 }
 
 void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& extents,

@@ -70,6 +70,11 @@ class Merger {
  private:
   static constexpr bool kNarrow = std::is_same_v<F, at::BFloat16>;
 
+  void fetch_token(int64_t token) const {
+    fetch(k_, token, 1, dim_);
+    fetch(v_, token, 1, value_dim_);
+  }
+
   // What a block sees beside its window, as keys, values and biases; returns how many.
   int64_t load(int64_t block) {
     const int32_t* slots = tokens_ + block * token_step_;
@@ -81,8 +86,7 @@ class Merger {
     }
     if (slots != fetched_) {
       for (int64_t t = 0; t < count; ++t) {
-        fetch(k_, tokens[t], 1, dim_);
-        fetch(v_, tokens[t], 1, value_dim_);
+        fetch_token(tokens[t]);
       }
     }
     const int64_t start = edges_[2 * block], end = edges_[2 * block + 1];
@@ -255,8 +259,7 @@ class Merger {
     const int64_t end = std::min(slots_, fetched + (slots_ * part + all - 1) / all);
     for (; next_ != nullptr && fetched < end; ++fetched) {
       if (next_[fetched] >= 0) {
-        fetch(k_, next_[fetched], 1, dim_);
-        fetch(v_, next_[fetched], 1, value_dim_);
+        fetch_token(next_[fetched]);
       }
     }
   }

@@ -84,7 +84,7 @@ bool multiplies_bytes();
 
 // For every 64 keys, as far as there are as many, of all up to them: the largest absolute number, every
 // channel's sum, every channel's sum of squares, fp32 `[B, Hkv, L / 64, 1 + 2 * D]`.
-void raise_extents(const at::Tensor& k, at::Tensor extents);
+at::Tensor extents_of(const at::Tensor& k);
 
 // Levels `[B, Hkv, count]` of a run of blocks: its first block, first row, rows of a block.
 void find_levels(const at::Tensor& q, const at::Tensor& k, const at::Tensor& extents,

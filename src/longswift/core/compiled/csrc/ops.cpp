@@ -88,7 +88,7 @@ TORCH_LIBRARY(longswift, m) {
       "int[] places, int[] sizes, float scale, bool causal, int rows, int far, "
       "bool narrow, Tensor bytes, Tensor levels, int first) -> ()");
   m.def("multiplies_bytes() -> bool", longswift::multiplies_bytes);
-  m.def("raise_extents(Tensor k, Tensor(a!) extents) -> ()");
+  m.def("extents(Tensor k) -> Tensor");
   m.def(
       "find_levels(Tensor q, Tensor k, Tensor extents, Tensor edges, Tensor(a!) levels, int[] run, "
       "float scale, bool causal) -> ()");
@@ -121,7 +121,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose", longswift::choose);
   m.impl("choose_tree", longswift::choose_tree);
   m.impl("choose_centroids", longswift::choose_centroids);
-  m.impl("raise_extents", longswift::raise_extents);
+  m.impl("extents", longswift::extents_of);
   m.impl("find_levels", longswift::find_levels);
   m.impl("round_keys", longswift::round_keys);
   m.impl("choose_few", longswift::choose_few);
