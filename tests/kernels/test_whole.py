@@ -63,21 +63,22 @@ def agrees(inputs: Inputs, causal: bool, scale: float) -> None:
     plain = eager.attend(*inputs, pattern, scale)
     found = attend_whole(*inputs, causal=causal, scale=scale)
     assert found is not None
-    assert found.out.dtype == q.dtype and found.lse.dtype == torch.float32
+    assert found[0].dtype == q.dtype and found[1].dtype == torch.float32
     # Few rows may be luckier than a rounding of their largest score allows.
     longest = [float(x.float().norm(dim=3).max()) for x in (q, k)]
     unit = torch.finfo(q.dtype).eps * (1 + scale * longest[0] * longest[1])
-    for ours, theirs, right in zip(found, plain, exact, strict=True):
+    units = (unit * max(1.0, float(x.abs().max())) for x in (v, exact.lse))
+    for ours, theirs, right, one in zip(found, plain, exact, units, strict=True):
         off = (ours.double() - right).abs().max()
-        assert off <= 2 * (theirs.double() - right).abs().max() + unit
+        assert off <= 2 * (theirs.double() - right).abs().max() + one
 
 
 @settings(max_examples=150)
 @given(st.data())
 def test_forward(data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
-    k_len = data.draw(st.integers(32, 700))
-    q_len = data.draw(st.integers(32, k_len if causal else 700))
+    k_len = data.draw(st.integers(1, 700))
+    q_len = data.draw(st.integers(1 if k_len <= 512 else 32, k_len if causal else 700))
     inputs = made(
         q_len,
         k_len,
@@ -126,8 +127,8 @@ def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
             pieces = attend_by_rows(*inputs, causal=causal, scale=0.2)
             assert once is not None and pieces is not None
             atol = 4 * torch.finfo(dtype).eps
-            torch.testing.assert_close(pieces.out, once.out, rtol=0, atol=atol)
-            torch.testing.assert_close(pieces.lse, once.lse, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(pieces.out, once[0], rtol=0, atol=atol)
+            torch.testing.assert_close(pieces.lse, once[1], rtol=1e-5, atol=1e-5)
         k[1, 1, 5, 3] = torch.inf
         assert attend_by_rows(q, k, v, causal=causal, scale=0.2) is None
 
@@ -161,7 +162,7 @@ def test_threads_share_work_and_change_nothing(threads: int) -> None:
             torch.set_num_threads(before)
         alone, shared = results
         assert alone is not None and shared is not None
-        assert torch.equal(alone.out, shared.out) and torch.equal(alone.lse, shared.lse)
+        assert torch.equal(alone[0], shared[0]) and torch.equal(alone[1], shared[1])
 
 
 def test_scores_beyond_every_number_are_not_hidden() -> None:
@@ -170,7 +171,7 @@ def test_scores_beyond_every_number_are_not_hidden() -> None:
     found = attend_whole(q, k, v, causal=False, scale=1.0)
     assert found is not None
     beyond = (q @ k.transpose(2, 3) == float("inf")).any(-1)
-    assert beyond.any() and found.out[beyond].isnan().all() and found.lse[beyond].isnan().all()
+    assert beyond.any() and all(x[beyond].isnan().all() for x in found)
 
 
 GOOD = torch.zeros(2, 4, 40, 16)
@@ -194,7 +195,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no scale": {"scale": 0.0},
     "a negative scale": {"scale": -1.0},
     "NaN as a scale": {"scale": float("nan")},
-    "few rows": {"q": GOOD[:, :, :2]},
+    "many keys for few rows": {
+        "q": GOOD[:, :, :2],
+        "k": GOOD.repeat(1, 1, 20, 1),
+        "v": GOOD.repeat(1, 1, 20, 1),
+    },
     "many keys": {"k": GOOD.repeat(1, 1, 205, 1), "v": GOOD.repeat(1, 1, 205, 1)},
 }
 
@@ -231,7 +236,7 @@ def test_what_lies_beside_a_view_does_not_matter() -> None:
     found = attend_whole(q, wide[:, :, 1:-1, :32], v, causal=True, scale=0.2)
     expected = attend_whole(q, k, v, causal=True, scale=0.2)
     assert found is not None and expected is not None
-    assert torch.equal(found.out, expected.out)
+    assert torch.equal(found[0], expected[0])
 
 
 @pytest.mark.parametrize("mechanism", [MSSwift(), Full()], ids=lambda m: m.name)

@@ -12,15 +12,12 @@ from torch import Tensor
 from longswift.core import compiled
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.inputs import carries_tangent
-from longswift.core.types import Partial
+from longswift.core.inputs import carry_tangents
 from longswift.kernels import eager, flex, native, reference, triton
 from longswift.kernels.checks import CHECKS
 
 # What "auto" tries before the eager kernel, best first.
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "flex")}
-
-_CPU = torch.device("cpu")
 
 BACKENDS: dict[str, ModuleType] = {
     "eager": eager,
@@ -98,8 +95,8 @@ def resolve(
 
 
 def attend_whole(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
-) -> tuple[str, Partial] | None:
+    backend: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[str, Tensor, Tensor] | None:
     """Full attention of unchecked inputs by a backend that checks them as it reads them.
 
     Args:
@@ -108,22 +105,29 @@ def attend_whole(
         k: ``[B, Hkv, Lk, D]``.
         v: ``[B, Hkv, Lk, Dv]``.
         causal: Whether keys after a query are hidden.
-        scale: Factor on the scores.
+        scale: Factor on the scores, ``D ** -0.5`` when None.
 
     Returns:
-        Name of the backend and its result; None if there is no such backend, or anything is wrong.
+        Name of the backend, output and log-sum-exp; None if there is no such backend, or anything
+        is wrong.
     """
     if backend not in ("auto", "native") or not (q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if compiled.operators() is None or not trusted("native", _CPU):
+    if not _native_on_cpu():
         return None
-    part = native.attend_whole(q, k, v, causal=causal, scale=scale)
-    return None if part is None else ("native", part)
+    part = native.attend_whole(q, k, v, causal, scale)
+    return None if part is None else ("native", *part)
+
+
+@functools.cache
+def _native_on_cpu() -> bool:
+    # Asked for by every short call: a device costs more to look up than nothing at all.
+    return compiled.operators() is not None and trusted("native", torch.device("cpu"))
 
 
 def _refuse_tangents(*inputs: Tensor) -> None:
     """Kernels that write into buffers would drop the tangents without a word."""
-    if any(carries_tangent(x) for x in inputs):
+    if carry_tangents(*inputs):
         raise UnsupportedError(
             problem(
                 "q, k, v",

@@ -97,14 +97,21 @@ def attend_at_once(
     backend: str,
 ) -> AttentionResult | None:
     """A call of mechanism ``name`` that is full attention; see ``Mechanism._at_once``."""
-    found = dispatch.attend_whole(
-        backend, q, k, v, causal=causal, scale=check_scale(scale, q.shape[3])
-    )
+    if scale is not None:
+        scale = check_scale(scale, q.shape[-1])
+    found = dispatch.attend_whole(backend, q, k, v, causal, scale)
     if found is None:
         return None
-    ran, (out, lse) = found
-    kv_heads, k_len = k.shape[1:3]
-    return AttentionResult(out, lse, dense_stats(name, ran, q.shape[2], k_len, kv_heads, causal))
+    ran, out, lse = found
+    return AttentionResult(out, lse, _stats_at_once(name, ran, q.shape, k.shape, causal))
+
+
+@lru_cache(maxsize=256)
+def _stats_at_once(
+    name: str, backend: str, q_shape: torch.Size, k_shape: torch.Size, causal: bool
+) -> AttentionStats:
+    # Shapes as they are: to take them apart costs short calls more than to look them up.
+    return dense_stats(name, backend, q_shape[2], k_shape[2], k_shape[1], causal)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.inputs import tracked
+from longswift.core.inputs import check_scale, tracked
 from longswift.core.types import Partial
 from longswift.kernels.eager.whole import with_gradients
 
@@ -18,20 +18,24 @@ _SCORES = 1 << 30
 _FEWEST = 1024
 
 
-def attend_whole(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Partial | None:
+def attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor] | None:
     """Attention of tensors on a CPU that nobody has checked; gradients are the fused kernel's.
 
     Returns:
-        None for what breaks the layout contract or holds NaN or infinity, for few rows (to pack
-        the keys would cost more than to read them), and beyond 8,192 keys, unless the processor
-        has a unit for products of such tiles and there are at most 2**31 scores.
+        Output and log-sum-exp; None for what breaks the layout contract or holds NaN or infinity,
+        for few rows and many keys (to pack these would cost more than to read them), and beyond
+        8,192 keys, unless the processor has a unit for products of such tiles and there are at most
+        2**31 scores.
     """
     if not tracked(q, k, v):
         out, lse, done = _operator()(q, k, v, scale, causal)
-        return Partial(out, lse) if done > 0 else None
+        return (out, lse) if done > 0 else None
     with torch.no_grad():
         found = attend_whole(q, k, v, causal=causal, scale=scale)
-    return found and with_gradients(q, k, v, found, causal, scale)
+    scale = check_scale(scale, q.shape[-1])
+    return found and with_gradients(q, k, v, Partial(*found), causal, scale)
 
 
 def attend_by_rows(
@@ -41,22 +45,20 @@ def attend_by_rows(
     q_len, k_len = q.shape[2], k.shape[2]
     rows = max(_FEWEST, _SCORES // (q.shape[0] * q.shape[1] * k_len) // _FEWEST * _FEWEST)
     if q_len <= rows:
-        return attend_whole(q, k, v, causal=causal, scale=scale)
+        found = attend_whole(q, k, v, causal, scale)
+        return found and Partial(*found)
     whole: Partial | None = None
     for first in range(0, q_len, rows):
         end = min(first + rows, q_len)
         keys = k_len - q_len + end if causal else k_len
-        part = attend_whole(
-            q[:, :, first:end], k[:, :, :keys], v[:, :, :keys], causal=causal, scale=scale
-        )
+        part = attend_whole(q[:, :, first:end], k[:, :, :keys], v[:, :, :keys], causal, scale)
         if part is None:
             return None
+        out, lse = part
         if whole is None:
-            whole = Partial(
-                part.out.new_empty(*q.shape[:3], v.shape[3]), part.lse.new_empty(q.shape[:3])
-            )
-        whole.out[:, :, first:end] = part.out
-        whole.lse[:, :, first:end] = part.lse
+            whole = Partial(out.new_empty(*q.shape[:3], v.shape[3]), lse.new_empty(q.shape[:3]))
+        whole.out[:, :, first:end] = out
+        whole.lse[:, :, first:end] = lse
     return whole
 
 

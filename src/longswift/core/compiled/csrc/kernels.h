@@ -116,10 +116,11 @@ void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 
 // Every query sees every key, or every key up to its own when causal. The output, laid out by token
 // like PyTorch's own, the log-sum-exp, and whether the inputs are finite (if not, the others are of no
-// use), or -1 and neither of them for inputs that it does not take. May be given any tensors.
+// use), or -1 and neither of them for inputs that it does not take. May be given any tensors. Scores
+// are divided by the root of the head's width where no scale is given.
 std::tuple<at::Tensor, at::Tensor, int64_t> attend_whole(const at::Tensor& q, const at::Tensor& k,
-                                                         const at::Tensor& v, double scale,
-                                                         bool causal);
+                                                         const at::Tensor& v,
+                                                         std::optional<double> scale, bool causal);
 
 // The index of the first of some `[B, H, L, D]` that holds NaN or infinity, or -1; the last
 // dimension is contiguous.

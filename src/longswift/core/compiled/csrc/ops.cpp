@@ -109,7 +109,7 @@ TORCH_LIBRARY(longswift, m) {
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
   m.def(
-      "whole(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor, Tensor, int)");
+      "whole(Tensor q, Tensor k, Tensor v, float? scale, bool causal) -> (Tensor, Tensor, int)");
   m.def("multiplies(Tensor like) -> bool");
   m.def("first_not_finite(Tensor[] tensors) -> int");
 }

@@ -3,6 +3,8 @@
 #include "finite.h"
 #include "tiles.h"
 
+#include <ATen/EmptyTensor.h>
+
 #include <thread>
 
 namespace longswift {
@@ -18,7 +20,8 @@ constexpr int64_t kAlone = 512;
 constexpr int64_t kMost = 8192;
 // Scores of a call, which nothing interrupts: some tenths of a second.
 constexpr int64_t kScores = int64_t{1} << 31;
-// Query rows for which products as high as these are worth while; those of 16 bits are cheap.
+// Query rows for which it is worth while to pack more keys than `kAlone`; products of 16 bits are
+// cheap, even if most of their rows are nobody's.
 constexpr int64_t kFewest = 32;
 constexpr int64_t kFewestNarrow = 4;
 // Farther than any key.
@@ -180,21 +183,24 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
       takes_tiles<at::BFloat16>(q.size(3), v.size(3));
   const int64_t scores = q.size(0) * q.size(1) * q.size(2) * k.size(2);
   return fit && scale > 0.0 && (k.size(2) <= kMost || (by_unit && scores <= kScores)) &&
-      (!causal || q.size(2) <= k.size(2)) && q.size(2) >= fewest;
+      (!causal || q.size(2) <= k.size(2)) && (k.size(2) <= kAlone || q.size(2) >= fewest);
 }
 
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, int64_t> attend_whole(const at::Tensor& q, const at::Tensor& k,
-                                                         const at::Tensor& v, double scale,
-                                                         bool causal) {
-  if (!takes(q, k, v, scale, causal)) {
+                                                         const at::Tensor& v,
+                                                         std::optional<double> given, bool causal) {
+  if (!takes(q, k, v, given.value_or(1.0), causal)) {
     return {at::Tensor(), at::Tensor(), -1};
   }
+  const double scale = given.value_or(std::pow(static_cast<double>(q.size(3)), -0.5));
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), width = v.size(3);
-  at::Tensor out = at::empty_strided(
-      {batch, heads, rows, width}, {rows * heads * width, width, heads * width, 1}, q.options());
-  at::Tensor lse = at::empty({batch, heads, rows}, q.options().dtype(at::kFloat));
+  // Not by way of the dispatcher, which takes a twentieth of a short call.
+  at::Tensor out = at::detail::empty_strided_cpu(
+      {batch, heads, rows, width}, {rows * heads * width, width, heads * width, 1},
+      q.scalar_type());
+  at::Tensor lse = at::detail::empty_cpu({batch, heads, rows}, at::kFloat);
   bool finite = true;
   by_types(q.scalar_type(), multiplies(q.scalar_type()), [&](auto in, auto factor) {
     using Own = Whole<decltype(in), decltype(factor)>;
