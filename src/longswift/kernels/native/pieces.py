@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-# Blocks of a piece: enough to be worth a turn, few enough to share out evenly.
-_BLOCKS = 16
+# Blocks of a piece: enough to be worth a turn, few enough to share out evenly. Of many blocks more,
+# which share what is read of the many keys before them.
+_BLOCKS, _MOST = 16, 64
+_TURNS = 64
 # Pieces of a call.
 _PIECES = 64
 
@@ -20,11 +22,13 @@ def pieces(k: Tensor, blocks: int, first: int = 0) -> list[tuple[int, int, int, 
 
 def cut(stretches: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
     """The same of the blocks of some stretches: batch row, KV head, first block and count."""
-    found = [
-        (b, head, start, min(_BLOCKS, first + count - start))
-        for b, head, first, count in stretches
-        for start in range(first, first + count, _BLOCKS)
-    ]
+    found = []
+    for b, head, first, count in stretches:
+        size = min(max(_BLOCKS, count // _TURNS), _MOST)
+        found += [
+            (b, head, start, min(size, first + count - start))
+            for start in range(first, first + count, size)
+        ]
     return sorted(found, key=lambda piece: -piece[2])
 
 

@@ -1,38 +1,27 @@
 // Key tokens by scores of columns: means of similar rows, or the few rows of a cut block.
-#include "centroids.h"
-#include "chooser.h"
-#include "columns.h"
-#include "common.h"
+#include "few_groups.h"
 #include "kernels.h"
 
 namespace longswift {
 
 namespace {
 
-// Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in
-// sums that only weigh groups of rows against each other, and the best of every 16 keys in it.
-constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4, kSome = 16;
 // Ranks of keys a thread holds at once.
 constexpr int64_t kRanks = 1 << 23;
 // Centroids that share what is read of the keys, and rows that are scored at once for themselves.
 constexpr int64_t kRows = 256, kColumns = 128;
 
+// Of rows for themselves.
 template <typename F>
-struct Space {
-  // Of centroids.
-  Buffer<F> means, panels, tile;
-  Buffer<float> centres, sums, units;
-  Buffer<typename ColumnMaxima<F>::Sum> starts;
-  Centroids centroids;
-  // Of rows for themselves.
+struct Alone {
   Buffer<F> lines, queries, highest, lowest;
   Buffer<float> scores;
   Columns columns;
 };
 
 template <typename T, typename F, typename K = T>
-class ByColumns : Chooser<T, F, K> {
-  using Base = Chooser<T, F, K>;
+class ByColumns : FewGroups<T, F, K> {
+  using Base = FewGroups<T, F, K>;
   using Maxima = typename Base::Maxima;
 
  public:
@@ -40,7 +29,7 @@ class ByColumns : Chooser<T, F, K> {
             const at::Tensor& edges, at::Tensor& tokens, int64_t batch, int64_t head,
             const Choice& choice, float key_unit = 1.0f)
       : Base(q, k, band_lse, edges, tokens, batch, head, choice, key_unit),
-        own_(of_thread<Space<F>>()) {}
+        alone_(of_thread<Alone<F>>()) {}
 
   // Blocks [first, first + count) of `rows` queries, the first of which starts at row `row`. They are
   // scored in groups of at most `most` similar ones, key by key; beyond position `far` of twice as
@@ -67,8 +56,10 @@ class ByColumns : Chooser<T, F, K> {
         continue;
       }
       const int64_t groups = own_.centroids.find(q_, at_row, rows, q_dim_, together);
+      const bool few = are_few(block, groups);
       const int64_t wide = Maxima::columns_for(groups);
-      int64_t some = std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
+      int64_t some = few ? blocks_of(groups)
+                         : std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
       const bool many = has_many(first + done);
       for (int64_t n = 1; n < some; ++n) {
@@ -77,7 +68,11 @@ class ByColumns : Chooser<T, F, K> {
           some = n;
         }
       }
-      propose_by_centroids(first + done, some, at_row, rows, together, groups, wide);
+      if (few) {
+        propose_by_few(first + done, some, at_row, rows, together, groups);
+      } else {
+        propose_by_centroids(first + done, some, at_row, rows, together, groups, wide);
+      }
       done += some;
     }
   }
@@ -99,20 +94,28 @@ class ByColumns : Chooser<T, F, K> {
 
  private:
   using Base::after;
+  using Base::are_few;
   using Base::before;
   using Base::blocks_;
+  using Base::blocks_of;
   using Base::candidates;
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
   using Base::factors_of_rows;
+  using Base::has_many;
   using Base::heads_;
   using Base::kCoarse;
+  using Base::kEvery;
+  using Base::kFirst;
   using Base::kKeys;
+  using Base::kSome;
   using Base::k_;
   using Base::k_len_;
   using Base::mine_;
+  using Base::own_;
   using Base::pack;
+  using Base::propose_by_few;
   using Base::q_;
   using Base::q_dim_;
   using Base::q_len_;
@@ -121,8 +124,6 @@ class ByColumns : Chooser<T, F, K> {
   using Base::take_all;
   using Base::tile_of;
   using Base::tokens_;
-
-  bool has_many(int64_t block) const { return candidates(block) >= kMany; }
 
   // Blocks [first, first + count), `groups` centroids each, columns for `wide`.
   void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
@@ -261,9 +262,9 @@ class ByColumns : Chooser<T, F, K> {
     float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
     for_rows(rows, [&](int64_t first_row, int64_t some, int64_t columns) {
-      F* up = own_.queries.get(2 * dim_ * columns);
+      F* up = alone_.queries.get(2 * dim_ * columns);
       F* down = up + dim_ * columns;
-      F* lines = own_.lines.get(2 * some * dim_);
+      F* lines = alone_.lines.get(2 * some * dim_);
       F* others = lines + some * dim_;
       float line[dim_], other[dim_];
       for (int64_t c = 0; c < some; ++c) {
@@ -277,8 +278,8 @@ class ByColumns : Chooser<T, F, K> {
       pack_transposed<F>(others, dim_, some, dim_, down, columns);
       clear_columns<F>(up, dim_, columns, some, columns);
       clear_columns<F>(down, dim_, columns, some, columns);
-      float* scores = own_.scores.get((blocks_ + kKeys) * columns);
-      own_.columns.begin(some, columns);
+      float* scores = alone_.scores.get((blocks_ + kKeys) * columns);
+      alone_.columns.begin(some, columns);
       const int64_t stretches[2][2] = {{0, start}, {end, last}};
       for (const auto& stretch : stretches) {
         for (int64_t j = stretch[0]; j < stretch[1]; j += kKeys) {
@@ -286,16 +287,16 @@ class ByColumns : Chooser<T, F, K> {
           int64_t step;
           float* part = scores + j * columns;
           // Always as many rows; the scores of those that are not there are written over or unread.
-          const F* box = boxes_of(high, j, tall, own_.highest, &step);
+          const F* box = boxes_of(high, j, tall, alone_.highest, &step);
           multiply<F>(kKeys, columns, dim_, box, step, up, columns, part, columns);
-          box = boxes_of(low, j, tall, own_.lowest, &step);
+          box = boxes_of(low, j, tall, alone_.lowest, &step);
           multiply<F>(kKeys, columns, dim_, box, step, down, columns, part, columns, true);
-          own_.columns.template add<kCoarse>(part, columns, tall, 1.0f, 0, columns);
+          alone_.columns.template add<kCoarse>(part, columns, tall, 1.0f, 0, columns);
         }
       }
-      own_.columns.finish();
+      alone_.columns.finish();
       for (const auto& stretch : stretches) {
-        own_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0], 1.0f,
+        alone_.columns.raise(scores + stretch[0] * columns, stretch[1] - stretch[0], 1.0f,
                             rank + stretch[0], 0, columns);
       }
     });
@@ -326,7 +327,7 @@ class ByColumns : Chooser<T, F, K> {
     return copy;
   }
 
-  Space<F>& own_;
+  Alone<F>& alone_;
 };
 
 }  // namespace

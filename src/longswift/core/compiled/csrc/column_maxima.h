@@ -162,8 +162,80 @@ class ColumnMaxima {
                 });
   }
 
+  // The other way round, for the first columns of a panel: of every `per` rows, 8 or fewer, a power of
+  // two, the largest product with each of 16 columns, a row `start[r]` larger. Where one exceeds the
+  // limit of its group of rows, calls `use` with the first column, the number of the group and the 16,
+  // aligned. Calls `meanwhile` now and then.
+  template <typename Meanwhile, typename Use>
+  void of_groups(const F* rows, int64_t step, int64_t count, int64_t per, const Sum* start,
+                 const float* limits, const F* panel, int64_t columns, Meanwhile&& meanwhile,
+                 Use&& use) const {
+    const auto with = [&](auto known) {
+      of_groups<known>(rows, step, count, start, limits, panel, columns, meanwhile, use);
+    };
+    switch (per) {
+      case 1: return with(std::integral_constant<int, 1>());
+      case 2: return with(std::integral_constant<int, 2>());
+      case 4: return with(std::integral_constant<int, 4>());
+      default: return with(std::integral_constant<int, 8>());
+    }
+  }
+
  private:
   static constexpr int64_t kTall = 64;
+
+  template <int per, typename Meanwhile, typename Use>
+  void of_groups(const F* rows, int64_t step, int64_t count, const Sum* start, const float* limits,
+                 const F* panel, int64_t columns, Meanwhile&& meanwhile, Use&& use) const {
+    alignas(64) float best[16];
+    const auto use_rows = [&](int64_t r, int64_t c, const Sum* scores, int64_t apart)
+        __attribute__((always_inline)) {
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i += per) {
+        const float limit = limits[(r + i) / per];
+        bool above = false;
+        for (int l = 0; l < 16; l += Sums::size()) {
+          const auto value = [&](int j) __attribute__((always_inline)) {
+            return Sums::loadu(scores + (i + j) * apart + l) + Sums(start[r + i + j]);
+          };
+          Sums x = value(0);
+#pragma GCC unroll 8
+          for (int j = 1; j < per; ++j) {
+            x = larger(x, value(j));
+          }
+          const Vec numbers = as_floats(x);
+          numbers.store(best + l);
+          above |= any_above(numbers, limit);
+        }
+        if (above) {
+          use(c, (r + i) / per, best);
+        }
+      }
+    };
+#if defined(LONGSWIFT_TILES)
+    if (unit_.used()) {
+      by_tiles(rows, step, count, nullptr, panel, 0, columns, nullptr,
+               [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                 meanwhile();
+                 for (int tile = 0; tile < 2; ++tile, c += 16) {
+                   if (c < columns) {
+                     use_rows(r, c, scores[tile], 16);
+                   }
+                 }
+               });
+      return;
+    }
+#endif
+    by_products(rows, step, count, nullptr, panel, 0, columns,
+                [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
+                  meanwhile();
+                  for (int64_t i = 0; i < tall; i += kRows) {
+                    for (int64_t l = 0; l < wide; l += 16) {
+                      use_rows(r + i, c + l, scores + i * kPanel + l, kPanel);
+                    }
+                  }
+                });
+  }
 
   // Calls `use` with the products of some rows and the columns of a panel: the first row, how many, the
   // first column, how many.

@@ -30,17 +30,15 @@ class Columns {
   template <bool coarse>
   void add(const float* scores, int64_t step, int64_t keys, float scale, int64_t first,
            int64_t count) {
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= count; c += 4 * kLanes) {
-      add_to<coarse, 4>(scores + c, step, keys, scale, first + c);
-    }
-    if (c + 2 * kLanes <= count) {
-      add_to<coarse, 2>(scores + c, step, keys, scale, first + c);
-      c += 2 * kLanes;
-    }
-    if (c < count) {
-      add_to<coarse, 1>(scores + c, step, keys, scale, first + c);
-    }
+    add_scaled<coarse>(scores, step, keys, [&](int64_t) { return Vec(scale); }, first, count);
+  }
+
+  // Columns that have a scale each.
+  template <bool coarse>
+  void add(const float* scores, int64_t step, int64_t keys, const float* scales, int64_t first,
+           int64_t count) {
+    const auto scale_at = [&](int64_t c) { return Vec::loadu(scales + c); };
+    add_scaled<coarse>(scores, step, keys, scale_at, first, count);
   }
 
   // Ends the sums.
@@ -91,6 +89,22 @@ class Columns {
   }
 
  private:
+  template <bool coarse, typename Scale>
+  void add_scaled(const float* scores, int64_t step, int64_t keys, const Scale& scale_at,
+                  int64_t first, int64_t count) {
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= count; c += 4 * kLanes) {
+      add_to<coarse, 4>(scores + c, step, keys, scale_at, first + c);
+    }
+    if (c + 2 * kLanes <= count) {
+      add_to<coarse, 2>(scores + c, step, keys, scale_at, first + c);
+      c += 2 * kLanes;
+    }
+    if (c < count) {
+      add_to<coarse, 1>(scores + c, step, keys, scale_at, first + c);
+    }
+  }
+
   template <int parts>
   void raise_by(const float* scores, int64_t keys, float scale, float* rank,
                 const float* total) const {
@@ -124,11 +138,15 @@ class Columns {
 
   // `parts` vectors of columns from `column` on; several keys at once, as one waits for its maximum
   // and its sum.
-  template <bool coarse, int parts>
-  void add_to(const float* scores, int64_t step, int64_t keys, float scale, int64_t column) {
+  template <bool coarse, int parts, typename Scale>
+  void add_to(const float* scores, int64_t step, int64_t keys, const Scale& scale_at,
+              int64_t column) {
     constexpr int ways = 4 / parts;
     float *top = top_.get(0) + column, *total = total_.get(0) + column;
-    const Vec by(scale * kLog2e);
+    Vec by[parts];
+    for (int p = 0; p < parts; ++p) {
+      by[p] = scale_at(column + p * kLanes) * Vec(kLog2e);
+    }
     Vec high[ways][parts], sum[ways][parts];
     for (int w = 0; w < ways; ++w) {
       for (int p = 0; p < parts; ++p) {
@@ -159,19 +177,19 @@ class Columns {
       }
       const Vec before = Vec::loadu(top + p * kLanes);
       // A column that has seen nothing is below everything.
-      limit[p] = larger(larger(before, high[0][p] * by), Vec(kLowest));
+      limit[p] = larger(larger(before, high[0][p] * by[p]), Vec(kLowest));
       sum[0][p] = Vec::loadu(total + p * kLanes) * quick_exp2(before - limit[p]);
     }
     for (int64_t k = 0; k < even; k += ways) {
       for (int w = 0; w < ways; ++w) {
         for (int p = 0; p < parts; ++p) {
-          sum[w][p] += power<coarse>(at::vec::fmsub(value(k + w, p), by, limit[p]));
+          sum[w][p] += power<coarse>(at::vec::fmsub(value(k + w, p), by[p], limit[p]));
         }
       }
     }
     for (int64_t k = even; k < keys; ++k) {
       for (int p = 0; p < parts; ++p) {
-        sum[0][p] += power<coarse>(at::vec::fmsub(value(k, p), by, limit[p]));
+        sum[0][p] += power<coarse>(at::vec::fmsub(value(k, p), by[p], limit[p]));
       }
     }
     for (int p = 0; p < parts; ++p) {

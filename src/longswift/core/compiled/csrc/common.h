@@ -333,6 +333,14 @@ inline float max_of(const Vec& x) {
 #endif
 }
 
+inline bool any_above(const Vec& x, float limit) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#else
+  return max_of(x) > limit;
+#endif
+}
+
 // The largest lane of each of as many vectors as there are lanes.
 template <typename V>
 [[gnu::always_inline]] inline V max_of_each(const V* x) {
