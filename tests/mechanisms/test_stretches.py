@@ -273,17 +273,16 @@ def test_padding_does_not_move_limits() -> None:
 @pytest.mark.parametrize("options", [{}, {"key_tokens": 0}, {"delta": 8}], ids=str)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 def test_gradients_equal_the_reference(options: dict[str, Any], biased: bool) -> None:
-    """Against plain masks over one size of pools for each row, weighed by which rows have it."""
-    n = LIMIT + 140
+    """Against plain masks over pools of one size, and those of another for the rows that follow."""
+    n = LIMIT + 108
     bias = ALiBi() if biased else None
     leaves = [t.requires_grad_() for t in tensors(n, heads=2, kv_heads=1, dim=4)]
     mechanism = small(**options)
     wanted_out, wanted_lse = torch.randn(1, 2, n, 4).double(), torch.randn(1, 2, n).double()
 
     def gradients(found: AttentionResult, rows: slice) -> list[Tensor]:
-        loss = (found.out * wanted_out)[:, :, rows].sum() + (found.lse * wanted_lse)[
-            :, :, rows
-        ].sum()
+        loss = (found.out * wanted_out)[:, :, rows].sum()
+        loss = loss + (found.lse * wanted_lse)[:, :, rows].sum()
         return list(torch.autograd.grad(loss, leaves))
 
     found = gradients(mechanism(*leaves, bias=bias), slice(None))
@@ -318,3 +317,20 @@ def test_statistics_count_the_pools_of_every_row() -> None:
     sizes = torch.tensor([pool_size(int(p) // 16 * 16, 8) for p in position])
     pools = (start / sizes)[int(exact) :].sum() / n
     assert small()(*x).stats.keys_per_query == pytest.approx(beside + float(pools), rel=1e-6)
+
+
+@few_pools
+@pytest.mark.parametrize("training", [False, True])
+def test_flex_attends_stretches(training: bool) -> None:
+    """Its parts are merged out of place."""
+    n = LIMIT + 40
+    leaves = [t.requires_grad_(training) for t in tensors(n, dtype=torch.float32)]
+    found = {}
+    for backend in ("flex", "eager"):
+        r = small()(*leaves, backend=backend)
+        assert r.stats.backend == backend
+        found[backend] = [r.out.detach(), r.lse.detach()]
+        if training:
+            found[backend] += torch.autograd.grad(r.out.square().sum() + r.lse.sum(), leaves)
+    for fast, slow in zip(*found.values(), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
