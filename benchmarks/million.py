@@ -4,7 +4,7 @@
 
 Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
 tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one
-for 256 tokens, every query sees all, and the tree with means of 2,048.
+for at least 256 tokens, every query sees up to 512, and the tree with means of 2,048.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class NaiveSwift:
     tree: int | None = None
     beam: int = 1
     remainder: int | None = None
+    # Pools that may lie before a block of queries.
+    most_pools: int = 512
     strict: bool = False
     causal: bool = True
     # By query head and key position minus query position, [Hq, 2 * most + 1]; while one block
@@ -133,6 +135,15 @@ class NaiveSwift:
         tile, beyond = self.shape(window)
         start = position // tile * tile
         return max(0, start - beyond), min(n, start + tile + (0 if self.causal else beyond))
+
+    def pool_size(self, position: int, n: int) -> int:
+        """Tokens per pool for the query at ``position``: doubled until few lie before its block."""
+        assert self.remainder is not None
+        begins = position // self.block * self.block if self.causal else n - 1
+        size = self.remainder
+        while begins >= self.most_pools * size:
+            size *= 2
+        return size
 
     def dense_until(self, n: int, kv_heads: int) -> int:
         """Position of the first row that is not computed exactly."""
@@ -396,8 +407,9 @@ class NaiveSwift:
                 if self.remainder is not None and position >= dense:
                     start, end = pages.band(window, position, n)
                     rest = [j for j in range(n) if not seen[h, row, j]]
-                    for pool in range(math.ceil(n / self.remainder)):
-                        in_pool = [j for j in rest if j // self.remainder == pool]
+                    size = self.pool_size(position, n)
+                    for pool in range(math.ceil(n / size)):
+                        in_pool = [j for j in rest if j // size == pool]
                         right = [] if self.causal else [j for j in in_pool if j >= end]
                         for members in ([j for j in in_pool if j < start], right):
                             if members:

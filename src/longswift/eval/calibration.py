@@ -19,6 +19,7 @@ from longswift.core.observe import Observed
 from longswift.core.summary import PAGE, KeySummary
 from longswift.mechanisms.ms_swift import MSSwift
 from longswift.mechanisms.profile import LayerProfile
+from longswift.mechanisms.stretches import pool_size
 
 CAPTURED, OUTPUT = "captured", "output"
 CRITERIA = (CAPTURED, OUTPUT)
@@ -155,7 +156,8 @@ def _keys(mechanism: Mechanism, stats: Any, k: Tensor, pools_counted: bool) -> T
         budgets = (budgets,) * kv_heads if isinstance(budgets, int) else budgets
         selector: Any = mechanism.selector
         # Where only the exact part was run, the means are still part of the price.
-        means = 0.0 if pools_counted or not mechanism.remainder else end / mechanism.remainder
+        pool = mechanism.remainder
+        means = 0.0 if pools_counted or pool is None else end / pool_size(end - 1, pool)
         for head, budget in enumerate(budgets):
             if head not in mechanism.dense_heads:
                 keys[head] += means + selector.choosing_cost(budget, end, dim)

@@ -9,7 +9,8 @@ For each KV head and block of queries the keys are, without double counting,
 * **key tokens**: the keys outside the window that the content of the block asks for, chosen by a
   ``selector``, shared by the GQA group;
 * **a coarse remainder**: the unselected tokens of every pool of ``remainder`` tokens, seen once
-  through their mean key and value plus the log of their count.
+  through their mean key and value plus the log of their count. Pools double with the position of
+  the block, so that it scores at most 512 of them (see ``mechanisms.stretches``).
 
 Causal, one head (``#`` window, ``s`` sink, ``k`` key token, ``-`` seen through a mean)::
 
@@ -30,7 +31,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
 | selection (``centroids``) | O(n D / 4 + 16 key_tokens D) | O(n) |
-| remainder | O(n / remainder * D) | O(n / key_block) |
+| remainder | O(min(n / remainder, 512) D) | O(n / key_block) |
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from longswift.mechanisms.parts import joined, room_for
 from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
+from longswift.mechanisms.stretches import attend_by_stretch
 
 if TYPE_CHECKING:
     from longswift.mechanisms.profile import Profile
@@ -78,7 +80,8 @@ class MSSwift(Mechanism):
             found (``key_tokens`` stays the cap), or None for a fixed budget.
         selector: How key tokens are chosen: ``"centroids"``, another name of the table in
             ``mechanisms.selectors``, or a configured one.
-        remainder: Pool size of the coarse remainder, or None to drop what was not selected.
+        remainder: Pool size of the coarse remainder, or None to drop what was not selected. Twice
+            that for queries beyond ``512 * remainder``, four times beyond twice that, and so on.
         block: Queries that share a choice.
         scale_of_head: Index into ``windows`` for each KV head; None spreads the scales over the
             heads in turn, starting with the middle one, then the next narrower.
@@ -263,8 +266,7 @@ class MSSwift(Mechanism):
             into = None if room is None else Partial(*(x[:, :, exact_rows:] for x in room))
             pattern, bands = self._choose(rest, k, v, call, q_len, into)
             # Decoding may be handed page summaries; longer calls derive their own pools.
-            more = {"summary": call.summary, "bias": call.bias}
-            part = backend.attend(rest, k, v, pattern, call.scale, bands=bands, **more)
+            part = attend_by_stretch(backend, rest, k, v, pattern, call, bands)
             extra["selector"] = self._selector.name
             if self.min_coverage is not None:
                 short = self._short_blocks(rest, k, pattern, call)
@@ -320,13 +322,7 @@ class MSSwift(Mechanism):
 
     @torch.no_grad()
     def _choose(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        call: Call,
-        asked: int,
-        into: Partial | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, call: Call, asked: int, into: Partial | None = None
     ) -> tuple[BlockPattern, Partial | None]:
         """The pattern of these queries, and the bands' result, which the choice needed anyway.
 

@@ -17,6 +17,7 @@ from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
+from longswift.mechanisms.stretches import stretches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +253,7 @@ def pattern_stats(
         mechanism: Name of the mechanism.
         backend: Backend that ran.
         mode: How the keys were chosen; ``"dense"`` where every query saw every key it may see.
-        pattern: Keys of the queries from ``exact_rows`` on.
+        pattern: Keys of the queries from ``exact_rows`` on; pools grow as ``stretches`` says.
         q_len: Queries.
         k_len: Keys.
         exact_rows: Leading queries computed exactly.
@@ -267,12 +268,13 @@ def pattern_stats(
     total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:
         if full_rows is None:
-            total += _keys_in_all(pattern, rest, k_len)
+            for rows, keys, part in stretches(pattern, rest, k_len):
+                total += _keys_in_all(part, rows.stop - rows.start, keys)
         else:
-            keys = keys_of_rows(pattern, rest, k_len)
-            keys[:, full_rows] = k_len
+            by_row = keys_of_rows(pattern, rest, k_len)
+            by_row[:, full_rows] = k_len
             dense += len(full_rows)
-            total += keys.sum(1)
+            total += by_row.sum(1)
     if more_keys:
         total += rest * torch.tensor(more_keys, dtype=torch.float64, device="cpu")
     if exact_rows:
