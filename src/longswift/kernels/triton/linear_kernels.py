@@ -194,7 +194,9 @@ def read(
         out += tl.dot(weights, u, input_precision=EXACT, out_dtype=ACC)
         norm += tl.sum(weights, 1)
     if NORMED:
-        tl.store(NORM + line, norm, mask=exists & (tl.program_id(2) == 0))
+        # Not in the mask: the interpreter of Triton 3.9 takes no mask made of a scalar.
+        if tl.program_id(2) == 0:
+            tl.store(NORM + line, norm, mask=exists)
     if DIVIDED:
         fine = norm > LEAST
         out = tl.where(fine[:, None], out / tl.where(fine, norm, 1.0)[:, None], 0.0)
