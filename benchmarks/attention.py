@@ -9,6 +9,14 @@ RIVALS = ["--mechanism", "ms_swift,sliding_window"]
 # Full attention in bf16 may be faster than SDPA's.
 ALSO_FULL = ["--mechanism", "ms_swift,sliding_window,full"]
 WIDE = ["--heads", "8", "--kv-heads", "2", "--head-dim", "128"]
+SHORT = [
+    "--mechanism",
+    "ms_swift",
+    "--lengths",
+    "64,128,256,512,1024,2048,4096",
+    "--repeats",
+    "201",
+]
 CASES = {
     "attention-bf16": [*ALSO_FULL, "--dtype", "bfloat16", "--lengths", "4096,32768,131072"],
     "attention-fp32": [*RIVALS, "--dtype", "float32", "--lengths", "4096,32768,131072"],
@@ -29,6 +37,10 @@ CASES = {
         "1024,2048,4096,16384,32768",
         "--backward",
     ],
+    "short-fp32": [*SHORT, "--dtype", "float32"],
+    "short-bf16": [*SHORT, "--dtype", "bfloat16"],
+    "short-fp32-wide": [*SHORT, *WIDE, "--dtype", "float32"],
+    "short-bf16-wide": [*SHORT, *WIDE, "--dtype", "bfloat16"],
     "all-fp32": [
         "--mechanism",
         "all",

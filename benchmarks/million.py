@@ -1,6 +1,6 @@
 """A million tokens: how the cost of a token grows, by default, with every box bounded, with a tree.
 
-``python benchmarks/million.py [--lengths 131072,1048576] [--json results/million.json]``
+``python benchmarks/million.py [--lengths 131072,1048576] [--only default]``
 
 Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
 tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from longswift import MSSwift
-from longswift.core.errors import LongSwiftError
+from longswift.core.errors import InputError, LongSwiftError, problem
 from longswift.eval import memory, options
 from longswift.eval.attention import AttentionBench, inputs
 from longswift.eval.results import Result, writable
@@ -50,6 +50,7 @@ def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="131072,1048576")
+    parser.add_argument("--only", help="labels, separated by semicolons")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--budget", type=float, default=120.0, help="seconds a mechanism and length"
@@ -59,11 +60,18 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("results/million.json"))
     given = parser.parse_args()
     try:
+        labels = given.only.split(";") if given.only else list(MECHANISMS)
+        unknown = [label for label in labels if label not in MECHANISMS]
+        if unknown:
+            raise InputError(
+                problem("--only", expected=f"some of {list(MECHANISMS)}", got=unknown, fix="Pick.")
+            )
+        mechanisms = {label: MECHANISMS[label] for label in labels}
         target = writable(given.json)
         lengths = [options.length(text) for text in given.lengths.split(",")]
         rows: list[dict[str, Any]] = []
         for length in lengths:
-            rows += _measure(length, given)
+            rows += _measure(length, mechanisms, given)
     except (LongSwiftError, OSError) as error:
         print(f"million: {error}", file=sys.stderr)
         return 2
@@ -72,7 +80,7 @@ def main() -> int:
         "heads": HEADS,
         "head_dim": WIDTH,
         "dtype": "bfloat16",
-        "mechanisms": {name: mechanism.to_dict() for name, mechanism in MECHANISMS.items()},
+        "mechanisms": {name: mechanism.to_dict() for name, mechanism in mechanisms.items()},
     }
     Result(kind=KIND, config=config, seed=given.seed, rows=rows).save(target)
     first = {row["name"]: row for row in rows if row["length"] == lengths[0]}
@@ -87,7 +95,9 @@ def main() -> int:
     return 0
 
 
-def _seconds(length: int, given: argparse.Namespace) -> dict[str, Seconds]:
+def _seconds(
+    length: int, mechanisms: dict[str, MSSwift], given: argparse.Namespace
+) -> dict[str, Seconds]:
     q, k, v = tensors(length, given.seed)
 
     def call(mechanism: MSSwift) -> Callable[[], object]:
@@ -95,17 +105,19 @@ def _seconds(length: int, given: argparse.Namespace) -> dict[str, Seconds]:
 
     with torch.no_grad():
         return alternate(
-            {name: call(mechanism) for name, mechanism in MECHANISMS.items()},
+            {name: call(mechanism) for name, mechanism in mechanisms.items()},
             repeats=given.repeats,
             budget_seconds=given.budget,
             tick=lambda name: print(f"{length} tokens: {name}", file=sys.stderr),
         )
 
 
-def _measure(length: int, given: argparse.Namespace) -> list[dict[str, Any]]:
-    timed = _seconds(length, given)
+def _measure(
+    length: int, mechanisms: dict[str, MSSwift], given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    timed = _seconds(length, mechanisms, given)
     rows = []
-    for name, mechanism in MECHANISMS.items():
+    for name, mechanism in mechanisms.items():
         extra = None
         if not given.no_memory:
             bench = AttentionBench(
