@@ -1,5 +1,5 @@
-// Key tokens by the few groups of rows that a block has at great depth: those of several blocks share
-// what is read of the keys and a tile of products, and no key's rank is kept that is not among the best.
+// Key tokens by the few groups of rows that a block has at great depth: those of several blocks
+// share what is read of the keys and tiles of products, and only the ranks of the best are kept.
 #pragma once
 
 #include <algorithm>
@@ -41,8 +41,8 @@ class FewGroups : protected Chooser<T, F, K> {
 
   bool has_many(int64_t block) const { return candidates(block) >= kMany; }
 
-  // Whether blocks of so many groups are worth to be taken together. What lies before them are their
-  // candidates then.
+  // Whether blocks of so many groups are worth to be taken together. All keys before each are then
+  // its candidates.
   bool are_few(int64_t block, int64_t groups) const {
     return choice_.causal && groups < Maxima::kRows && has_many(block);
   }
@@ -50,8 +50,8 @@ class FewGroups : protected Chooser<T, F, K> {
   // Blocks that are taken together.
   static int64_t blocks_of(int64_t groups) { return kColumns / groups; }
 
-  // Blocks [first, first + count), `groups` means of at most `most` rows each; those of the first are
-  // found.
+  // Blocks [first, first + count), `groups` means of at most `most` rows each; those of the first
+  // are found.
   void propose_by_few(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                       int64_t groups) {
     const int64_t all = round_up(count * groups, 2 * kTogether);
@@ -104,7 +104,8 @@ class FewGroups : protected Chooser<T, F, K> {
 
   void pack_means(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                   int64_t groups, int64_t all) {
-    F *means = own_.means.get(all * dim_), *panels = own_.panels.get(round_up(all, Maxima::kPanel) * dim_);
+    F* means = own_.means.get(all * dim_);
+    F* panels = own_.panels.get(round_up(all, Maxima::kPanel) * dim_);
     float *centres = own_.centres.get(groups * q_dim_), *units = own_.units.get(count);
     float* scales = own_.scales.get(all);
     std::fill(scales, scales + all, 1.0f);
@@ -173,11 +174,12 @@ class FewGroups : protected Chooser<T, F, K> {
     }
   }
 
-  // Begins the search of every block with what the best of its candidates exceed, judged by a sample.
+  // Begins every block's search with what the best of its candidates exceed, judged by a sample.
   void guess(const Maxima& maxima, int64_t first, int64_t count, int64_t groups, int64_t all) {
-    const int64_t tiles = before(first) / kSome, sampled = std::clamp<int64_t>(tiles / 16, 1, kSample);
-    const int64_t numbers = sampled * kSome;
+    const int64_t tiles = before(first) / kSome;
+    const int64_t sampled = std::clamp<int64_t>(tiles / 16, 1, kSample), numbers = sampled * kSome;
     float *sample = own_.sample.get(count * numbers), *limits = own_.limits.get(all / groups);
+    std::fill(sample, sample + count * numbers, kHidden);
     // Of what stands where no block does nothing is above it.
     std::fill(limits, limits + all / groups, -kHidden);
     std::fill(limits, limits + count, kHidden);
@@ -246,8 +248,8 @@ class FewGroups : protected Chooser<T, F, K> {
     }
   }
 
-  // Calls `use` with the first of 16 of the keys, a block and their ranks, where one exceeds the limit of
-  // the block.
+  // Calls `use` with the first of 16 of the keys, a block and their ranks, where one exceeds the
+  // block's limit.
   template <typename Meanwhile, typename Use>
   void for_ranks(const Maxima& maxima, int64_t key, int64_t some, int64_t groups, int64_t all,
                  Meanwhile&& meanwhile, Use&& use) const {

@@ -10,7 +10,7 @@ class RunningBest {
   // Numbers that come at once.
   static constexpr int64_t kAtOnce = 16;
 
-  // The `most` largest of places [first, end) of those that exceed `limit`, of equal ones the first.
+  // The `most` largest that exceed `limit` of places [first, end), of equal ones the first.
   void begin(int64_t most, int64_t first, int64_t end, float limit) {
     most_ = most;
     first_ = first;
@@ -39,7 +39,8 @@ class RunningBest {
     _mm512_storeu_si512(places_.get(0) + count_, _mm512_maskz_compress_epi32(taken, places));
     count_ += __builtin_popcount(taken);
 #else
-    for (int64_t i = std::max<int64_t>(first_ - place, 0); i < std::min(end_ - place, kAtOnce); ++i) {
+    const int64_t last = std::min(end_ - place, kAtOnce);
+    for (int64_t i = std::max<int64_t>(first_ - place, 0); i < last; ++i) {
       if (numbers[i] > limit_) {
         values_.get(0)[count_] = numbers[i];
         places_.get(0)[count_++] = static_cast<int32_t>(place + i);
