@@ -17,6 +17,7 @@ from longswift.core.observe import Observed, observe
 from longswift.extend.bias import ALiBi, ClippedBias, alibi_slopes
 from longswift.kernels import triton
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.selectors.bounds import Bounds
 from tests.mechanisms.drawing import Inputs, allowed_pairs, inputs, masked_softmax, tolerance
 from tests.mechanisms.table import CASES, Case
 
@@ -268,3 +269,18 @@ def test_observers_are_told() -> None:
         Full()(q, q, q, bias=bias)
         Full()(q, q, q)
     assert [call.bias for call in calls] == [bias, None]
+
+
+def test_a_group_of_rows_ends_with_its_block() -> None:
+    """What follows a block is no part of its bias, however long groups may be."""
+    selector = Bounds(key_block=1, row_group=32)
+    mechanism = MSSwift(
+        windows=(32,), key_tokens=3, selector=selector, block=16, dense_below=0, remainder=None
+    )
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        q, k = torch.randn(2, 1, 2, 91, 4, generator=generator)
+        bias = ClippedBias(table=3 * torch.randn(33, 2, generator=generator))
+        whole = mechanism.visible(q, k, bias=bias)[:, :, :80, :80]
+        part = mechanism.visible(q[:, :, :80], k[:, :, :80], bias=bias)
+        assert torch.equal(whole, part)

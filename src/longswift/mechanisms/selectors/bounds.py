@@ -253,7 +253,7 @@ class BoundsPass(TwoStage):
         if request.bias is not None:
             size = self._key_block
             groups = {1} if self._row_boxes else set()
-            groups |= {selector.row_group} if self._group_boxes else set()
+            groups |= {min(selector.row_group, block)} if self._group_boxes else set()
             for group in groups:
                 self._largest[group] = request.bias.largest(size + group - 1, size)
 
@@ -371,13 +371,13 @@ class BoundsPass(TwoStage):
         request, group = self._request, 1
         position = row_positions(run, request.k.device)
         if not self.by_row(run):
-            group = self._selector.row_group
+            group = min(self._selector.row_group, run.rows)
             # The last row of a group is the farthest from the first key of a block.
-            position = position[:, ::group] + (group - 1)
+            position = torch.minimum(position[:, ::group] + (group - 1), position[:, -1:])
         largest = self._largest[group]
         block = torch.arange(width, device=position.device)
         shape = 1, request.k.shape[1], 1, width
-        return largest.at(block.expand(shape), position.clamp(max=request.k.shape[2] - 1))
+        return largest.at(block.expand(shape), position)
 
     def _block_scores(
         self, q: Tensor, run: BlockRun, outside: Tensor, width: int, space: Workspace
