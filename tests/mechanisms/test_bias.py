@@ -273,7 +273,7 @@ def test_observers_are_told() -> None:
 
 def test_a_group_of_rows_ends_with_its_block() -> None:
     """What follows a block is no part of its bias, however long groups may be."""
-    selector = Bounds(key_block=1, row_group=32)
+    selector = Bounds(key_block=1, row_group=32, proposals=1, most_proposals=1)
     mechanism = MSSwift(
         windows=(32,), key_tokens=3, selector=selector, block=16, dense_below=0, remainder=None
     )
