@@ -210,6 +210,16 @@ def test_what_it_does_not_take(name: str) -> None:
     assert attend_whole(call["q"], call["k"], call["v"], causal=True, scale=call["scale"]) is None
 
 
+@pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_numbers_are_no_inputs(name: str, scale: float | None) -> None:
+    """The short way asks for shapes before anything has been checked."""
+    inputs = {"q": GOOD, "k": GOOD, "v": GOOD, name: torch.tensor(1.0)}
+    for mechanism in (MSSwift(), Full()):
+        with pytest.raises(InputError, match=f"^{name}: expected a 4-D tensor"):
+            mechanism(**inputs, scale=scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", "qkv")
 @pytest.mark.parametrize("layout", ["dense", "by token", "cut"])

@@ -282,11 +282,11 @@ def tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are dense tensors and no other class, without tangents; keys have 4 axes."""
+    """Whether these are dense tensors and no other class, without tangents, q and k with 4 axes."""
     return (
         type(q) is type(k) is type(v) is Tensor
         and q.layout is k.layout is v.layout is torch.strided
-        and k.dim() == 4
+        and q.dim() == k.dim() == 4
         # Nobody follows tangents: to ask each tensor takes a tenth of a short call.
         and (forward_ad._current_level < 0 or not carry_tangents(q, k, v))
     )
