@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from longswift import MSSwift
-from longswift.core.errors import InputError, LongSwiftError, problem
+from longswift.core.errors import LongSwiftError
 from longswift.eval import memory, options
 from longswift.eval.attention import AttentionBench, inputs
 from longswift.eval.results import Result, writable
@@ -60,13 +60,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("results/million.json"))
     given = parser.parse_args()
     try:
-        labels = given.only.split(";") if given.only else list(MECHANISMS)
-        unknown = [label for label in labels if label not in MECHANISMS]
-        if unknown:
-            raise InputError(
-                problem("--only", expected=f"some of {list(MECHANISMS)}", got=unknown, fix="Pick.")
-            )
-        mechanisms = {label: MECHANISMS[label] for label in labels}
+        mechanisms = options.labelled(given.only, MECHANISMS)
         target = writable(given.json)
         lengths = [options.length(text) for text in given.lengths.split(",")]
         rows: list[dict[str, Any]] = []

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from longswift import MSSwift, SlidingWindow
-from longswift.core.errors import InputError, LongSwiftError, problem
+from longswift.core.errors import LongSwiftError
 from longswift.core.mechanism import Mechanism
-from longswift.eval import selection
-from longswift.eval.options import length
+from longswift.eval import options, selection
 from longswift.eval.plots import COLOURS, drawable, figure, save
 from longswift.eval.results import Result, load
 from longswift.mechanisms.selectors.anchor import Anchor
@@ -126,17 +125,11 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     given = parser.parse_args()
     try:
-        labels = given.only.split(";") if given.only else list(CONFIGS)
-        unknown = [label for label in labels if label not in CONFIGS]
-        if unknown:
-            raise InputError(
-                problem("--only", expected=f"some of {list(CONFIGS)}", got=unknown, fix="Pick.")
-            )
-        chosen = {label: CONFIGS[label].to_dict() for label in labels}
+        chosen = options.labelled(given.only, CONFIGS)
         study = selection.Study(
-            mechanisms=chosen,
+            mechanisms={label: mechanism.to_dict() for label, mechanism in chosen.items()},
             model=given.model,
-            length=length(given.length),
+            length=options.length(given.length),
             documents=given.documents,
             repeats=given.repeats,
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from longswift.core.errors import ConfigError, LongSwiftError, problem
+from longswift.core.errors import ConfigError, InputError, LongSwiftError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.core.registry import unknown_name
 
@@ -25,6 +25,21 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def names(text: str) -> list[str]:
     """The parts of a comma-separated list, without blanks and repetitions."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def labelled(text: str | None, known: Mapping[str, T]) -> dict[str, T]:
+    """The entries of a table with labels separated by semicolons; all of them for no text.
+
+    Raises:
+        InputError: An unknown label.
+    """
+    wanted = text.split(";") if text else list(known)
+    unknown = [label for label in wanted if label not in known]
+    if unknown:
+        raise InputError(
+            problem("--only", expected=f"some of {list(known)}", got=unknown, fix="Pick.")
+        )
+    return {label: known[label] for label in wanted}
 
 
 def length(text: str) -> int:
