@@ -1,8 +1,10 @@
-"""Deep blocks of few groups share products and keep no ranks: they choose as blocks alone do."""
+"""Deep blocks of few groups share products and keep no ranks: they choose as blocks alone do.
+
+Those that rank bytes are in ``test_native_rounding``, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -80,44 +82,6 @@ def test_equal_keys() -> None:
         part = request(q[:, :, -rows:], k, budget=16)
         few = selector().select(replace(part, choose_by_bounds=choose)).tokens
         assert torch.equal(few[:, :, -1], whole[:, :, -1])
-
-
-@pytest.fixture
-def in_bytes(exact_ranks: None) -> Iterator[None]:
-    """As outside of tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounding, "ranks_in_bytes", lambda: True)
-        yield
-
-
-@pytest.mark.skipif(not (RUNS and ranks_in_bytes()), reason="no unit that multiplies bytes")
-def test_whole_numbers_lose_nothing_in_bytes(in_bytes: None) -> None:
-    """Where all rows of a block are one, of whole numbers, the keys of the largest scores win."""
-    generator = torch.Generator().manual_seed(5)
-
-    def numbers(count: int) -> Tensor:
-        x = torch.randint(-127, 128, (1, 2, count, 64), generator=generator).float()
-        # Every block and every prefix reach as far as bytes do.
-        x[..., 0] = 127.0
-        return x
-
-    k, of_blocks = numbers(9000), numbers(70)
-    q = of_blocks.repeat_interleave(BLOCK, 2)[:, :, :4456]
-    asks = replace(request(q, k, budget=20), choose_by_bounds=native.choose_by_bounds)
-    chosen = selector(rows=64).select(replace(asks, scale=0.5 / 127 / 8)).tokens.long()
-    first = 9000 - 4456
-    checked = 0
-    for n, edge in enumerate(asks.edges[0, :, 0].tolist()):
-        # Where blocks begin depends on the position: rows of two are not one.
-        rows = q[:, :, max(0, n * BLOCK - first % BLOCK) : (n + 1) * BLOCK - first % BLOCK]
-        if not bool((rows == rows[:, :, :1]).all()):
-            continue
-        scores = (k[:, :, :edge] @ rows[:, :, 0, :, None]).squeeze(-1)
-        scores[..., :5] = -torch.inf
-        best = scores.topk(20).values
-        assert torch.equal(scores.gather(2, chosen[:, :, n]).sort(descending=True).values, best)
-        checked += 1
-    assert checked > 0
 
 
 @pytest.mark.parametrize("bytes_too", [False, True])

@@ -59,7 +59,8 @@ def levels_of(q: Tensor, k: Tensor, scale: float | None = None) -> list[int]:
     st.sampled_from([1, 2]),
     st.sampled_from([1, 3]),
     st.sampled_from([32, 64, 80, 128, 200]),
-    st.integers(0, 700),
+    # From some 4,300 tokens on blocks of few groups are ranked together.
+    st.integers(0, 700) | st.integers(4300, 4900),
     st.booleans(),
     st.sampled_from([1, 20, 64]),
     st.sampled_from([1, 4, 64]),

@@ -61,17 +61,17 @@ class ByColumns : FewGroups<T, F, K> {
       int64_t some = few ? blocks_of(groups)
                          : std::min(kRows / wide, kRanks / std::max<int64_t>(blocks_, 1));
       some = std::min(std::max<int64_t>(some, 1), count - done);
-      const bool many = has_many(first + done);
+      const bool many = has_many(block);
       for (int64_t n = 1; n < some; ++n) {
-        if (has_many(first + done + n) != many || most_at(done + n) != together ||
-            candidates(first + done + n) <= choice_.proposed) {
+        if (has_many(block + n) != many || most_at(done + n) != together ||
+            candidates(block + n) <= choice_.proposed) {
           some = n;
         }
       }
       if (few) {
-        propose_by_few(first + done, some, at_row, rows, together, groups);
+        propose_by_few(block, some, at_row, rows, together, groups);
       } else {
-        propose_by_centroids(first + done, some, at_row, rows, together, groups, wide);
+        propose_by_centroids(block, some, at_row, rows, together, groups, wide);
       }
       done += some;
     }
@@ -102,7 +102,6 @@ class ByColumns : FewGroups<T, F, K> {
   using Base::choice_;
   using Base::choose;
   using Base::dim_;
-  using Base::factors_of_rows;
   using Base::has_many;
   using Base::heads_;
   using Base::kCoarse;
@@ -124,22 +123,17 @@ class ByColumns : FewGroups<T, F, K> {
   using Base::take_all;
   using Base::tile_of;
   using Base::tokens_;
+  using Base::write_means;
 
   // Blocks [first, first + count), `groups` centroids each, columns for `wide`.
   void propose_by_centroids(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                             int64_t groups, int64_t wide) {
     F* means = own_.means.get(groups * dim_);
     F* panels = own_.panels.get(round_up(count * wide, Maxima::kPanel) * dim_);
-    float *centres = own_.centres.get(groups * q_dim_), *units = own_.units.get(count);
+    float* units = own_.units.get(count);
     int64_t last = 0;
     for (int64_t n = 0; n < count; ++n) {
-      if (n > 0) {
-        own_.centroids.find(q_, row + n * rows, rows, q_dim_, most);
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        own_.centroids.mean(g, centres + g * q_dim_);
-      }
-      units[n] = factors_of_rows(centres, groups, means);
+      units[n] = write_means(n, row, rows, most, groups, means);
       pack(means, groups, panels, n * wide, (n + 1) * wide);
       last = std::max(last, reach(first + n));
     }

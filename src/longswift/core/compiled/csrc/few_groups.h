@@ -39,6 +39,19 @@ class FewGroups : protected Chooser<T, F, K> {
       : Base(q, k, band_lse, edges, tokens, batch, head, choice, key_unit),
         own_(of_thread<Space>()) {}
 
+  // Writes the means of the n-th of some blocks, `groups` of at most `most` rows each, as factors;
+  // those of the first are found. Returns what their products with keys are to be multiplied by.
+  float write_means(int64_t n, int64_t row, int64_t rows, int64_t most, int64_t groups, F* means) {
+    if (n > 0) {
+      own_.centroids.find(q_, row + n * rows, rows, q_dim_, most);
+    }
+    float* centres = own_.centres.get(groups * q_dim_);
+    for (int64_t g = 0; g < groups; ++g) {
+      own_.centroids.mean(g, centres + g * q_dim_);
+    }
+    return factors_of_rows(centres, groups, means);
+  }
+
   bool has_many(int64_t block) const { return candidates(block) >= kMany; }
 
   // Whether blocks of so many groups are worth to be taken together. All keys before each are then
@@ -106,17 +119,10 @@ class FewGroups : protected Chooser<T, F, K> {
                   int64_t groups, int64_t all) {
     F* means = own_.means.get(all * dim_);
     F* panels = own_.panels.get(round_up(all, Maxima::kPanel) * dim_);
-    float *centres = own_.centres.get(groups * q_dim_), *units = own_.units.get(count);
-    float* scales = own_.scales.get(all);
+    float *units = own_.units.get(count), *scales = own_.scales.get(all);
     std::fill(scales, scales + all, 1.0f);
     for (int64_t n = 0; n < count; ++n) {
-      if (n > 0) {
-        own_.centroids.find(q_, row + n * rows, rows, q_dim_, most);
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        own_.centroids.mean(g, centres + g * q_dim_);
-      }
-      units[n] = factors_of_rows(centres, groups, means + n * groups * dim_);
+      units[n] = write_means(n, row, rows, most, groups, means + n * groups * dim_);
       std::fill(scales + n * groups, scales + (n + 1) * groups, units[n]);
     }
     std::fill(means + count * groups * dim_, means + all * dim_, F(0.0f));
