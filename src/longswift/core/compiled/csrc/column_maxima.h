@@ -162,16 +162,16 @@ class ColumnMaxima {
                 });
   }
 
-  // The other way round, for the first columns of a panel: of every `per` rows, 8 or fewer, a power of
-  // two, the largest product with each of 16 columns, a row `start[r]` larger. Where one exceeds the
-  // limit of its group of rows, calls `use` with the first column, the number of the group and the 16,
-  // aligned. Calls `meanwhile` now and then.
+  // Of every `per` of the first `end` columns, 8 or fewer, a power of two, the largest product with
+  // each of 16 rows, `start[c]` larger. Where one exceeds the limits of these columns, which are equal,
+  // calls `use` with the first row, the number of the group of columns and the 16, aligned; of no other
+  // are the 16 worked out. Calls `meanwhile` now and then.
   template <typename Meanwhile, typename Use>
-  void of_groups(const F* rows, int64_t step, int64_t count, int64_t per, const Sum* start,
-                 const float* limits, const F* panel, int64_t columns, Meanwhile&& meanwhile,
+  void of_groups(const F* rows, int64_t step, int64_t count, const F* panels, int64_t end,
+                 int64_t per, const Sum* start, const float* limits, Meanwhile&& meanwhile,
                  Use&& use) const {
     const auto with = [&](auto known) {
-      of_groups<known>(rows, step, count, start, limits, panel, columns, meanwhile, use);
+      of_groups<known>(rows, step, count, panels, end, start, limits, meanwhile, use);
     };
     switch (per) {
       case 1: return with(std::integral_constant<int, 1>());
@@ -185,56 +185,78 @@ class ColumnMaxima {
   static constexpr int64_t kTall = 64;
 
   template <int per, typename Meanwhile, typename Use>
-  void of_groups(const F* rows, int64_t step, int64_t count, const Sum* start, const float* limits,
-                 const F* panel, int64_t columns, Meanwhile&& meanwhile, Use&& use) const {
-    alignas(64) float best[16];
-    const auto use_rows = [&](int64_t r, int64_t c, const Sum* scores, int64_t apart)
+  void of_groups(const F* rows, int64_t step, int64_t count, const F* panels, int64_t end,
+                 const Sum* start, const float* limits, Meanwhile&& meanwhile, Use&& use) const {
+    alignas(64) float numbers[kRows];
+    const auto use_tile = [&](int64_t r, int64_t c, const Sum* scores, int64_t apart)
         __attribute__((always_inline)) {
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; i += per) {
-        const float limit = limits[(r + i) / per];
-        bool above = false;
-        for (int l = 0; l < 16; l += Sums::size()) {
-          const auto value = [&](int j) __attribute__((always_inline)) {
-            return Sums::loadu(scores + (i + j) * apart + l) + Sums(start[r + i + j]);
-          };
-          Sums x = value(0);
-#pragma GCC unroll 8
-          for (int j = 1; j < per; ++j) {
-            x = larger(x, value(j));
-          }
-          const Vec numbers = as_floats(x);
-          numbers.store(best + l);
-          above |= any_above(numbers, limit);
-        }
-        if (above) {
-          use(c, (r + i) / per, best);
+      for (int64_t l = 0; l < kColumns; l += kLanes) {
+        const Sums top = best_of(scores + l, apart) + Sums::loadu(start + c + l);
+        uint32_t above = which_above(as_floats(top), Vec::loadu(limits + c + l));
+        while (above != 0) {
+          const int64_t lane = __builtin_ctz(above) / per * per;
+          largest_of_group<per>(scores + l + lane, apart, start + c + l + lane, numbers);
+          use(r, (c + l + lane) / per, numbers);
+          above &= ~(((1u << per) - 1) << lane);
         }
       }
     };
 #if defined(LONGSWIFT_TILES)
     if (unit_.used()) {
-      by_tiles(rows, step, count, nullptr, panel, 0, columns, nullptr,
+      by_tiles(rows, step, count, nullptr, panels, 0, end, nullptr,
                [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                  meanwhile();
-                 for (int tile = 0; tile < 2; ++tile, c += 16) {
-                   if (c < columns) {
-                     use_rows(r, c, scores[tile], 16);
-                   }
+                 for (int tile = 0; tile < 2; ++tile) {
+                   use_tile(r, c + tile * kColumns, scores[tile], kColumns);
                  }
                });
       return;
     }
 #endif
-    by_products(rows, step, count, nullptr, panel, 0, columns,
+    by_products(rows, step, count, nullptr, panels, 0, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
                   for (int64_t i = 0; i < tall; i += kRows) {
-                    for (int64_t l = 0; l < wide; l += 16) {
-                      use_rows(r + i, c + l, scores + i * kPanel + l, kPanel);
+                    for (int64_t l = 0; l < wide; l += kColumns) {
+                      use_tile(r + i, c + l, scores + i * kPanel + l, kPanel);
                     }
                   }
                 });
+  }
+
+  // Of each of 16 rows the largest of a group's scores, `start` larger.
+  template <int per>
+  [[gnu::always_inline]] static void largest_of_group(const Sum* scores, int64_t apart,
+                                                      const Sum* start, float* out) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(apart)));
+    const auto column = [&](int j) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<Sum, float>) {
+        return Sums(_mm512_i32gather_ps(rows, scores + j, sizeof(Sum))) + Sums(start[j]);
+      } else {
+        return Sums(_mm512_i32gather_epi32(rows, scores + j, sizeof(Sum))) + Sums(start[j]);
+      }
+    };
+    Sums best = column(0);
+#pragma GCC unroll 8
+    for (int j = 1; j < per; ++j) {
+      best = larger(best, column(j));
+    }
+    as_floats(best).store(out);
+#else
+    Sum best[kRows];
+    for (int64_t i = 0; i < kRows; ++i) {
+      const Sum* of_row = scores + i * apart;
+      best[i] = of_row[0] + start[0];
+      for (int j = 1; j < per; ++j) {
+        best[i] = std::max(best[i], of_row[j] + start[j]);
+      }
+    }
+    for (int64_t i = 0; i < kRows; i += kLanes) {
+      as_floats(Sums::loadu(best + i)).store(out + i);
+    }
+#endif
   }
 
   // Calls `use` with the products of some rows and the columns of a panel: the first row, how many, the

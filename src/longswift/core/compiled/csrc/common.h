@@ -333,11 +333,19 @@ inline float max_of(const Vec& x) {
 #endif
 }
 
-inline bool any_above(const Vec& x, float limit) {
+// One bit for every lane.
+inline uint32_t which_above(const Vec& x, const Vec& limits) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+  return _mm512_cmp_ps_mask(x, limits, _CMP_GT_OQ);
 #else
-  return max_of(x) > limit;
+  float numbers[kLanes], least[kLanes];
+  x.store(numbers);
+  limits.store(least);
+  uint32_t above = 0;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    above |= static_cast<uint32_t>(numbers[i] > least[i]) << i;
+  }
+  return above;
 #endif
 }
 

@@ -22,7 +22,7 @@ class FewGroups : protected Chooser<T, F, K> {
   static constexpr int64_t kMany = 4096, kEvery = 8, kFirst = 4, kSome = 16;
 
   struct Space {
-    Buffer<F> means, panels, tile, keys;
+    Buffer<F> means, panels, tile;
     Buffer<float> centres, sums, units;
     Buffer<typename Maxima::Sum> starts;
     Centroids centroids;
@@ -67,7 +67,7 @@ class FewGroups : protected Chooser<T, F, K> {
   // are found.
   void propose_by_few(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                       int64_t groups) {
-    const int64_t all = round_up(count * groups, 2 * kTogether);
+    const int64_t all = round_up(count * groups, kPair);
     pack_means(first, count, row, rows, most, groups, all);
     const int64_t last = before(first + count - 1);
     {
@@ -108,16 +108,14 @@ class FewGroups : protected Chooser<T, F, K> {
   Space& own_;
 
  private:
-  // Columns of a tile, and those that share what is read of the keys.
-  static constexpr int64_t kTogether = 16, kColumns = 128;
+  // Columns of two tiles, and those that share what is read of the keys.
+  static constexpr int64_t kPair = 32, kColumns = 128;
   // Tiles of 16 keys that tell what the best ones exceed.
   static constexpr int64_t kSample = 1024;
-  // Keys fetched while two tiles of products are taken.
-  static constexpr int64_t kFew = 8;
 
   void pack_means(int64_t first, int64_t count, int64_t row, int64_t rows, int64_t most,
                   int64_t groups, int64_t all) {
-    F* means = own_.means.get(all * dim_);
+    F* means = own_.means.get(count * groups * dim_);
     F* panels = own_.panels.get(round_up(all, Maxima::kPanel) * dim_);
     float *units = own_.units.get(count), *scales = own_.scales.get(all);
     std::fill(scales, scales + all, 1.0f);
@@ -125,8 +123,7 @@ class FewGroups : protected Chooser<T, F, K> {
       units[n] = write_means(n, row, rows, most, groups, means + n * groups * dim_);
       std::fill(scales + n * groups, scales + (n + 1) * groups, units[n]);
     }
-    std::fill(means + count * groups * dim_, means + all * dim_, F(0.0f));
-    pack(means, all, panels, 0, all);
+    pack(means, count * groups, panels, 0, all);
   }
 
   // Sums of every mean over the best of every 16 of a sample of its candidates.
@@ -184,11 +181,11 @@ class FewGroups : protected Chooser<T, F, K> {
   void guess(const Maxima& maxima, int64_t first, int64_t count, int64_t groups, int64_t all) {
     const int64_t tiles = before(first) / kSome;
     const int64_t sampled = std::clamp<int64_t>(tiles / 16, 1, kSample), numbers = sampled * kSome;
-    float *sample = own_.sample.get(count * numbers), *limits = own_.limits.get(all / groups);
+    float *sample = own_.sample.get(count * numbers), *limits = own_.limits.get(all);
     std::fill(sample, sample + count * numbers, kHidden);
     // Of what stands where no block does nothing is above it.
-    std::fill(limits, limits + all / groups, -kHidden);
-    std::fill(limits, limits + count, kHidden);
+    std::fill(limits + count * groups, limits + all, -kHidden);
+    std::fill(limits, limits + count * groups, kHidden);
     for (int64_t i = 0; i < sampled; ++i) {
       for_ranks(maxima, i * tiles / sampled * kSome, kSome, groups, all, [] {},
                 [&](int64_t key, int64_t n, const float* ranks) {
@@ -223,23 +220,28 @@ class FewGroups : protected Chooser<T, F, K> {
             int64_t last) {
     auto& found = own_.found;
     float* limits = own_.limits.get(0);
+    // As many for every 16 keys and pair of tiles that the next keys are there in time.
+    const int64_t few = std::max<int64_t>(1, Maxima::kRows * kPair / all);
     for (bool again = true; again;) {
       for (int64_t n = 0; n < count; ++n) {
-        limits[n] = found[n].limit();
+        std::fill(limits + n * groups, limits + (n + 1) * groups, found[n].limit());
       }
       int64_t fetched = kKeys;
       for (int64_t t = 0; t < last; t += kKeys) {
         const int64_t limit = std::min(last, t + 3 * kKeys);
         // The keys to come are fetched a few at a time: all at once they would wait for each other.
         const auto fetch_few = [&]() __attribute__((always_inline)) {
-          for (int64_t i = 0; i < kFew && fetched < limit; ++i) {
+          for (int64_t i = 0; i < few && fetched < limit; ++i) {
             fetch(k_, fetched++, 1, dim_);
           }
         };
         for_ranks(maxima, t, kKeys, groups, all, fetch_few,
                   [&](int64_t key, int64_t n, const float* ranks) __attribute__((always_inline)) {
+                    const float limit_before = found[n].limit();
                     found[n].add(key, ranks);
-                    limits[n] = found[n].limit();
+                    if (found[n].limit() != limit_before) {
+                      std::fill(limits + n * groups, limits + (n + 1) * groups, found[n].limit());
+                    }
                   });
       }
       again = false;
@@ -259,12 +261,11 @@ class FewGroups : protected Chooser<T, F, K> {
   template <typename Meanwhile, typename Use>
   void for_ranks(const Maxima& maxima, int64_t key, int64_t some, int64_t groups, int64_t all,
                  Meanwhile&& meanwhile, Use&& use) const {
-    F *tile = own_.tile.get(kKeys * dim_), *panel = own_.keys.get(kKeys * dim_);
     int64_t step, padded;
-    const F* keys = tile_of(key, std::min(some, k_len_ - key), tile, &step, &padded);
-    pack_transposed<F>(keys, step, padded, dim_, panel, Maxima::kPanel);
-    maxima.of_groups(own_.means.get(0), dim_, all, groups, own_.starts.get(0), own_.limits.get(0),
-                     panel, padded, meanwhile,
+    const F* keys = tile_of(key, std::min(some, k_len_ - key), own_.tile.get(kKeys * dim_), &step,
+                            &padded);
+    maxima.of_groups(keys, step, padded, own_.panels.get(0), all, groups, own_.starts.get(0),
+                     own_.limits.get(0), meanwhile,
                      [&](int64_t i, int64_t n, const float* ranks) __attribute__((always_inline)) {
                        use(key + i, n, ranks);
                      });
