@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def test_a_library_that_does_not_load_is_named_once(
     compiled.library().write_bytes(b"no library")
     with pytest.warns(UserWarning, match="are not used"):
         assert compiled.operators() is None
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("built", [True, False])
+def test_only_who_has_compiled_before_is_told_to_do_it_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built: bool
+) -> None:
+    if compiled.supported() is not None:
+        pytest.skip(str(compiled.supported()))
+    monkeypatch.setenv("LONGSWIFT_CACHE", str(tmp_path))
+    compiled.library.cache_clear()
+    if built:
+        other = tmp_path / "another" / compiled.library().name
+        other.parent.mkdir()
+        other.touch()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert compiled.operators() is None
+    assert [("longswift build" in str(one.message)) for one in told] == [True] * built
 
 
 @pytest.mark.usefixtures("forgetful")

@@ -20,7 +20,7 @@ def build(
     try:
         path = compiled.library()
         if not path.exists():
-            with render.busy("compiling the kernels, about half a minute"):
+            with render.busy("compiling the kernels, a few minutes"):
                 compiled.build()
     except UnsupportedError as error:
         if not optional:

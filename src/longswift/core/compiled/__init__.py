@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from longswift.core.compiled.build import build, library, supported
+from longswift.core.compiled.build import build, cache_folder, library, supported
 
 __all__ = ["build", "library", "loaded", "operators", "reason"]
+
+_NOT_COMPILED = "not compiled yet: run `longswift build`"
 
 
 @functools.cache
@@ -23,7 +25,16 @@ def operators() -> Any | None:
 
     ``LONGSWIFT_NATIVE=0`` in the environment leaves them alone.
     """
-    if reason() is not None:
+    missing = reason()
+    if missing is not None:
+        if missing == _NOT_COMPILED and any(cache_folder().glob(f"*/{library().name}")):
+            # Whoever has compiled them once expects their speed after an upgrade, too.
+            warnings.warn(
+                f"expected compiled kernels of this version of longswift and torch, got those of "
+                f"another in {cache_folder()}; everything works, slower, until you run "
+                "`longswift build`",
+                stacklevel=2,
+            )
         return None
     try:
         torch.ops.load_library(library())
@@ -46,5 +57,5 @@ def reason() -> str | None:
         return "LONGSWIFT_NATIVE=0 in the environment"
     missing = supported()
     if missing is None and not library().exists():
-        missing = "not compiled yet: run `longswift build`"
+        missing = _NOT_COMPILED
     return missing

@@ -69,7 +69,7 @@ def supported() -> str | None:
 
 
 def build() -> Path:
-    """Compile the library unless it is there; takes about half a minute.
+    """Compile the library unless it is there; takes a few minutes.
 
     Raises:
         UnsupportedError: The platform is not supported, there is no compiler, or compiling fails.
