@@ -170,6 +170,40 @@ def test_decoding_by_head_groups_sums_no_page_twice(monkeypatch: pytest.MonkeyPa
     assert asked and all(sums is pages._pools for sums in asked)
 
 
+@pytest.mark.parametrize("start", [(0, 40), (40, 40), (23, 0, 23)])
+def test_decoding_padded_rows_sums_no_page_twice(
+    monkeypatch: pytest.MonkeyPatch, start: tuple[int, ...]
+) -> None:
+    """Rows that start elsewhere complete their pools at other times, and remember them all."""
+    mechanism = small(selector={"name": "bounds", "key_block": 16}, remainder=64, block=32)
+    batch = len(start)
+    pages = PagedKV()
+    pages.append(*torch.randn(2, batch, 2, 300, 8, dtype=torch.float64))
+    summed: list[int] = []
+    real = PoolSums.of
+
+    def of(self: PoolSums, summary: KeySummary, factor: int) -> tuple[Tensor, Tensor]:
+        before = self._known[factor][0].shape[2] if factor in self._known else 0
+        found = real(self, summary, factor)
+        summed.append(self._known[factor][0].shape[2] - before)
+        return found
+
+    monkeypatch.setattr(PoolSums, "of", of)
+    for step in range(140):
+        if step == 100:
+            # Shorter than the pools that are remembered.
+            pages.crop(290)
+        k, v = pages.append(*torch.randn(2, batch, 2, 1, 8, dtype=torch.float64))
+        q = torch.randn(batch, 4, 1, 8, dtype=torch.float64)
+        mask = torch.arange(k.shape[2]) >= torch.tensor(start)[:, None]
+        helped = mechanism(q, k, v, key_mask=mask, summary=pages.summary(start))
+        plain = mechanism(q, k, v, key_mask=mask)
+        torch.testing.assert_close(plain.out, helped.out, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(plain.lse, helped.lse, rtol=1e-9, atol=1e-11)
+    # Of 430 tokens, pools of 64; at most two are cropped and summed again.
+    assert 0 < sum(summed) <= len(set(start)) * (430 // 64 + 2)
+
+
 def test_summaries_follow_left_padding() -> None:
     k, v = torch.randn(2, 2, 2, 150, 8, dtype=torch.float64)
     q = torch.randn(2, 4, 1, 8, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.autograd import forward_ad
 
 from longswift.core import compiled
 from longswift.core.errors import InputError, problem
-from longswift.core.summary import KeySummary
+
+if TYPE_CHECKING:
+    from longswift.core.summary import KeySummary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

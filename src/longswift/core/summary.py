@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from longswift.core.inputs import take
 from longswift.core.softmax import accumulator_dtype
 
 # Caches keep pages of this many tokens, and decoding scores them.
@@ -38,6 +40,11 @@ class PoolSums:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_rows: dict[tuple[int, ...], PoolSums] = {}
+
+    def of_rows(self, rows: Sequence[int]) -> PoolSums:
+        """The sums of some batch rows, which complete their pools at times of their own."""
+        return self._of_rows.setdefault(tuple(rows), PoolSums())
 
     def of(self, summary: KeySummary, factor: int) -> tuple[Tensor, Tensor]:
         """Key and value sums ``[B, Hkv, P // factor, *]`` of every ``factor`` complete pages."""
@@ -54,14 +61,17 @@ class PoolSums:
         return known[0][:, :, :wanted], known[1][:, :, :wanted]
 
     def crop(self, pages: int) -> None:
-        """Forget what reaches beyond the first ``pages`` pages."""
+        """Forget what reaches beyond the first ``pages`` pages of any row."""
         for factor, (k, v) in self._known.items():
             kept = pages // factor
             self._known[factor] = k[:, :, :kept], v[:, :, :kept]
+        for sums in self._of_rows.values():
+            sums.crop(pages)
 
     def clear(self) -> None:
         """Forget everything."""
         self._known.clear()
+        self._of_rows.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,8 @@ class KeySummary:
         k_max: ``[B, Hkv, P, D]`` channel-wise maximum.
         k_sum: ``[B, Hkv, P, D]`` fp32 (fp64 for fp64 keys).
         v_sum: ``[B, Hkv, P, Dv]`` likewise.
-        pools: Sums over pools that a cache remembers for exactly these pages, or None.
+        pools: Sums over pools that a cache remembers for these pages, or None. Rows that start at
+            different positions have none in common, see ``rows``.
         part_of: The summary of all KV heads of which these are some, and which; None if it
             remembers no sums.
     """
@@ -115,14 +126,15 @@ class KeySummary:
         starts = {self.start[row] for row in rows}
         if starts != {keys.start}:
             return None
-        pages = (keys.stop - keys.start) // self.page
+        pages = slice(0, (keys.stop - keys.start) // self.page)
         return KeySummary(
             page=self.page,
             start=(0,) * len(rows),
-            k_min=self.k_min[rows, :, :pages],
-            k_max=self.k_max[rows, :, :pages],
-            k_sum=self.k_sum[rows, :, :pages],
-            v_sum=self.v_sum[rows, :, :pages],
+            k_min=take(self.k_min, rows, pages),
+            k_max=take(self.k_max, rows, pages),
+            k_sum=take(self.k_sum, rows, pages),
+            v_sum=take(self.v_sum, rows, pages),
+            pools=None if self.pools is None else self.pools.of_rows(rows),
         )
 
     def heads(self, heads: slice | list[int]) -> KeySummary:
@@ -143,7 +155,9 @@ class KeySummary:
             every, heads = self.part_of
             k_sum, v_sum = every.pool_sums(factor)
             return k_sum[:, heads], v_sum[:, heads]
-        return (self.pools or PoolSums()).of(self, factor)
+        # Rows that start elsewhere complete their pools at other times.
+        kept = self.pools if len(set(self.start)) <= 1 else None
+        return (kept or PoolSums()).of(self, factor)
 
     def coarsen(self, factor: int) -> KeySummary:
         """Summaries of pages ``factor`` times as long; a last incomplete one is dropped."""

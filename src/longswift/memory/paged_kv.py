@@ -166,8 +166,7 @@ class PagedKV:
             k_max=k_max,
             k_sum=k_sum,
             v_sum=v_sum,
-            # Rows that start elsewhere complete their pools at other times.
-            pools=self._pools if len(set(wanted)) == 1 else None,
+            pools=self._pools,
         )
 
     def _extend_pages(
