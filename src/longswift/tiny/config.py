@@ -154,6 +154,7 @@ class Config:
         return min((step + 1) / max(1, self.warmup), flat)
 
 
+# Positions leap only once words are told apart and looked up: nothing else has been tried.
 _LOOKING_UP = (
     Stage(length=192, tokens=500 * 6144, batch=6144, kind="sentences"),
     Stage(length=384, tokens=400 * 6144, batch=6144, kind="sentences"),
