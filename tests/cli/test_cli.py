@@ -197,6 +197,11 @@ def test_demo_refuses(model_directory: Path, tmp_path: Path) -> None:
 def test_tiny_refuses(tmp_path: Path) -> None:
     assert "config.json" in refuse("tiny", "card", tmp_path)
     assert "--out" in refuse("tiny", "train")
+    wrong = refuse("tiny", "train", "--out", tmp_path / "run", "--recipe", "rotory")
+    assert "packaged, rotary" in wrong and "Did you mean 'rotary'" in wrong
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "windows" in refuse("tiny", "card", tmp_path, "--write")
 
 
 def test_tiny_train_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +210,14 @@ def test_tiny_train_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.Mo
     asked = []
 
     def fake(out: Path, *, config: Any) -> Path:
-        asked.append((out, config.threads, config.seed, config.max_steps))
+        asked.append((out, config.family, config.threads, config.seed, config.max_steps))
         return out / "model"
 
     monkeypatch.setattr(train, "train", fake)
     options = ["--out", tmp_path, "--threads", "2", "--seed", "7", "--max-steps", "5"]
     assert run("tiny", "train", *options).exit_code == 0
-    assert asked == [(tmp_path, 2, 7, 5)]
+    assert run("tiny", "train", "--out", tmp_path, "--recipe", "rotary").exit_code == 0
+    assert asked == [(tmp_path, "smollm3", 2, 7, 5), (tmp_path, "llama", 1, 2, None)]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: x")])

@@ -20,16 +20,16 @@ def _one_line() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def train(out: Path, *, threads: int, seed: int | None, max_steps: int | None) -> Path:
+def train(out: Path, *, recipe: str, threads: int, seed: int | None, max_steps: int | None) -> Path:
     """Train, or go on where a run stopped; returns the directory of the model."""
-    from longswift.tiny import train as recipe
-    from longswift.tiny.config import Config
+    from longswift.tiny import train as training
+    from longswift.tiny.config import recipe as named
 
-    config = replace(Config(), threads=threads, max_steps=max_steps)
+    config = replace(named(recipe), threads=threads, max_steps=max_steps)
     if seed is not None:
         config = replace(config, seed=seed)
     with _one_line():
-        return recipe.train(out, config=config)
+        return training.train(out, config=config)
 
 
 def card(directory: Path, *, threads: int, seed: int, write: bool) -> str:
@@ -53,6 +53,8 @@ def card(directory: Path, *, threads: int, seed: int, write: bool) -> str:
             )
         )
     with _one_line():
+        if write:
+            measuring.described(directory)
         figures = measuring.evaluate(directory, threads=threads, seed=seed)
         if write:
             command = f"longswift tiny card --threads {threads} --seed {seed} --write"

@@ -17,7 +17,7 @@ from longswift.tiny.tokenizer import END_ID
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["evaluate", "perplexity", "recall", "write"]
+__all__ = ["described", "evaluate", "perplexity", "recall", "write"]
 
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
 _PERPLEXITY_WINDOW = 2048
@@ -262,6 +262,21 @@ on {hardware}, in {seconds:.0f} s.
 """
 
 
+def described(model_dir: str | Path) -> dict[str, Any]:
+    """Return the configuration of a model that the card's text describes.
+
+    Raises:
+        ValueError: If the model has no windows, as one of another recipe.
+    """
+    shape: dict[str, Any] = json.loads((Path(model_dir) / "config.json").read_text("utf-8"))
+    if "sliding_window" not in shape:
+        raise ValueError(
+            f"expected a model with windows, got a {shape.get('model_type')}; "
+            "measure it without a card, whose text is the packaged model's"
+        )
+    return shape
+
+
 def write(
     model_dir: str | Path, result: dict[str, Any], *, command: str, threads: int = 1
 ) -> dict[str, Any]:
@@ -277,14 +292,15 @@ def write(
         The content of ``card.json``.
 
     Raises:
-        ValueError: If the result lacks the perplexity, as with a text of the caller's.
+        ValueError: If the result lacks the perplexity, as with a text of the caller's, or the
+            model has no windows.
     """
     from longswift.tiny.config import Config
 
     if "perplexity" not in result:
         raise ValueError("expected a result with perplexity, got none; evaluate without text=")
     target = Path(model_dir)
-    shape = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    shape = described(target)
     config = Config()
     content = result | {
         "command": command,

@@ -1,10 +1,12 @@
-"""Settings of the tiny model's recipe."""
+"""Settings of the tiny models' recipes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-__all__ = ["Config", "Stage"]
+from longswift.core.registry import unknown_name
+
+__all__ = ["RECIPES", "Config", "Stage", "recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Stage:
             third hides secrets, half of them packed. "dense": two of three hide secrets. "packed":
             five of six pack them. "texts": two of three are text, a third hides secrets.
             "whole": three of four are text whose every token is scored, a fourth hides secrets.
+        leaps: Share of the rows whose positions leap, up to ``Config.reach``.
     """
 
     length: int
@@ -29,6 +32,13 @@ class Stage:
     batch: int
     rate: tuple[float, float] = (1.0, 1.0)
     kind: str = "mixed"
+    leaps: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.leaps <= 1:
+            raise ValueError(
+                f"expected leaps from 0 to 1, got {self.leaps}; give a share of the rows"
+            )
 
     @property
     def rows(self) -> int:
@@ -45,6 +55,9 @@ class Stage:
 class Config:
     """Settings of a run; the defaults are those of the packaged model.
 
+    Raises:
+        ValueError: If positions are to leap and ``reach`` is None, or the family is not rotary.
+
     Attributes:
         stages: Sequence lengths in the order of the run.
         family: Architecture, see ``longswift.tiny.network.build``.
@@ -55,6 +68,10 @@ class Config:
         kv_heads: Key and value heads.
         feed_forward: Width of the feed-forward layers.
         window: Tokens that a sliding layer sees.
+        rope_theta: Base of the rotary frequencies.
+        reach: Positions that leaping rows are spread over, as a count: the longest text a
+            ``"llama"`` learns the distances of. None: no row leaps. See
+            ``longswift.tiny.positions.draw``.
         muon_lr: Peak learning rate of the hidden matrices.
         adam_lr: Peak learning rate of embedding, head and norms.
         weight_decay: Decay of the hidden matrices.
@@ -92,6 +109,9 @@ class Config:
     kv_heads: int = 2
     feed_forward: int = 512
     window: int = 128
+    # Long texts come by extension, so a small base spends all frequencies on the trained ones.
+    rope_theta: float = 10000.0
+    reach: int | None = None
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.0
@@ -102,6 +122,15 @@ class Config:
     max_steps: int | None = None
     corpus_limit: int | None = None
     words: int = 60_000
+
+    def __post_init__(self) -> None:
+        if self.reach is None and any(stage.leaps for stage in self.stages):
+            raise ValueError("expected a reach for stages that leap, got None; set Config.reach")
+        if self.reach is not None and self.family != "llama":
+            raise ValueError(
+                f"expected family 'llama' with a reach, got {self.family!r}; "
+                "the windows of the others know no far positions, so leave reach out"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -123,3 +152,55 @@ class Config:
         first, last = stage.rate
         flat = first + (last - first) * inside / stage.steps
         return min((step + 1) / max(1, self.warmup), flat)
+
+
+# Positions leap only once words are told apart and looked up: nothing else has been tried.
+_LOOKING_UP = (
+    Stage(length=192, tokens=500 * 6144, batch=6144, kind="sentences"),
+    Stage(length=384, tokens=400 * 6144, batch=6144, kind="sentences"),
+    Stage(length=192, tokens=250 * 6144, batch=6144, kind="streams"),
+    Stage(length=384, tokens=250 * 6144, batch=6144, kind="streams"),
+    Stage(length=768, tokens=300 * 6144, batch=6144, kind="streams"),
+    Stage(length=2048, tokens=250 * 8192, batch=8192, rate=(1.0, 0.6)),
+)
+_STRETCHING = (
+    Stage(length=384, tokens=120 * 6144, batch=6144, kind="streams"),
+    Stage(length=768, tokens=240 * 6144, batch=6144, kind="streams"),
+    Stage(length=2048, tokens=190 * 8192, batch=8192, rate=(1.0, 0.7), kind="dense"),
+    Stage(length=4096, tokens=100 * 8192, batch=8192, rate=(0.7, 0.5), kind="dense"),
+    Stage(length=8192, tokens=80 * 16384, batch=16384, rate=(0.5, 0.05)),
+    Stage(length=16384, tokens=40 * 16384, batch=16384, rate=(0.15, 0.01)),
+    Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.4, 0.4), kind="whole"),
+    Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.4, 0.02), kind="whole"),
+    Stage(length=16384, tokens=100 * 16384, batch=16384, rate=(0.5, 0.35), kind="whole"),
+    Stage(length=32768, tokens=45 * 32768, batch=32768, rate=(0.35, 0.01), kind="whole"),
+)
+
+_ROTARY = Config(
+    stages=_LOOKING_UP + tuple(replace(stage, leaps=0.5) for stage in _STRETCHING),
+    family="llama",
+    hidden=256,
+    heads=4,
+    kv_heads=2,
+    feed_forward=640,
+    rope_theta=500_000.0,
+    reach=33_000,
+    seed=2,
+)
+
+RECIPES = {"packaged": Config(), "rotary": _ROTARY}
+
+
+def recipe(name: str) -> Config:
+    """Return the settings of a named recipe.
+
+    ``"packaged"`` makes the model that comes with the package. ``"rotary"`` makes a Llama of which
+    every layer is full and rotary, with distances of up to 33000 learnt by leaping positions: a
+    second judge of what mechanisms leave out.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, list(RECIPES))
+    return RECIPES[name]

@@ -28,6 +28,7 @@ def build(
     kv_heads: int,
     feed_forward: int,
     window: int,
+    rope_theta: float = 10000.0,
     positions: int = MAX_POSITIONS,
     seed: int,
 ) -> PreTrainedModel:
@@ -47,6 +48,7 @@ def build(
         kv_heads: Key and value heads.
         feed_forward: Width of the feed-forward layers.
         window: Tokens that a sliding layer sees, the current one included.
+        rope_theta: Base of the rotary frequencies.
         positions: Longest sequence the configuration states.
         seed: Seed of the weights.
 
@@ -70,8 +72,7 @@ def build(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=positions,
-        # Long texts come by extension, so a small base spends all frequencies on the trained ones.
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         initializer_range=0.06,
         tie_word_embeddings=False,
         bos_token_id=END_ID,
@@ -143,15 +144,21 @@ def _rms(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def hidden_states(
-    model: PreTrainedModel, ids: torch.Tensor, kept: torch.Tensor | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    *,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the decoder as its own forward would, without the quadratic mask of the windows.
 
     Args:
         model: The model.
         ids: Token ids ``[rows, length]``.
-        kept: Positions ``[kept]`` whose states are wanted; all by default. The last layer, which
-            must see everything, then computes no others.
+        kept: Indices ``[kept]`` of the tokens whose states are wanted; all by default. The last
+            layer, which must see everything, computes no others if these are at most half.
+        positions: Positions ``[rows, length]`` of the tokens for the rotary layers; 0, 1, 2 and
+            so on by default. Who sees whom goes by the order of the tokens whatever they are.
 
     Returns:
         The final states ``[rows, length or kept, hidden]``.
@@ -167,18 +174,23 @@ def hidden_states(
     def split(y: torch.Tensor) -> torch.Tensor:
         return y.view(*y.shape[:2], -1, dim).transpose(1, 2)
 
+    length = ids.shape[1]
+    # The mask that goes with few queries is dense: with many it would cost more than it saves.
+    few = kept is not None and 2 * len(kept) <= length
     x = model.model.embed_tokens(ids)
-    rotary = model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None])
+    if positions is None:
+        positions = torch.arange(length, device=ids.device)[None]
+    rotary = model.model.rotary_emb(x, positions)
     for i, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         y = _rms(x, layer.input_layernorm)
         k, v = split(attention.k_proj(y)), split(attention.v_proj(y))
         mask = None
         at_queries = rotary
-        if kept is not None and i == config.num_hidden_layers - 1:
+        if kept is not None and few and i == config.num_hidden_layers - 1:
             x, y = x[:, kept], y[:, kept]
             at_queries = tuple(t[:, kept] for t in rotary)
-            mask = torch.arange(ids.shape[1], device=ids.device) <= kept[:, None]
+            mask = torch.arange(length, device=ids.device) <= kept[:, None]
         q = split(attention.q_proj(y))
         if rotated[i]:
             q, _ = apply_rotary_pos_emb(q, q, *at_queries)
@@ -191,4 +203,6 @@ def hidden_states(
         x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
         y = _rms(x, layer.post_attention_layernorm)
         x = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    if kept is not None and not few:
+        x = x[:, kept]
     return _rms(x, model.model.norm)

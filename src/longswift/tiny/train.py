@@ -9,15 +9,15 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longswift.core.hardware import cpu_multiplies_fast
-from longswift.tiny import data
+from longswift.tiny import data, positions, settings
 from longswift.tiny.config import Config, Stage
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -52,8 +52,16 @@ def _prepare(out: Path, config: Config) -> tuple[PreTrainedTokenizerFast, data.P
     return tokenizer, pool
 
 
-def _gradients(model: PreTrainedModel, batch: data.Batch) -> dict[str, float]:
-    """Add a batch's gradients to the model's, and return what the log tells about it."""
+def _gradients(
+    model: PreTrainedModel, batch: data.Batch, places: np.ndarray | None = None
+) -> dict[str, float]:
+    """Add a batch's gradients to the model's, and return what the log tells about it.
+
+    Args:
+        model: The model.
+        batch: Tokens and weights of the step.
+        places: Positions ``[rows, length]`` of the tokens that are read, if they do not count up.
+    """
     import torch
 
     from longswift.tiny.network import hidden_states
@@ -65,13 +73,14 @@ def _gradients(model: PreTrainedModel, batch: data.Batch) -> dict[str, float]:
     sums: dict[str, list[float]] = {"loss": [0.0, 1.0]}
     for first in range(0, rows, few):
         ids = torch.from_numpy(batch.ids[first : first + few])
+        at = None if places is None else torch.from_numpy(places[first : first + few])
         weights = torch.from_numpy(batch.weights[first : first + few, 1:]).reshape(-1)
         scored = weights.nonzero().squeeze(1)
         # Logits are the largest tensor of the step, so unscored tokens get none.
         if len(ids) == 1:
-            states = hidden_states(model, ids[:, :-1], scored)[0]
+            states = hidden_states(model, ids[:, :-1], scored, positions=at)[0]
         else:
-            states = hidden_states(model, ids[:, :-1]).flatten(0, 1)[scored]
+            states = hidden_states(model, ids[:, :-1], positions=at).flatten(0, 1)[scored]
         weights, wanted = weights[scored], ids[:, 1:].reshape(-1)[scored]
         logits = model.lm_head(states)
         each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
@@ -89,6 +98,21 @@ def _gradients(model: PreTrainedModel, batch: data.Batch) -> dict[str, float]:
             entry[0] += values.sum().item()
             entry[1] += len(values)
     return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def _places(config: Config, step: int) -> np.ndarray | None:
+    """Return the positions ``[rows, length]`` of a step's tokens, or None where they count up."""
+    stage = config.locate(step)[0]
+    if config.reach is None:
+        return None
+    return positions.draw(
+        stage.rows,
+        stage.length,
+        reach=config.reach,
+        leaps=stage.leaps,
+        seed=config.seed,
+        step=step,
+    )
 
 
 def _keep_memory() -> None:
@@ -130,10 +154,10 @@ def _model(config: Config) -> PreTrainedModel:
     from longswift.tiny.network import MAX_POSITIONS, build
 
     # Only the windowed family reads beyond what it was trained on as it is.
-    rotary_only = config.family == "llama"
+    trained = max([config.reach or 0, *(stage.length for stage in config.stages)])
     return build(
         family=config.family,
-        positions=max(s.length for s in config.stages) if rotary_only else MAX_POSITIONS,
+        positions=trained if config.family == "llama" else MAX_POSITIONS,
         vocab_size=config.vocab_size,
         layers=config.layers,
         hidden=config.hidden,
@@ -141,18 +165,19 @@ def _model(config: Config) -> PreTrainedModel:
         kv_heads=config.kv_heads,
         feed_forward=config.feed_forward,
         window=config.window,
+        rope_theta=config.rope_theta,
         seed=config.seed,
     )
 
 
 def _plain_settings(file: Path) -> None:
     """Keep of the tokenizer's settings only what every version of Transformers understands."""
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only"):
-        settings.pop(name, None)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["model_input_names"] = ["input_ids", "attention_mask"]
-    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        content.pop(name, None)
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    content["model_input_names"] = ["input_ids", "attention_mask"]
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def export(out_dir: str | Path, model_dir: str | Path, config: Config | None = None) -> int:
@@ -190,15 +215,14 @@ def export(out_dir: str | Path, model_dir: str | Path, config: Config | None = N
 
 def _check_settings(out: Path, config: Config) -> None:
     """Note the settings of a new run; refuse to continue one that had others."""
-    free = {"max_steps", "checkpoint_seconds", "threads"}
-    mine = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
+    mine = settings.kept(config)
     file = out / "settings.json"
     if not file.exists():
         text = json.dumps(mine, indent=1)
         _replace(file, lambda path: path.write_text(text, encoding="utf-8"))
         return
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    other = sorted(k for k in mine if theirs.get(k) != mine[k])
+    theirs = settings.noted(file)
+    other = sorted(k for k in mine.keys() | theirs.keys() if theirs.get(k) != mine.get(k))
     if other:
         raise ValueError(
             f"expected the settings this run was started with, got another {', '.join(other)}; "
@@ -270,7 +294,7 @@ def train(out_dir: str | Path, *, config: Config | None = None) -> Path:
                 pool, stage.rows, stage.length, config.seed, step, kind=stage.kind
             )
             with torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_fast(torch.bfloat16)):
-                told = _gradients(model, batch)
+                told = _gradients(model, batch, _places(config, step))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
