@@ -1,10 +1,12 @@
 """A million tokens: how the cost of a token grows, by default, with every box bounded, with a tree.
 
-``python benchmarks/million.py [--lengths 131072,1048576] [--only default]``
+``python benchmarks/million.py [--lengths 131072,1048576] [--only "default;prefill of tiny"]``
 
 Two heads of 64, bf16, attention alone and causal, without a baseline: full attention of a million
 tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one
-for at least 256 tokens, every query sees up to 512, and the tree with means of 2,048.
+for at least 256 tokens, every query sees up to 512, and the tree with means of 2,048. The packaged
+model (fp32) reads random tokens up to its first token by default, in chunks of 16,384 tokens:
+every chunk looks at all keys before it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from longswift import MSSwift
 from longswift.core.errors import LongSwiftError
 from longswift.eval import memory, options
 from longswift.eval.attention import AttentionBench, inputs
+from longswift.eval.models import TINY
+from longswift.eval.phase_work import Place, Work
+from longswift.eval.phases import PhaseBench
 from longswift.eval.results import Result, writable
 from longswift.eval.timing import Seconds, alternate
 from longswift.mechanisms.selectors.bounds import Bounds
@@ -36,6 +41,7 @@ MECHANISMS = {
     "tree, no remainder": MSSwift(key_tokens=128, selector=TREE, remainder=None),
     "tree, remainder 2048": MSSwift(key_tokens=128, selector=TREE, remainder=2048),
 }
+PREFILL, CHUNK = "prefill of tiny", 16384
 
 
 def tensors(length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,12 +66,15 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("results/million.json"))
     given = parser.parse_args()
     try:
-        mechanisms = options.labelled(given.only, MECHANISMS)
+        chosen = options.labelled(given.only, {**MECHANISMS, PREFILL: MSSwift()})
+        mechanisms = {name: own for name, own in chosen.items() if name != PREFILL}
         target = writable(given.json)
         lengths = [options.length(text) for text in given.lengths.split(",")]
         rows: list[dict[str, Any]] = []
         for length in lengths:
             rows += _measure(length, mechanisms, given)
+            if PREFILL in chosen:
+                rows.append(_prefill(length, chosen[PREFILL], given))
     except (LongSwiftError, OSError) as error:
         print(f"million: {error}", file=sys.stderr)
         return 2
@@ -74,7 +83,8 @@ def main() -> int:
         "heads": HEADS,
         "head_dim": WIDTH,
         "dtype": "bfloat16",
-        "mechanisms": {name: mechanism.to_dict() for name, mechanism in mechanisms.items()},
+        "mechanisms": {name: mechanism.to_dict() for name, mechanism in chosen.items()},
+        "prefill": {"model": TINY, "dtype": "float32", "chunk": CHUNK},
     }
     Result(kind=KIND, config=config, seed=given.seed, rows=rows).save(target)
     first = {row["name"]: row for row in rows if row["length"] == lengths[0]}
@@ -89,27 +99,17 @@ def main() -> int:
     return 0
 
 
-def _seconds(
+def _measure(
     length: int, mechanisms: dict[str, MSSwift], given: argparse.Namespace
-) -> dict[str, Seconds]:
+) -> list[dict[str, Any]]:
+    """Attention alone."""
     q, k, v = tensors(length, given.seed)
 
     def call(mechanism: MSSwift) -> Callable[[], object]:
         return lambda: mechanism(q, k, v)
 
     with torch.no_grad():
-        return alternate(
-            {name: call(mechanism) for name, mechanism in mechanisms.items()},
-            repeats=given.repeats,
-            budget_seconds=given.budget,
-            tick=lambda name: print(f"{length} tokens: {name}", file=sys.stderr),
-        )
-
-
-def _measure(
-    length: int, mechanisms: dict[str, MSSwift], given: argparse.Namespace
-) -> list[dict[str, Any]]:
-    timed = _seconds(length, mechanisms, given)
+        timed = _timed({name: call(own) for name, own in mechanisms.items()}, length, given)
     rows = []
     for name, mechanism in mechanisms.items():
         extra = None
@@ -126,11 +126,47 @@ def _measure(
                 "longswift.eval.attention:working_memory",
                 {"bench": bench.to_dict(), "rival": mechanism.name, "length": length},
             )["extra"]
-        seconds = timed[name]
-        per_token = 1e6 * seconds.median / length
-        row = {"name": name, "length": length, **seconds.to_dict(), "extra_bytes": extra}
-        rows.append({**row, "microseconds_per_token": per_token})
+        rows.append(_row(name, length, timed[name], extra))
     return rows
+
+
+def _prefill(length: int, mechanism: MSSwift, given: argparse.Namespace) -> dict[str, Any]:
+    """The packaged model's way to its first token, its cache included in the memory."""
+    bench = PhaseBench(
+        phase="prefill",
+        lengths=(length,),
+        mechanisms=(mechanism.to_dict(),),
+        model=TINY,
+        chunk=CHUNK,
+        seed=given.seed,
+    )
+    where = Place("model", length, 1)
+    job = Work(bench).jobs(where)[mechanism.name]
+    timed = _timed({PREFILL: lambda: job.run()}, length, given)
+    extra = None
+    if not given.no_memory:
+        extra = memory.in_fresh_process(
+            "longswift.eval.phases:peak",
+            {"bench": bench.to_dict(), "place": list(where), "rival": mechanism.name},
+        )
+    return _row(PREFILL, length, timed[PREFILL], extra)
+
+
+def _timed(
+    calls: dict[str, Callable[[], object]], length: int, given: argparse.Namespace
+) -> dict[str, Seconds]:
+    return alternate(
+        calls,
+        repeats=given.repeats,
+        budget_seconds=given.budget,
+        tick=lambda name: print(f"{length} tokens: {name}", file=sys.stderr),
+    )
+
+
+def _row(name: str, length: int, seconds: Seconds, extra: int | None) -> dict[str, Any]:
+    per_token = 1e6 * seconds.median / length
+    row = {"name": name, "length": length, **seconds.to_dict(), "extra_bytes": extra}
+    return {**row, "microseconds_per_token": per_token}
 
 
 if __name__ == "__main__":
