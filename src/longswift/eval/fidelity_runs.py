@@ -25,6 +25,8 @@ from longswift.mechanisms.profile import Profile, read_profile
 KIND = "fidelity"
 # What a reader would not notice, after the divergences that quantised models are accepted with.
 GOOD_KL, GOOD_AGREEMENT = 0.02, 0.97
+# Density from which on nothing was left out; the rest is rounding of a mean.
+_EVERY_KEY = 0.9999
 _NOTES = {
     "heads": "queries, keys and values of the dense model (exact) or of the sparse model "
     "(sampled); each layer's output and mass against full attention on the same inputs",
@@ -237,6 +239,11 @@ def verdict(result: Result) -> str:
         f"(window {100 * window['agreement']:.1f} %), perplexity is "
         f"{own['perplexity_ratio']:.3f} times full attention's."
     )
+    if name != FULL and own["density"] > _EVERY_KEY:
+        return (
+            f"{said} Every query saw every key: nothing is saved here, and nothing is known about "
+            "texts long enough for keys to be left out."
+        )
     if own["kl"] <= GOOD_KL and own["agreement"] >= GOOD_AGREEMENT:
         return f"{said} That is close."
     return (
@@ -251,7 +258,7 @@ def end_table(result: Result) -> text_of.Table:
     own = result.summary["measured"]
     labels = {FULL: "full attention", WINDOW: "window of equal cost", UNIFORM: "uniform attention"}
     cells = []
-    for name in (FULL, own, WINDOW, UNIFORM):
+    for name in dict.fromkeys((FULL, own, WINDOW, UNIFORM)):
         row = result.summary["ends"].get(name)
         if row is not None:
             cells.append(
