@@ -126,7 +126,7 @@ def run(
     """
     from longswift.hf.settings import architecture_of
 
-    target = None if output is None else writable(output)
+    target = None if output is None else writable(output, kind=KIND)
     mechanism = _rival(asked.mechanism)
     loaded = load(
         asked.model,
