@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 TINY = "tiny"
 
 
+# What a model is tried with, and how many tokens of it.
+_SENTENCE = (
+    "Any text will do, as long as it has a few dozen tokens: one, two, three, four, five. " * 2
+)
+_PROBE = 32
 # Stands for the document while a chat template is filled in; no tokenizer ever sees it.
 _DOCUMENT = "<<longswift:document>>"
 
@@ -158,10 +163,12 @@ def load(
 
     Raises:
         ConfigError: There is no such model, or it does not load.
+        UnsupportedError: It cannot be read in chunks, or scored here.
     """
     if dtype != "auto":
         options.dtype(dtype)
     options.device(device)
+    from longswift.eval.reading import check_readable
     from longswift.hf.loading import load as load_model
 
     place: str | Path = name
@@ -170,7 +177,9 @@ def load(
     model, tokenizer = load_model(
         place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    return Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
+    loaded = Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
+    check_readable(model, [*loaded.begin(), *loaded.encode(_SENTENCE)][:_PROBE])
+    return loaded
 
 
 def tiny_directory() -> Path:
