@@ -263,6 +263,8 @@ def test_what_cannot_be_measured_is_refused(model_directory: Path, ids: list[int
         fidelity.measure(model, ids, SMALL, chunk=24)
     with pytest.raises(InputError, match="tokens"):
         fidelity_runs.run(asked(model_directory, documents=10**6), progress=False)
+    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+        fidelity_runs.run(asked(model_directory, length=1), progress=False)
     with pytest.raises(ConfigError, match="one mechanism"):
         fidelity_runs.rival_of("ms_swift,full", [], None)
     with pytest.raises(InputError, match="profile"):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BambaConfig, FalconH1Config
 from transformers import AutoModelForCausalLM as Auto
+from transformers import AutoTokenizer, BambaConfig, FalconH1Config
 
 from longswift.core.errors import UnsupportedError
 from longswift.eval.models import load
