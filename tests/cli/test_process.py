@@ -63,6 +63,21 @@ def test_ctrl_c_leaves_the_finished_lengths_and_the_next_run_goes_on(tmp_path: P
     assert before.count('"length": 128') == 2
 
 
+def test_ctrl_c_while_the_commands_load_is_one_line(tmp_path: Path) -> None:
+    """Typer is the first thing loaded that is not Python's own."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [*PYTHON, "info"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.strip() == "longswift: interrupted."
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(
         f"{sys.executable} -m longswift info | head -1",
