@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM as Auto
-from transformers import AutoTokenizer, BambaConfig, FalconH1Config
+from transformers import AutoTokenizer, BambaConfig, FalconH1Config, Gemma2Config
 
 from longswift.core.errors import UnsupportedError
 from longswift.eval.models import load
@@ -40,6 +40,14 @@ HYBRID = {
     "mamba_d_state": 8,
     "mamba_n_groups": 1,
 }
+
+
+def test_models_without_sdpa_attend_eagerly(model_directory: Path, tmp_path: Path) -> None:
+    sizes = {key: value for key, value in HYBRID.items() if not key.startswith("mamba")}
+    save(Gemma2Config(**sizes, head_dim=8), model_directory, tmp_path)
+    loaded = load(str(tmp_path))
+    loaded.use(None)
+    assert loaded.model.config._attn_implementation == "eager"
 
 
 def test_recurrent_layers_that_forget_between_chunks_are_refused(

@@ -15,6 +15,7 @@ from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import fidelity, options
 from longswift.eval import text as text_of
+from longswift.eval.cost import counts_keys
 from longswift.eval.models import TINY, load
 from longswift.eval.progress import bar
 from longswift.eval.results import Progress, Result, writable
@@ -239,7 +240,7 @@ def verdict(result: Result) -> str:
         f"(window {100 * window['agreement']:.1f} %), perplexity is "
         f"{own['perplexity_ratio']:.3f} times full attention's."
     )
-    if name != FULL and own["density"] > _EVERY_KEY:
+    if name != FULL and own["density"] > _EVERY_KEY and counts_keys(name):
         return (
             f"{said} Every query saw every key: nothing is saved here, and nothing is known about "
             "texts long enough for keys to be left out."

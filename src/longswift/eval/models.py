@@ -116,13 +116,19 @@ class Loaded(Codec):
     name: str
 
     def use(self, mechanism: Mechanism | None) -> None:
-        """Attend with ``mechanism``, or as Transformers does (``sdpa``) if it is None."""
+        """Attend with ``mechanism``, or as Transformers does if it is None.
+
+        Transformers' way is ``sdpa``, or ``eager`` where the model has more than that computes.
+        """
         from longswift.hf import set_attention
 
-        if mechanism is None:
-            self.model.set_attn_implementation("sdpa")
-        else:
+        if mechanism is not None:
             set_attention(self.model, mechanism)
+            return
+        try:
+            self.model.set_attn_implementation("sdpa")
+        except ValueError:
+            self.model.set_attn_implementation("eager")
 
     def fingerprint(self) -> str:
         """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""

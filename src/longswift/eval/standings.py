@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from longswift.eval import text
+from longswift.eval.cost import counts_keys
 from longswift.eval.results import Result
 from longswift.eval.runner import FULL, MODEL
 from longswift.eval.scores import NLL, ScoreRow
@@ -74,7 +75,8 @@ def dense(result: Result) -> dict[str, list[int]]:
     """Mechanisms other than full attention that scored every key, and at which lengths."""
     found: dict[str, list[int]] = {}
     for entry in result.summary["cost"]:
-        if entry["mechanism"] != judge(result) and (entry["density"] or 0) > _DENSE:
+        every = (entry["density"] or 0) > _DENSE and counts_keys(entry["mechanism"])
+        if every and entry["mechanism"] != judge(result):
             found.setdefault(entry["mechanism"], []).append(entry["length"])
     return found
 
