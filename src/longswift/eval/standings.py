@@ -103,6 +103,13 @@ def sentences(result: Result) -> list[str]:
         for name, lengths in dense(result).items()
         for length in lengths
     ]
+    said += [
+        f"{task} at {length} tokens: {refused} of {refused + samples} samples do not fit into this "
+        "length and were refused, not cut; ask for a greater one."
+        for task, length, samples, refused in dict.fromkeys(
+            (row.task, row.length, row.samples, row.refused) for row in rows(result) if row.refused
+        )
+    ]
     said += [f"{name} did not run: {why}" for name, why in result.summary["refused"].items()]
     return said
 
