@@ -49,3 +49,22 @@ def test_errors_are_one_line(model_directory: Path, document: Path, tmp_path: Pa
     assert "counts" in refuse("calibrate", model_directory, "--budgets", "few")
     out = ["--out", tmp_path / "p.json"]
     assert "tokens" in refuse("calibrate", model_directory, "--file", document, *out)
+
+
+def test_a_command_never_replaces_what_it_reads(
+    model_directory: Path, document: Path, tmp_path: Path
+) -> None:
+    before, config = document.read_text(), (model_directory / "config.json").read_text()
+    size = ["--file", document, "--length", "256", "--chunk", "128", *SET]
+    assert "something else" in refuse("fidelity", model_directory, *size, "--json", document)
+    assert "something else" in refuse("calibrate", model_directory, *size, "--out", document)
+    own = model_directory / "config.json"
+    assert "something else" in refuse("calibrate", model_directory, *size, "--out", own)
+    profile = tmp_path / "p.json"
+    profile.write_text('{"format": "longswift-profile", "version": 1}')
+    assert "profile of" in refuse("fidelity", model_directory, *size, "--json", profile)
+    page, beside = tmp_path / "r.html", tmp_path / "r.json"
+    beside.write_text('{"my": "data"}')
+    assert "r.json" in refuse("report", model_directory, *size, "--out", page)
+    assert document.read_text() == before and own.read_text() == config
+    assert beside.read_text() == '{"my": "data"}' and not page.exists()

@@ -63,6 +63,38 @@ def test_ctrl_c_leaves_the_finished_lengths_and_the_next_run_goes_on(tmp_path: P
     assert before.count('"length": 128') == 2
 
 
+def test_ctrl_c_while_the_commands_load_is_one_line(tmp_path: Path) -> None:
+    """Typer is the first thing loaded that is not Python's own."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [*PYTHON, "info"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.strip() == "longswift: interrupted."
+
+
+def test_a_terminal_without_utf_8_is_no_error(model_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "Größe.txt"
+    file.write_text("漢字 and words. " * 40, encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    show = "from longswift.cli.main import app; import typer"
+    show += "; app.command('show')(lambda: typer.echo(chr(0x1F600))); app(['show'])"
+    options = ["--file", os.fsencode(file), "--prompt", "漢字".encode(), "--max-new-tokens", "2"]
+    for command in (
+        [*PYTHON, "generate", str(model_directory), *options],
+        [sys.executable, "-c", show],
+    ):
+        done = subprocess.run(
+            command, capture_output=True, timeout=120, env={**os.environ, **plain}
+        )
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr[-2000:]
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     done = subprocess.run(
         f"{sys.executable} -m longswift info | head -1",

@@ -239,7 +239,7 @@ def test_an_unreachable_target_is_met_densely(
         ({"budgets": ()}, ConfigError, "--budgets"),
         ({"mechanism": {"name": "full"}}, ConfigError, "ms_swift"),
         ({"chunk": 24}, ConfigError, "multiple"),
-        ({"length": 64}, InputError, "128 tokens"),
+        ({"length": 64}, InputError, "at least 128 tokens, got 64"),
     ],
 )
 def test_impossible_calibrations_are_refused(

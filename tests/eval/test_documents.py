@@ -23,6 +23,7 @@ def test_text_is_read_without_its_byte_order_mark(tmp_path: Path) -> None:
         (b"", "empty"),
         (b" \n\t", "empty"),
         (b"a\0b", "binary"),
+        ("Grüße".encode("utf-16"), "UTF-16"),
         ("Grüße".encode("latin-1"), "offset 2"),
     ],
 )
@@ -44,7 +45,7 @@ def test_missing_files_and_directories_are_refused(tmp_path: Path) -> None:
 def test_lengths() -> None:
     assert options.lengths("32k, 4096,4096") == (4096, 32768)
     assert options.length("131_072") == 131072
-    for text in ("", "x", "0", "-1", "1.5", "k", "4096;8192", "²"):
+    for text in ("", "x", "0", "-1", "1.5", "k", "4096;8192", "²", "9" * 5000):
         with pytest.raises(ConfigError):
             options.lengths(text)
 

@@ -240,12 +240,31 @@ def test_a_planted_failure_is_called_a_loss() -> None:
     assert "That is close." in fidelity_runs.run(full, progress=False).summary["verdict"]
 
 
+def test_full_attention_measured_as_a_mechanism_is_itself(loaded: Loaded, ids: list[int]) -> None:
+    found = fidelity.measure(loaded.model, ids, Full(), chunk=64)
+    (row,) = of(found.ends, "full")
+    set_attention(loaded.model, Full())
+    with torch.no_grad():
+        loss = loaded.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+    assert row.nll == pytest.approx(loss.item(), abs=1e-4)
+    assert row.kl == 0.0 and row.agreement == 1.0 and row.density == 1.0
+
+
+def test_a_text_that_is_read_exactly_proves_nothing(model_directory: Path) -> None:
+    dense = {**SMALL.to_dict(), "dense_below": 1024}
+    run = asked(model_directory, documents=1, mechanism=dense)
+    verdict = fidelity_runs.run(run, progress=False).summary["verdict"]
+    assert "Every query saw every key" in verdict and "That is close" not in verdict
+
+
 def test_what_cannot_be_measured_is_refused(model_directory: Path, ids: list[int]) -> None:
     model = load(str(model_directory)).model
     with pytest.raises(ConfigError, match="multiple of the mechanism's block"):
         fidelity.measure(model, ids, SMALL, chunk=24)
     with pytest.raises(InputError, match="tokens"):
         fidelity_runs.run(asked(model_directory, documents=10**6), progress=False)
+    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+        fidelity_runs.run(asked(model_directory, length=1), progress=False)
     with pytest.raises(ConfigError, match="one mechanism"):
         fidelity_runs.rival_of("ms_swift,full", [], None)
     with pytest.raises(InputError, match="profile"):

@@ -55,9 +55,13 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     other = {**RUN, "environment": {"threads": 2}}
     with pytest.raises(InputError, match=r"environment\.threads"):
         Journal(file, other)
-    file.write_text("no json\n")
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"no json\n")
     with pytest.raises(InputError, match="no journal"):
         Journal(file, RUN)
-    file.write_text('{"rows": []}\n')
-    with pytest.raises(InputError, match="no journal"):
-        Journal(file, RUN)
+    for content in ("no json\n", '{"rows": []}\n'):
+        file.write_text(content)
+        for fresh in (False, True):
+            with pytest.raises(InputError, match="something else"):
+                Journal(file, RUN, fresh=fresh)
+        assert file.read_text() == content

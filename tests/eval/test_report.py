@@ -203,6 +203,16 @@ def test_what_was_not_learned_is_said() -> None:
     assert any("44 %" in f.text for f in say(row(FULL), FAST, few).findings)
 
 
+def test_arithmetic_is_not_taken_for_keys() -> None:
+    """The density of a mechanism without scores may pass 1 though it is no full attention."""
+    result = made(row(FULL), row("performer", density=4.7), fidelity(1.8, 0.01))
+    result.summary["subject"] = "performer"
+    result.rows[-1]["content"]["measured"] = "performer"
+    result.rows[-1]["content"]["ends"]["performer"] = result.rows[-1]["content"]["ends"]["ms_swift"]
+    said = verdict(result)
+    assert said.level == BAD and "it is full attention" not in said.headline
+
+
 def test_slower_is_said() -> None:
     said = say(row(FULL), {**FAST, "seconds": 4.0}, fidelity(0.001, 0.999))
     assert "2.0x slower" in said.headline and "no reason" in said.headline

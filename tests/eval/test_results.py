@@ -101,6 +101,34 @@ def test_devices_and_pipes_are_refused_and_stay(tmp_path: Path) -> None:
     assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe.json"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.txt", "A text of one's own."),
+        ("mine.json", '{"my": "data"}'),
+        ("mine.json", "[1, 2]"),
+        ("mine.html", "<!doctype html><p>A page about longswift.</p>"),
+        ("mine.samples.jsonl", '{"question": "a line"}'),
+        ("mine.png", "no picture"),
+    ],
+)
+def test_a_file_of_something_else_is_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(InputError, match="something else"):
+        writable(file)
+    assert file.read_text() == content and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_results_replace_results_of_their_kind_only(tmp_path: Path) -> None:
+    file = result().save(tmp_path / "r.json")
+    assert writable(file, kind=result().kind) == file and writable(file) == file
+    with pytest.raises(InputError, match="of an earlier run"):
+        writable(file, kind="demo")
+    (tmp_path / "empty.json").touch()
+    assert writable(tmp_path / "empty.json", kind="demo").is_file()
+
+
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
     file, link = tmp_path / "far" / "r.json", tmp_path / "r.json"
     file.parent.mkdir()

@@ -206,6 +206,8 @@ def test_a_length_for_which_a_task_is_too_long_is_no_score(model_directory: Path
     )
     result = suite.run(chosen, progress=False)
     cells = {row[:2]: row[3] for row in standings.table(result).rows}
+    said = [sentence for sentence in standings.sentences(result) if "refused" in sentence]
+    assert any(s.startswith("common_words at 300 tokens: ") and "do not fit" in s for s in said)
     assert cells["common_words", "300"] == "refused" and cells["needle", "300"] != "refused"
 
 

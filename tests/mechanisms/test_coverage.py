@@ -149,6 +149,48 @@ def test_guard_repairs_single_heads() -> None:
     assert told.extra["guard"]["dense"] <= told.extra["guard"]["blocks"] / 2
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_guard_counts_every_row_of_a_padded_batch(left: bool) -> None:
+    q, k, v = draw(256, batch=3)
+    lengths = (256, 200, 200)
+    real = torch.arange(256) < torch.tensor(lengths)[:, None]
+    key_mask = real.flip(1) if left else real
+    guarded = MSSwift(**SMALL, min_coverage=0.6)
+    told = guarded(q, k, v, key_mask=key_mask).stats.extra["guard"]
+    alone = []
+    for row, length in enumerate(lengths):
+        own = slice(256 - length, None) if left else slice(length)
+        one = (x[row : row + 1, :, own] for x in (q, k, v))
+        alone.append(guarded(*one).stats.extra["guard"])
+    assert 0 < told["dense"] < told["blocks"]
+    assert told["blocks"] == sum(each["blocks"] for each in alone)
+    assert told["dense"] == sum(each["dense"] for each in alone)
+    assert told["lowest"] == pytest.approx(min(each["lowest"] for each in alone))
+
+
+def test_guard_counts_heads_of_all_budgets() -> None:
+    q, k, v = draw(256, heads=6, kv_heads=3)
+    guarded = MSSwift(**{**SMALL, "key_tokens": (8, 0, 24)}, min_coverage=0.6)
+    told = guarded(q, k, v).stats.extra["guard"]
+    alone = []
+    for head, budget in enumerate((8, 0, 24)):
+        one = MSSwift(
+            **{
+                **SMALL,
+                "key_tokens": budget,
+                "scale_of_head": (guarded.windows.index(guarded.window_of_head(3)[head]),),
+            },
+            min_coverage=0.6,
+        )
+        own = slice(2 * head, 2 * head + 2)
+        stats = one(q[:, own], k[:, head : head + 1], v[:, head : head + 1]).stats
+        alone.append(stats.extra["guard"])
+    assert 0 < told["dense"] < told["blocks"]
+    for name in ("blocks", "dense"):
+        assert told[name] == sum(each[name] for each in alone)
+    assert told["lowest"] == pytest.approx(min(each["lowest"] for each in alone))
+
+
 def test_guarded_gradients_are_those_of_what_ran() -> None:
     q, k, v = (x.requires_grad_() for x in draw(130))
     mechanism = MSSwift(**{**SMALL, "causality": "shared"}, min_coverage=0.6)

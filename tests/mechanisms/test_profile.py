@@ -68,6 +68,12 @@ def test_layers_run_what_the_profile_says(tmp_path: Path) -> None:
         ({"attention": {"name": "ms_swift", "windows": [0]}}, "fields of a profile"),
         ({"attention": []}, "fields of a profile"),
         ({"architecture": {"model_type": "llama"}}, "fields of a profile"),
+        ({"architecture": {**PROFILE.to_dict()["architecture"], "heads": "4"}}, "whole numbers"),
+        ({"architecture": {**PROFILE.to_dict()["architecture"], "layers": 4.0}}, "whole numbers"),
+        ({"version": True}, "version 1, got True"),
+        ({"version": "1"}, "version 1, got '1'"),
+        ({"Layers": {}}, r"also \['Layers'\]"),
+        ({"attention": {**PROFILE.to_dict()["attention"], "name": "full"}}, "got full"),
     ],
 )
 def test_other_content_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:

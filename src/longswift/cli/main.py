@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -103,6 +104,10 @@ class Program(TyperGroup):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Parse and run; usage errors are one line too."""
+        # What a terminal without UTF-8 cannot show must not end the work.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         standalone_mode = extra.get("standalone_mode", True)
         extra["standalone_mode"] = False
         try:

@@ -69,7 +69,8 @@ class AttentionStats:
         dense_rows: Fraction of query rows that were computed exactly.
         density_by_head: ``density`` of each KV head; empty where heads do not differ.
         captured: The attention mass that was seen, where it was asked for.
-        extra: Figures particular to the mechanism.
+        extra: Figures particular to the mechanism. Dictionaries in it are counts, which add up
+            over heads and batch rows, and shares, of which the lowest is told.
     """
 
     mechanism: str
@@ -109,13 +110,30 @@ class AttentionStats:
             dense_rows=mean("dense_rows"),
             density_by_head=means([s.density_by_head for s in stats]),
             captured=CapturedMass.over_batch([s.captured for s in stats if s.captured is not None]),
-            extra=telling.extra,
+            # Rows attended together share one object.
+            extra={**telling.extra, **counted(list({id(s): s for s in stats}.values()))},
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, in the very form JSON gives back."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
+
+
+def counted(parts: Sequence[AttentionStats]) -> dict[str, dict[str, Any]]:
+    """The dictionaries in ``extra`` of all parts together: whole numbers summed, lowest shares."""
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for stats in parts:
+        for name, value in stats.extra.items():
+            if isinstance(value, dict):
+                figures.setdefault(name, []).append(value)
+    return {
+        name: {
+            key: (sum if isinstance(value, int) else min)(each[key] for each in found)
+            for key, value in found[0].items()
+        }
+        for name, found in figures.items()
+    }
 
 
 class AttentionResult(NamedTuple):

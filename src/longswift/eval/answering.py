@@ -147,7 +147,8 @@ class Answer:
 
 def _encode(loaded: Loaded, text: str, question: Question) -> list[int]:
     """Token ids of the text and the prompt, in the chat template if there is one."""
-    prompt = question.prompt
+    # A terminal without UTF-8 hands bytes on as they are.
+    prompt = question.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if question.chat and getattr(loaded.tokenizer, "chat_template", None):
         content = f"{text.rstrip()}\n\n{prompt}" if prompt else text
         return loaded.encode(

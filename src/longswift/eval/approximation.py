@@ -110,7 +110,7 @@ def run(asked: Approximation, output: str | Path | None = None) -> Result:
         output: JSON file to write.
     """
     if output is not None:
-        writable(output)
+        writable(output, kind="approximation")
     rows = [
         row
         for causal in (True, False)

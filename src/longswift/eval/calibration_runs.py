@@ -32,7 +32,7 @@ from longswift.eval.samples import samples
 from longswift.eval.walk import Walk, on_trial
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.ms_swift import MSSwift
-from longswift.mechanisms.profile import Profile
+from longswift.mechanisms.profile import FORMAT, Profile
 
 KIND = "calibration"
 BUDGETS = (0, 64, 128, 256, 512, 1024, 2048)
@@ -193,7 +193,7 @@ def run(
     """
     from longswift.hf.settings import architecture_of
 
-    target = writable(output)
+    target = writable(output, kind=FORMAT)
     base = options.from_json(asked.mechanism)
     if not isinstance(base, MSSwift):
         raise ConfigError(

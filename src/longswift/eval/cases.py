@@ -39,7 +39,7 @@ def begin(kind: str, bench: Bench, output: str | Path | None, *, backward: bool)
         backward: Whether gradients are timed.
     """
     if output is not None:
-        writable(output)
+        writable(output, kind=kind)
     dtype = options.dtype(bench.dtype)
     baselines.check(bench.against, dtype=dtype, device=bench.device, backward=backward)
     return Result(kind=kind, config=bench.to_dict(), seed=bench.seed, rows=[])

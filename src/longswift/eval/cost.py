@@ -22,6 +22,18 @@ def equal_cost_window(keys_per_query: float, length: int) -> int:
     return max(1, min(n, round(window)))
 
 
+def counts_keys(name: str) -> bool:
+    """Whether a mechanism scores keys one by one, so that a density of 1 is full attention.
+
+    Elsewhere density is a measure of arithmetic, and says nothing about what is left out.
+    """
+    from longswift.mechanisms import MECHANISMS
+
+    # A profile is MS-SWIFT with settings of single heads.
+    known = name in MECHANISMS.names()
+    return not known or MECHANISMS.get(name).exact_part is not Mechanism.exact_part
+
+
 @dataclass
 class Scored:
     """Keys scored by the calls that were added, weighted by queries."""

@@ -201,7 +201,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     from longswift.hf import check_length
     from longswift.mechanisms import get_mechanism
 
-    target = writable(output / "demo.json")
+    target = writable(output / "demo.json", kind="demo")
     text = source(demo.file)
     loaded = load(demo.model)
     check_length(loaded.model, demo.length + 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from longswift.core.errors import InputError, problem
@@ -38,6 +39,8 @@ def read_text(path: str | Path) -> str:
         raise refuse("no such file", "Check the path.") from None
     except OSError as error:
         raise refuse(error.strerror or str(error), "Check its permissions.") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise refuse("UTF-16", "Convert it, e.g. with iconv -f utf-16 -t utf-8.")
     if b"\0" in content:
         raise refuse("binary data", "Extract its text first, e.g. with pdftotext.")
     try:

@@ -15,6 +15,7 @@ from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
 from longswift.eval import fidelity, options
 from longswift.eval import text as text_of
+from longswift.eval.cost import counts_keys
 from longswift.eval.models import TINY, load
 from longswift.eval.progress import bar
 from longswift.eval.results import Progress, Result, writable
@@ -25,6 +26,8 @@ from longswift.mechanisms.profile import Profile, read_profile
 KIND = "fidelity"
 # What a reader would not notice, after the divergences that quantised models are accepted with.
 GOOD_KL, GOOD_AGREEMENT = 0.02, 0.97
+# Density from which on nothing was left out; the rest is rounding of a mean.
+_EVERY_KEY = 0.9999
 _NOTES = {
     "heads": "queries, keys and values of the dense model (exact) or of the sparse model "
     "(sampled); each layer's output and mass against full attention on the same inputs",
@@ -124,7 +127,7 @@ def run(
     """
     from longswift.hf.settings import architecture_of
 
-    target = None if output is None else writable(output)
+    target = None if output is None else writable(output, kind=KIND)
     mechanism = _rival(asked.mechanism)
     loaded = load(
         asked.model,
@@ -237,6 +240,11 @@ def verdict(result: Result) -> str:
         f"(window {100 * window['agreement']:.1f} %), perplexity is "
         f"{own['perplexity_ratio']:.3f} times full attention's."
     )
+    if name != FULL and own["density"] > _EVERY_KEY and counts_keys(name):
+        return (
+            f"{said} Every query saw every key: nothing is saved here, and nothing is known about "
+            "texts long enough for keys to be left out."
+        )
     if own["kl"] <= GOOD_KL and own["agreement"] >= GOOD_AGREEMENT:
         return f"{said} That is close."
     return (
@@ -251,7 +259,7 @@ def end_table(result: Result) -> text_of.Table:
     own = result.summary["measured"]
     labels = {FULL: "full attention", WINDOW: "window of equal cost", UNIFORM: "uniform attention"}
     cells = []
-    for name in (FULL, own, WINDOW, UNIFORM):
+    for name in dict.fromkeys((FULL, own, WINDOW, UNIFORM)):
         row = result.summary["ends"].get(name)
         if row is not None:
             cells.append(

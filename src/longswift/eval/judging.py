@@ -218,7 +218,8 @@ class EndJudge:
             position = torch.arange(start + first, start + min(length, first + SCORED_ROWS))
             part = position * PARTS // len(self._ids)
             truth = None if dense is None else self._log_probs(dense, rows)
-            if truth is not None:
+            # Where full attention is what is measured, its own reading counts.
+            if truth is not None and FULL not in rivals:
                 self._note(FULL, position, part, truth, truth)
             for name, hidden in rivals.items():
                 self._note(name, position, part, truth, self._log_probs(hidden, rows))
@@ -232,7 +233,8 @@ class EndJudge:
         sums = self._sums.setdefault(name, torch.zeros(4, PARTS, dtype=torch.double))
         sums[0].index_add_(0, part, torch.ones(len(part), dtype=torch.double))
         if truth is not None:
-            kl = (truth.exp() * (truth - theirs)).sum(-1)
+            # Of equal distributions rounding may leave less than nothing.
+            kl = (truth.exp() * (truth - theirs)).sum(-1).clamp(min=0.0)
             same = truth.argmax(-1) == theirs.argmax(-1)
             sums[1].index_add_(0, part, kl.double().cpu())
             sums[2].index_add_(0, part, same.double().cpu())

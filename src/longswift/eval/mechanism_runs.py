@@ -110,7 +110,7 @@ def run(
         progress: Show bars on stderr.
     """
     if output is not None:
-        writable(output)
+        writable(output, kind="compare")
     mechanisms = [options.from_json(config) for config in comparison.speed.mechanisms]
     length = comparison.quality.lengths[0]
     mechanisms, window = _equal_cost(mechanisms, comparison.speed, length)

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 TINY = "tiny"
 
 
+# What a model is tried with, and how many tokens of it.
+_SENTENCE = (
+    "Any text will do, as long as it has a few dozen tokens: one, two, three, four, five. " * 2
+)
+_PROBE = 32
 # Stands for the document while a chat template is filled in; no tokenizer ever sees it.
 _DOCUMENT = "<<longswift:document>>"
 
@@ -111,13 +116,19 @@ class Loaded(Codec):
     name: str
 
     def use(self, mechanism: Mechanism | None) -> None:
-        """Attend with ``mechanism``, or as Transformers does (``sdpa``) if it is None."""
+        """Attend with ``mechanism``, or as Transformers does if it is None.
+
+        Transformers' way is ``sdpa``, or ``eager`` where the model has more than that computes.
+        """
         from longswift.hf import set_attention
 
-        if mechanism is None:
-            self.model.set_attn_implementation("sdpa")
-        else:
+        if mechanism is not None:
             set_attention(self.model, mechanism)
+            return
+        try:
+            self.model.set_attn_implementation("sdpa")
+        except ValueError:
+            self.model.set_attn_implementation("eager")
 
     def fingerprint(self) -> str:
         """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""
@@ -158,10 +169,12 @@ def load(
 
     Raises:
         ConfigError: There is no such model, or it does not load.
+        UnsupportedError: It cannot be read in chunks, or scored here.
     """
     if dtype != "auto":
         options.dtype(dtype)
     options.device(device)
+    from longswift.eval.reading import check_readable
     from longswift.hf.loading import load as load_model
 
     place: str | Path = name
@@ -170,7 +183,9 @@ def load(
     model, tokenizer = load_model(
         place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    return Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
+    loaded = Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
+    check_readable(model, [*loaded.begin(), *loaded.encode(_SENTENCE)][:_PROBE])
+    return loaded
 
 
 def tiny_directory() -> Path:

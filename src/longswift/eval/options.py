@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ALL = "all"
+_DIGITS = 12
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -50,7 +51,9 @@ def length(text: str) -> int:
     """
     plain = text.strip().lower().replace("_", "")
     digits, factor = (plain[:-1], 1024) if plain.endswith("k") else (plain, 1)
-    if not (digits.isascii() and digits.isdigit()) or int(digits) < 1:
+    # No text has a trillion tokens, and Python reads no number of thousands of digits.
+    known = digits.isascii() and digits.isdigit() and len(digits) <= _DIGITS
+    if not known or int(digits) < 1:
         raise ConfigError(
             problem(
                 "length",
@@ -79,7 +82,9 @@ def counts(text: str) -> tuple[int, ...]:
         ConfigError: Something else.
     """
     parts = names(text)
-    if not parts or not all(part.isascii() and part.isdigit() for part in parts):
+    if not parts or not all(
+        part.isascii() and part.isdigit() and len(part) <= _DIGITS for part in parts
+    ):
         raise ConfigError(
             problem(
                 "counts", expected="whole numbers", got=repr(text), fix="Give them as 0,64,256."

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval.progress import Bar, silent
 
 SCORED_ROWS = 512
+# Relative distance of logits that rounding explains, 16-bit weights included.
+_SAME = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,9 @@ def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
     """fp32 logits ``[T, vocabulary]`` behind ``hidden [T, width]``, as the model scales them."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
-    # Cohere multiplies, Granite divides, Gemma caps.
+    # Cohere and Falcon-H1 multiply, Granite divides, Gemma caps.
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits * (getattr(config, "lm_head_multiplier", None) or 1.0)
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -97,6 +100,52 @@ def hidden_states(
     tokens = ids if isinstance(ids, Tensor) else torch.tensor([ids], device=model.device)
     for part in tokens.split(chunk, dim=1):
         yield decoder(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+@torch.inference_mode()
+def check_readable(model: Any, ids: Sequence[int]) -> None:
+    """Raise unless the model, read in chunks and scored here, says what it says by itself.
+
+    Without a sign of it, all figures would be wrong where recurrent layers forget their state
+    from one call to the next, or where a model scales its logits in a way of its own.
+
+    Args:
+        model: A causal language model of Transformers.
+        ids: A few dozen tokens of text.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    from longswift.hf import SwiftCache
+    from longswift.hf.settings import stand_in
+    from longswift.mechanisms.full import Full
+
+    tokens = torch.tensor([ids], device=model.device)
+    with stand_in(lambda _: Full()):
+        truth = model(input_ids=tokens, use_cache=False).logits[0].float()
+        for chunk, got, fix in (
+            (len(ids), "logits it scales in a way of its own", "It cannot be scored here."),
+            (
+                max(1, len(ids) // 8),
+                "layers that forget what an earlier call read",
+                "Transformers cannot read with it in pieces; choose another architecture.",
+            ),
+        ):
+            states = hidden_states(model, ids, SwiftCache(model.config), chunk)
+            found = torch.cat([next_token_logits(model, part[0]) for part in states])
+            off = (found - truth).norm(dim=1) / truth.norm(dim=1)
+            # Where a call begins, most is forgotten. Rounding may send single tokens to other
+            # experts; the median tells.
+            begun = off[chunk::chunk] if chunk < len(ids) else off
+            if float(begun.median()) > _SAME:
+                raise UnsupportedError(
+                    problem(
+                        type(model).__name__,
+                        expected="the same next-token distributions read whole and in chunks",
+                        got=got,
+                        fix=fix,
+                    )
+                )
 
 
 @torch.inference_mode()

@@ -135,6 +135,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         InputError: The file is no text, too short, or longer than the model can position.
     """
     target = writable(path, endings=(".html", ".htm"))
+    data = writable(target.with_suffix(".json"), kind="report")
     loaded = load(
         report.model,
         dtype=report.dtype,
@@ -152,13 +153,13 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         model_sha256=loaded.fingerprint(),
     )
     result = Result(kind="report", config=config, seed=report.seed, rows=[])
-    kept = Progress(result, target.with_suffix(".json"), fresh=fresh, finished=True)
+    kept = Progress(result, data, fresh=fresh, finished=True)
     work = _Work(report, loaded, ids, kept)
     with bar(work.units, "starting", shown=progress) as step:
         work.run(step)
     result.summary.update(subject=report.subject, reused=kept.reused)
     result.summary["verdict"] = verdict(result).to_dict()
-    result.save(target.with_suffix(".json"))
+    result.save(data)
     kept.done()
     return result
 

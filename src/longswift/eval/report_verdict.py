@@ -7,6 +7,7 @@ from typing import Any
 
 from longswift.eval import report_sections as measured
 from longswift.eval import standings, text
+from longswift.eval.cost import counts_keys
 from longswift.eval.fidelity_runs import GOOD_AGREEMENT, GOOD_KL
 from longswift.eval.report_sections import FULL, WINDOW, ReadingRow
 from longswift.eval.results import Result
@@ -68,9 +69,10 @@ def verdict(result: Result) -> Verdict:
     bad = [finding for finding in quality if finding.level == BAD]
     speed = _speed(subject, full)
     level = BAD if bad else GOOD if quality else NOTE
-    if subject.density > _ALL:
+    exact = subject.density > _ALL and counts_keys(name)
+    if exact:
         level = NOTE
-    headline = _headline(subject, full, level, bool(quality))
+    headline = _headline(subject, full, level, bool(quality), exact)
     findings = (
         *retrieval,
         *ends,
@@ -88,9 +90,9 @@ def verdict(result: Result) -> Verdict:
     )
 
 
-def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool) -> str:
+def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool, exact: bool) -> str:
     begin = f"{subject.label} reads these {subject.tokens:,} tokens {_pace(subject, full)}"
-    if subject.density > _ALL:
+    if exact:
         return (
             f"{subject.label} scores {100 * subject.density:.0f} % of the keys here: at this "
             "length it is full attention, and nothing was learned about what it leaves out. "

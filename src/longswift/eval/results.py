@@ -14,6 +14,14 @@ from longswift.core.errors import InputError, problem
 from longswift.eval.environment import Environment, environment
 
 SCHEMA = 1
+# What files that are no JSON begin with where this library wrote them, or another did the like.
+_MARKS = {
+    ".html": (b'<meta name="generator" content="longswift">',),
+    ".htm": (b'<meta name="generator" content="longswift">',),
+    ".jsonl": (b'{"run":',),
+    ".png": (b"\x89PNG",),
+    ".svg": (b"<svg",),
+}
 
 
 def _now() -> str:
@@ -58,16 +66,18 @@ class Result:
         return mine == theirs
 
 
-def writable(path: str | Path, *, endings: tuple[str, ...] = ()) -> Path:
+def writable(path: str | Path, *, endings: tuple[str, ...] = (), kind: str | None = None) -> Path:
     """Make the directory of ``path`` and check, before any long work, that it can be written.
 
     Args:
         path: The file.
         endings: What its name may end in, for example ``(".html",)``; anything if empty.
+        kind: Kind of the result that will be written; one of another kind is not replaced.
 
     Raises:
         OSError: It cannot.
-        InputError: It is a directory, a device or a pipe, or has another ending.
+        InputError: It is a directory, a device or a pipe, has another ending, or holds something
+            that this library did not write.
     """
     if endings and Path(path).suffix.lower() not in endings:
         raise InputError(
@@ -79,9 +89,38 @@ def writable(path: str | Path, *, endings: tuple[str, ...] = ()) -> Path:
             )
         )
     target = _target(path)
+    if target.is_file() and (found := _strange(target, kind)):
+        raise InputError(
+            problem(
+                str(path),
+                expected=f"a new file, or {'one' if kind is None else kind} written by longswift",
+                got=found,
+                fix="Name another file, or move this one away.",
+            )
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=target.parent):
         return Path(path)
+
+
+def _strange(file: Path, kind: str | None) -> str | None:
+    """What a file holds that must not be replaced; None for nothing or a result of ours."""
+    content = file.read_bytes()
+    marks = _MARKS.get(file.suffix.lower())
+    if not content:
+        return None
+    if marks is not None:
+        # Of a line of samples a killed process may have written the beginning only.
+        ours = any(mark in content[:1000] for mark in marks) or marks[0].startswith(content)
+        return None if ours else "a file of something else"
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return "a file of something else"
+    name = found.get("kind", found.get("format")) if isinstance(found, dict) else None
+    if not isinstance(name, str) or not {"schema", "version"} & set(found):
+        return "JSON of something else"
+    return None if kind in (None, name) else f"{name} of an earlier run"
 
 
 def _target(path: str | Path) -> Path:

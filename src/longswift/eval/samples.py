@@ -56,7 +56,7 @@ def samples(
     from longswift.hf import check_length
     from longswift.hf.extending import limit_of
 
-    text = source(file)
+    text, asked = source(file), length
     begin, ids = loaded.begin(), loaded.encode(text)
     limit = limit_of(loaded.model) or LONGEST
     if fewest is not None:
@@ -66,6 +66,15 @@ def samples(
         length = min(LONGEST, limit, len(ids) // documents + len(begin))
     check_length(loaded.model, length)
     room = length - len(begin)
+    if asked is not None and asked < least:
+        raise InputError(
+            problem(
+                "length",
+                expected=f"at least {least:,} tokens",
+                got=f"{asked:,}",
+                fix="Shorter documents say nothing here; give a longer --length.",
+            )
+        )
     if length < least or len(ids) < documents * room:
         raise InputError(
             problem(

@@ -173,7 +173,7 @@ def run(study: Study, output: str | Path, *, fresh: bool = False, progress: bool
     """
     from longswift.hf import check_length
 
-    target = writable(output)
+    target = writable(output, kind=KIND)
     loaded, text = load(study.model), source(study.file)
     check_length(loaded.model, study.length + 64)
     found = exams(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from longswift.eval import text
+from longswift.eval.cost import counts_keys
 from longswift.eval.results import Result
 from longswift.eval.runner import FULL, MODEL
 from longswift.eval.scores import NLL, ScoreRow
@@ -74,7 +75,8 @@ def dense(result: Result) -> dict[str, list[int]]:
     """Mechanisms other than full attention that scored every key, and at which lengths."""
     found: dict[str, list[int]] = {}
     for entry in result.summary["cost"]:
-        if entry["mechanism"] != judge(result) and (entry["density"] or 0) > _DENSE:
+        every = (entry["density"] or 0) > _DENSE and counts_keys(entry["mechanism"])
+        if every and entry["mechanism"] != judge(result):
             found.setdefault(entry["mechanism"], []).append(entry["length"])
     return found
 
@@ -100,6 +102,13 @@ def sentences(result: Result) -> list[str]:
         f"{name} is dense at {length} tokens: it saves nothing there, and its scores say nothing."
         for name, lengths in dense(result).items()
         for length in lengths
+    ]
+    said += [
+        f"{task} at {length} tokens: {refused} of {refused + samples} samples do not fit into this "
+        "length and were refused, not cut; ask for a greater one."
+        for task, length, samples, refused in dict.fromkeys(
+            (row.task, row.length, row.samples, row.refused) for row in rows(result) if row.refused
+        )
     ]
     said += [f"{name} did not run: {why}" for name, why in result.summary["refused"].items()]
     return said

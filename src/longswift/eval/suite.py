@@ -196,7 +196,7 @@ def run(
         UnsupportedError: No mechanism can run in this model.
     """
     if output is not None:
-        writable(output)
+        writable(output, kind="eval")
     loaded = prepare(suite)
     chosen = [tasks.from_dict(entry) for entry in suite.tasks]
     config, here = _config(suite, loaded), environment()

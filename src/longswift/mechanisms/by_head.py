@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Call, Mechanism
-from longswift.core.types import AttentionResult, AttentionStats, CapturedMass
+from longswift.core.types import AttentionResult, AttentionStats, CapturedMass, counted
 from longswift.mechanisms.full import Full
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def _together(
         dense_rows=mean("dense_rows"),
         density_by_head=tuple(density[head] for head in sorted(density)),
         captured=_captured(groups, stats, measured, size) if measured else None,
+        extra={**telling.extra, **counted(stats)},
     )
 
 

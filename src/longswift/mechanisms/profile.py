@@ -15,6 +15,7 @@ from longswift.mechanisms.ms_swift import MSSwift
 
 FORMAT = "longswift-profile"
 VERSION = 1
+_FIELDS = {"format", "version", "architecture", "attention", "layers", "calibration"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class Architecture:
     heads: int
     kv_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        counts = (self.layers, self.heads, self.kv_heads, self.head_dim)
+        if type(self.model_type) is not str or any(type(n) is not int or n < 1 for n in counts):
+            raise _refuse("an architecture of a name and whole numbers", asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +147,14 @@ class Profile:
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise _refuse("a profile written by longswift calibrate", "something else")
-        if content.get("version") != VERSION:
-            raise _refuse(f"version {VERSION}", content.get("version"))
+        version = content.get("version")
+        if type(version) is not int or version != VERSION:
+            raise _refuse(f"version {VERSION}", repr(version))
+        if unknown := sorted(set(content) - _FIELDS):
+            raise _refuse(f"the fields {', '.join(sorted(_FIELDS))}", f"also {unknown}")
         try:
+            if content["attention"].get("name") != MSSwift.name:
+                raise _refuse(f"attention {MSSwift.name}", content["attention"].get("name"))
             attention = {k: v for k, v in content["attention"].items() if k != "name"}
             return cls(
                 architecture=Architecture(**content["architecture"]),

@@ -28,7 +28,7 @@ def recall(
 
     asked = recalling.Recall(length=options.length(length), pairs=pairs, trials=trials, seed=seed)
     if json is not None:
-        writable(json)
+        writable(json, kind="recall")
     result = recalling.run(asked, options.mechanisms(mechanism, settings or ()).items())
     for name, why in result.summary["refused"].items():
         typer.echo(f"{name} did not run: {why}")
