@@ -69,10 +69,36 @@ CONFIGS: dict[str, Mechanism] = {
     ),
 }
 
+# Points closer than this, in pixels across and up, share a label.
+_APART = 20, 12
+
 
 def _kind(row: dict[str, Any]) -> str:
     """Selector of a row, for its colour."""
     return str(row["name"]).split(",")[0].split()[0]
+
+
+def _number(axis: Any, points: list[tuple[float, float]]) -> None:
+    """Numbers the points above 0, from 1; those that lie on each other share a label."""
+    together: list[tuple[tuple[float, float], list[int]]] = []
+    for number, point in enumerate(points, 1):
+        if point[1] <= 0:
+            continue
+        x, y = axis.transData.transform(point)
+        for (other_x, other_y), numbers in together:
+            if abs(x - other_x) < _APART[0] and abs(y - other_y) < _APART[1]:
+                numbers.append(number)
+                break
+        else:
+            together.append(((x, y), [number]))
+    for _, numbers in together:
+        axis.annotate(
+            " ".join(map(str, numbers)),
+            points[numbers[0] - 1],
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize=8,
+        )
 
 
 def plot(result: Result, path: Path) -> Path:
@@ -83,23 +109,23 @@ def plot(result: Result, path: Path) -> Path:
     panels: tuple[tuple[str, Any], ...] = (
         ("next-token divergence from full attention, nats", lambda row: row["kl"]),
         ("attention mass not captured", lambda row: 1 - row["captured"]),
-        ("secrets lost", lambda row: 1 - row["found"] / max(1, row["asked"])),
+        (
+            "secrets lost (numbers: those that lose any)",
+            lambda row: 1 - row["found"] / max(1, row["asked"]),
+        ),
     )
     for axis, (title, value) in zip(fig.subplots(1, 3), panels, strict=True):
-        for number, row in enumerate(rows, 1):
-            colour = COLOURS[kinds.index(_kind(row)) % len(COLOURS)]
-            axis.plot(row["ratio"], value(row), "o", color=colour, markersize=6)
-            axis.annotate(
-                str(number),
-                (row["ratio"], value(row)),
-                textcoords="offset points",
-                xytext=(4, 4),
-                fontsize=8,
-            )
+        for row in rows:
+            turn, colour = divmod(kinds.index(_kind(row)), len(COLOURS))
+            marker = "osD"[turn % 3]
+            axis.plot(row["ratio"], value(row), marker, color=COLOURS[colour], markersize=6)
         axis.set_xlabel("times faster than SDPA, attention alone")
         axis.set_ylabel(title)
         axis.grid(True, alpha=0.3)
-    fig.axes[0].set_yscale("log")
+    for axis in fig.axes[:2]:
+        axis.set_yscale("log")
+    for axis, (_, value) in zip(fig.axes, panels, strict=True):
+        _number(axis, [(row["ratio"], value(row)) for row in rows])
     names = "   ".join(f"{number} {row['name']}" for number, row in enumerate(rows, 1))
     fig.text(0.01, 0.01, names, fontsize=7.5, wrap=True, verticalalignment="bottom")
     config = result.config
