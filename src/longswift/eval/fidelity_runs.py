@@ -13,7 +13,7 @@ from typing import Any
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
-from longswift.eval import fidelity, options
+from longswift.eval import fidelity, guarded, options
 from longswift.eval import text as text_of
 from longswift.eval.cost import counts_keys
 from longswift.eval.models import TINY, load
@@ -39,6 +39,8 @@ _NOTES = {
     "uniform": "every visible key weighs the same; as many keys picked blindly would capture the "
     "density of the measured mechanism",
     "density": "keys scored over those full attention scores; the choice of keys is not in it",
+    "guard": "pairs of a block of queries and a KV head, while the model reads with the measured "
+    "mechanism; coverage by the probed rows, 1 for what was computed densely",
 }
 
 
@@ -173,7 +175,7 @@ def run(
 
 
 def summarise(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Means over documents: per rival, and per rival, layer and head."""
+    """Means over documents per rival, and per rival, layer and head; what the guard did."""
     ends = _grouped((row for row in rows if row["part"] == "end"), "name")
     heads = _grouped((row for row in rows if row["part"] == "head"), "name", "layer", "head")
     nll = {key[0]: fmean(r["nll"] for r in group) for key, group in ends.items()}
@@ -199,7 +201,13 @@ def summarise(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
                 "captured_min": min(lowest) if lowest else None,
             }
         )
-    return {"measured": name, "judge": rows[0]["judge"], "ends": whole, "heads": layers}
+    return {
+        "measured": name,
+        "judge": rows[0]["judge"],
+        "ends": whole,
+        "heads": layers,
+        "guard": guarded.summarise(row for row in rows if row["part"] == "guard"),
+    }
 
 
 def _grouped(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Any]]:
@@ -216,6 +224,12 @@ def _mean(rows: Iterable[dict[str, Any]], column: str) -> float | None:
 
 def verdict(result: Result) -> str:
     """What the figures say, in words."""
+    found, said = result.summary, _quality(result)
+    guard, own = found["guard"], found["ends"][found["measured"]]
+    return said if guard is None else f"{said} {guarded.sentence(guard, own['density'])}"
+
+
+def _quality(result: Result) -> str:
     found, config = result.summary, result.config
     name, ends = found["measured"], found["ends"]
     own, window = ends[name], ends[WINDOW]
@@ -240,7 +254,9 @@ def verdict(result: Result) -> str:
         f"(window {100 * window['agreement']:.1f} %), perplexity is "
         f"{own['perplexity_ratio']:.3f} times full attention's."
     )
-    if name != FULL and own["density"] > _EVERY_KEY and counts_keys(name):
+    # Probes and dense blocks of a guard are counted beside the keys that were chosen.
+    exact = own["density"] > _EVERY_KEY and not guarded.probed(found["guard"])
+    if name != FULL and exact and counts_keys(name):
         return (
             f"{said} Every query saw every key: nothing is saved here, and nothing is known about "
             "texts long enough for keys to be left out."

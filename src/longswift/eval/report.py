@@ -17,6 +17,7 @@ from longswift.core.mechanism import Mechanism, check_positive
 from longswift.core.observe import Observed, observe
 from longswift.eval import fidelity, fidelity_runs, memory, options, reading, runner, suite
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.eval.guarded import Guarded, summarise
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.report_sections import (
@@ -26,6 +27,7 @@ from longswift.eval.report_sections import (
     RETRIEVAL,
     WINDOW,
     ReadingRow,
+    readings,
 )
 from longswift.eval.report_verdict import verdict
 from longswift.eval.results import Progress, Result, writable
@@ -158,6 +160,9 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
     with bar(work.units, "starting", shown=progress) as step:
         work.run(step)
     result.summary.update(subject=report.subject, reused=kept.reused)
+    result.summary["guard"] = {
+        row.name: row.guard for row in readings(result) if row.guard is not None
+    }
     result.summary["verdict"] = verdict(result).to_dict()
     result.save(data)
     kept.done()
@@ -204,10 +209,10 @@ class _Work:
         warm = SwiftCache(model.config)
         reading.read(model, ids[: min(_WARM_UP, chunk)], warm, chunk=chunk)
         del warm
-        scored, layers = Scored(), _Layers(mechanism)
+        scored, layers, guarded = Scored(), _Layers(mechanism), Guarded()
         with memory.watch(model.device) as peak:
             cache = SwiftCache(model.config)
-            with count_keys(mechanism, scored), observe(layers.see):
+            with count_keys(mechanism, scored), observe(layers.see), observe(guarded.see):
                 told = reading.read(model, ids, cache, chunk=chunk, score=True, step=step)
             speed = reading.decode_speed(model, ids[-1:], cache, _DECODED)
             del cache
@@ -226,6 +231,7 @@ class _Work:
             nll=told.nll / max(1, told.tokens - 1),
             nll_by_part=[float(part.mean()) for part in parts],
             windows=layers.windows,
+            guard=summarise(map(asdict, guarded.rows())),
         )
 
     def _retrieve(self) -> dict[str, Any]:
