@@ -17,7 +17,7 @@ from longswift.eval.documents import source
 from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.results import Progress, Result, apart, writable
 
 FULL, WINDOW, SWIFT = "full", "sliding_window", "ms_swift"
 _WARM_UP = 2048
@@ -201,6 +201,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     from longswift.hf import check_length
     from longswift.mechanisms import get_mechanism
 
+    apart(output / "demo.json", output / "demo.png")
     target = writable(output / "demo.json", kind="demo")
     text = source(demo.file)
     loaded = load(demo.model)

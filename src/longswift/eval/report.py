@@ -30,7 +30,7 @@ from longswift.eval.report_sections import (
     readings,
 )
 from longswift.eval.report_verdict import verdict
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.results import Progress, Result, apart, writable
 from longswift.eval.samples import samples
 from longswift.mechanisms import get_mechanism
 from longswift.mechanisms.ms_swift import MSSwift
@@ -137,6 +137,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         InputError: The file is no text, too short, or longer than the model can position.
     """
     target = writable(path, endings=(".html", ".htm"))
+    apart(target, target.with_suffix(".json"))
     data = writable(target.with_suffix(".json"), kind="report")
     loaded = load(
         report.model,
