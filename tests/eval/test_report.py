@@ -6,14 +6,14 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longswift.core.errors import ConfigError, InputError
-from longswift.eval import guarded, report, report_page, report_sections
+from longswift.core.errors import ConfigError, InputError, UnsupportedError
+from longswift.eval import demo, guarded, report, report_page, report_sections
 from longswift.eval.report import Report
 from longswift.eval.report_sections import FIDELITY, FULL, READING, RETRIEVAL, ReadingRow
 from longswift.eval.report_verdict import BAD, GOOD, NOTE, Verdict, verdict
@@ -353,6 +353,43 @@ def test_impossible_requests_are_refused(
         wanted = asked(model_directory, document, length=10_000_000)
         report.run(wanted, tmp_path / "report.html", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_model_cannot_run_is_refused_before_it_reads(
+    model_directory: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    capped = tmp_path / "capped"
+    Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1024,
+        )
+    ).save_pretrained(capped)
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(capped)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(report._Work, "_read", never)
+    monkeypatch.setattr(demo, "_read", never)
+    page = tmp_path / "report.html"
+    with pytest.raises(UnsupportedError, match="soft-capped scores"):
+        report.run(asked(capped, document), page, progress=False)
+    with pytest.raises(UnsupportedError, match="causal"):
+        wanted = report.asked(attention="nystrom", model=str(model_directory), file=str(document))
+        report.run(replace(wanted, length=512), page, progress=False)
+    story = demo.Demo(mechanism={"name": "ms_swift"}, model=str(capped), length=512, documents=1)
+    with pytest.raises(UnsupportedError, match="soft-capped scores"):
+        demo.run(story, tmp_path / "demo", progress=False)
+    assert not page.with_suffix(".json").exists()
 
 
 def browser() -> str | None:

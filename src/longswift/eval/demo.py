@@ -197,6 +197,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
 
     Raises:
         InputError: The document is too short, or longer than the model can position.
+        UnsupportedError: The model cannot run MS-SWIFT.
     """
     from longswift.hf import check_length
     from longswift.mechanisms import get_mechanism
@@ -217,6 +218,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
     kept = Progress(result, target, fresh=fresh, finished=True)
     swift = options.from_json(demo.mechanism)
+    loaded.check_runs(swift)
     size = demo.documents * demo.length
     with bar(3 * size, "starting", shown=progress) as step:
 

@@ -130,6 +130,24 @@ class Loaded(Codec):
         except ValueError:
             self.model.set_attn_implementation("eager")
 
+    def probe(self) -> list[int]:
+        """A few dozen tokens of text, to see what the model can do."""
+        return [*self.begin(), *self.encode(_SENTENCE)][:_PROBE]
+
+    def check_runs(self, mechanism: Mechanism) -> None:
+        """Attend with ``mechanism``, and see before any long work that the model can.
+
+        Raises:
+            UnsupportedError: The model has scores or masks that mechanisms do not compute, or the
+                mechanism no causal form.
+        """
+        from longswift.eval.reading import read
+        from longswift.hf import SwiftCache
+
+        self.use(mechanism)
+        ids = self.probe()
+        read(self.model, ids, SwiftCache(self.model.config), chunk=len(ids))
+
     def fingerprint(self) -> str:
         """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""
         state = hashlib.sha256()
@@ -184,7 +202,7 @@ def load(
         place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     loaded = Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
-    check_readable(model, [*loaded.begin(), *loaded.encode(_SENTENCE)][:_PROBE])
+    check_readable(model, loaded.probe())
     return loaded
 
 

@@ -135,6 +135,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
 
     Raises:
         InputError: The file is no text, too short, or longer than the model can position.
+        UnsupportedError: The model cannot run one of the mechanisms.
     """
     target = writable(path, endings=(".html", ".htm"))
     apart(target, target.with_suffix(".json"))
@@ -184,7 +185,14 @@ class _Work:
         self.units = len(ids) * (len(self.mechanisms) + (4 if report.fidelity else 0))
 
     def run(self, step: Bar) -> None:
-        """Measure what is missing."""
+        """Measure what is missing.
+
+        Raises:
+            UnsupportedError: The model cannot run one of the mechanisms; nothing was read then.
+        """
+        for mechanism in self.mechanisms.values():
+            if mechanism is not None:
+                self.loaded.check_runs(mechanism)
         for name, mechanism in self.mechanisms.items():
             step(text=f"{name}: reading")
             row = self.kept.find(section=READING, name=name)
