@@ -206,7 +206,9 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     target = writable(output / "demo.json", kind="demo")
     text = source(demo.file)
     loaded = load(demo.model)
-    check_length(loaded.model, demo.length + 64)
+    check_length(
+        loaded.model, demo.length + 64, "Lower --length, or give a model of a longer window."
+    )
     documents = exams(
         loaded,
         text,

@@ -21,6 +21,7 @@ from longswift.eval.progress import bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, UNIFORM, WINDOW
 from longswift.eval.samples import samples
+from longswift.extend.rope import check_kind
 from longswift.mechanisms.profile import Profile, read_profile
 
 KIND = "fidelity"
@@ -54,6 +55,8 @@ class FidelityRun:
         mechanism: As ``Mechanism.to_dict`` gives it, or ``Profile.to_dict``.
         length: Tokens of a document, or None for what there is, at most 32k.
         documents: How many pieces of the text are measured.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         chunk: Tokens per forward pass.
         exact_below: Longest document the dense model reads; longer ones are judged by samples.
         dtype: Name of a dtype, or ``"auto"``.
@@ -66,6 +69,8 @@ class FidelityRun:
     file: str | None = None
     length: int | None = None
     documents: int = 1
+    max_length: int | None = None
+    rope: str | None = "yarn"
     chunk: int = 1024
     exact_below: int = fidelity.EXACT_BELOW
     dtype: str = "auto"
@@ -76,6 +81,7 @@ class FidelityRun:
         check_positive(
             "fidelity", documents=self.documents, chunk=self.chunk, exact_below=self.exact_below
         )
+        check_kind(self.rope)
 
 
 def rival_of(attention: str, settings: Iterable[str], profile: str | None) -> dict[str, Any]:
@@ -137,6 +143,7 @@ def run(
         device=asked.device,
         trust_remote_code=asked.trust_remote_code,
     )
+    loaded.extend(asked.max_length, asked.rope)
     if isinstance(mechanism, Profile):
         mechanism.check(architecture_of(loaded.model))
     text = samples(loaded, asked.file, length=asked.length, documents=asked.documents)

@@ -27,6 +27,10 @@ _PROBE = 32
 _DOCUMENT = "<<longswift:document>>"
 
 
+# For commands with this option; those without say what they have.
+EXTEND = "Extend its positions with --max-length, or read fewer tokens."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codec:
     """A tokenizer, and how a document and a question about it are put together.
@@ -129,6 +133,19 @@ class Loaded(Codec):
             self.model.set_attn_implementation("sdpa")
         except ValueError:
             self.model.set_attn_implementation("eager")
+
+    def extend(self, max_length: int | None, rope: str | None) -> None:
+        """Extend the model's positions; nothing is done for no ``max_length``."""
+        from longswift.hf import extend
+
+        if max_length is not None:
+            extend(self.model, max_length, rope, None)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``InputError`` if the model cannot tell so many positions apart."""
+        from longswift.hf import check_length
+
+        check_length(self.model, tokens, EXTEND)
 
     def probe(self) -> list[int]:
         """A few dozen tokens of text, to see what the model can do."""

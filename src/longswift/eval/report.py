@@ -32,6 +32,7 @@ from longswift.eval.report_sections import (
 from longswift.eval.report_verdict import verdict
 from longswift.eval.results import Progress, Result, apart, writable
 from longswift.eval.samples import samples
+from longswift.extend.rope import check_kind
 from longswift.mechanisms import get_mechanism
 from longswift.mechanisms.ms_swift import MSSwift
 from longswift.mechanisms.sliding_window import SlidingWindow
@@ -52,6 +53,8 @@ class Report:
         mechanisms: As ``Mechanism.to_dict`` gives them. Full attention, the judge, is always
             measured, as the model's own layers run it.
         length: Tokens of the text to read; None for all, at most 32k.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         tasks: Names of retrieval tasks; empty to leave them out.
         samples: Documents per task and length, one for each depth.
         fidelity: Compare single heads and next-token distributions with full attention.
@@ -67,6 +70,8 @@ class Report:
     file: str
     mechanisms: tuple[dict[str, Any], ...]
     length: int | None = None
+    max_length: int | None = None
+    rope: str | None = "yarn"
     tasks: tuple[str, ...] = ("needle",)
     samples: int = 5
     fidelity: bool = True
@@ -81,6 +86,7 @@ class Report:
         check_positive("report", samples=self.samples, chunk=self.chunk)
         if self.length is not None:
             check_positive("report", length=self.length)
+        check_kind(self.rope)
         if all(config["name"] == FULL for config in self.mechanisms):
             raise ConfigError(
                 problem(
@@ -146,6 +152,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         device=report.device,
         trust_remote_code=report.trust_remote_code,
     )
+    loaded.extend(report.max_length, report.rope)
     text = samples(loaded, report.file, length=report.length, documents=1, least=_SHORTEST)
     ids = text.documents[0]
     config: dict[str, Any] = json.loads(json.dumps(asdict(report)))
@@ -262,6 +269,8 @@ class _Work:
                 mechanisms=tuple(names),
                 samples=self.report.samples,
                 equal_cost=self.report.equal_cost,
+                max_length=self.report.max_length,
+                rope=self.report.rope,
                 chunk=self.report.chunk,
                 dtype=self.report.dtype,
                 device=self.report.device,

@@ -63,6 +63,8 @@ def _commands(config: dict[str, Any]) -> dict[str, str]:
     """What measures a section that is missing."""
     names = ",".join(m["name"] for m in config["mechanisms"] if m["name"] != "full")
     common = f"{config['model']} --file {config['file']}"
+    if config.get("max_length") is not None:
+        common += f" --max-length {config['max_length']} --rope {config['rope'] or 'none'}"
     return {
         RETRIEVAL: f"longswift eval {common} --lengths {config['length']} "
         f"--attention model,{names}",

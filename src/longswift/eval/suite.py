@@ -162,18 +162,15 @@ def prepare(suite: Suite) -> Loaded:
     Raises:
         InputError: A length is beyond the model's window.
     """
-    from longswift.hf import check_length, extend
-
     loaded = load(
         suite.model,
         dtype=suite.dtype,
         device=suite.device,
         trust_remote_code=suite.trust_remote_code,
     )
-    if suite.max_length is not None:
-        extend(loaded.model, suite.max_length, suite.rope, None)
+    loaded.extend(suite.max_length, suite.rope)
     # A window that is too small is found out before hours of work, not after.
-    check_length(loaded.model, max(suite.lengths))
+    loaded.check_length(max(suite.lengths))
     return replace(loaded, chat=suite.chat)
 
 
