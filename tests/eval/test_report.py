@@ -237,6 +237,12 @@ def test_a_guard_that_fires_now_and_then_is_a_note() -> None:
     assert told.level == NOTE and "12.5 % before and 95.0 % after" in told.text
     assert "7 of 100 pairs of a block and a KV head densely (7.0 %)" in told.text
     assert "saved" not in told.text
+    (most,) = [
+        f
+        for f in say(row(FULL), {**FAST, "guard": guard(7), "density": 0.97}).findings
+        if f.text.startswith("Guard")
+    ]
+    assert "97 % of full attention's keys are scored, so nothing is saved" in most.text
 
 
 def test_a_guard_that_does_the_work_is_said() -> None:

@@ -130,9 +130,14 @@ def sentence(guard: Mapping[str, Any], density: float) -> str:
     if mostly_dense(guard):
         saved = "nothing" if density >= _NOTHING else "little"
         said += (
-            f" Most blocks were computed densely, so {saved} is saved (with the choice and the "
-            f"probes {100 * density:.0f} % of full attention's keys are scored): raise key_tokens "
-            "or the windows, or lower min_coverage."
+            f" Most blocks were computed densely, so {saved} is saved (with the probes "
+            f"{100 * density:.0f} % of full attention's keys are scored, the choice not counted): "
+            "raise key_tokens or the windows, or lower min_coverage."
+        )
+    elif density >= _NOTHING:
+        said += (
+            f" With the probes {100 * density:.0f} % of full attention's keys are scored, so "
+            "nothing is saved on a text of this length."
         )
     return said
 
