@@ -90,6 +90,38 @@ def test_bench_refuses(options: list[str], why: str) -> None:
     assert why in refuse("bench", "attention", *options)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        BENCH,
+        ["bench", "decode"],
+        ["bench", "prefill", "random-llama"],
+        ["bench", "train"],
+        ["compare"],
+        ["eval", "tiny"],
+    ],
+    ids=lambda command: command[1] if command[0] == "bench" else command[0],
+)
+def test_outputs_that_would_replace_each_other_are_refused(
+    command: list[str], tmp_path: Path
+) -> None:
+    picture, link = tmp_path / "new" / "x.png", tmp_path / "link.json"
+    same = refuse(*command, "--json", picture, "--plot", picture)
+    assert "a file of its own for each output" in same and "two outputs in" in same
+    link.symlink_to(picture)
+    assert "the same file as" in refuse(*command, "--json", link, "--plot", picture)
+    assert [p.name for p in tmp_path.iterdir()] == ["link.json"]
+
+
+def test_a_page_and_its_figures_are_two_files(document: Path, tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    (tmp_path / "r.json").symlink_to(page)
+    assert "the same file as" in refuse("report", "tiny", "--file", document, "--out", page)
+    for name in ("demo.json", "demo.png"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere.png")
+    assert "the same file as" in refuse("demo", "--output", tmp_path)
+
+
 def test_ctrl_c_stays_ctrl_c_where_an_import_turned_it_into_an_error(
     monkeypatch: pytest.MonkeyPatch, document: Path
 ) -> None:

@@ -35,7 +35,22 @@ def test_eval_refuses(model_directory: Path, tmp_path: Path) -> None:
     assert "key_value" in refuse("eval", model_directory, "--tasks", "copy", "--form", "key_value")
     assert "no such file" in refuse("eval", model_directory, "--file", tmp_path / "none")
     assert "no such directory" in refuse("eval", "./none")
-    assert "--set" in refuse("eval", model_directory, "--set", "copy.words=3")
+    assert "Did you mean 'form'" in refuse("eval", model_directory, "--set", "needle.frm=0")
+    unknown = refuse("eval", model_directory, "--set", "needle.foo=0")
+    assert "task 'needle': expected options among" in unknown and unknown.count("foo") == 1
+    for settings in ("copy.words=3", "nonsense.words=3"):
+        name, _, _ = settings.partition(".")
+        strange = refuse("eval", model_directory, "--set", settings)
+        assert "(needle, kv, full, ms_swift, sliding_window)" in strange
+        assert f"got '{name}' in" in strange
+    assert "(needle, kv)" in refuse(
+        "eval", model_directory, "--attention", "model", "--set", "model.x=1"
+    )
+    for names in ("", " , "):
+        nothing = refuse("eval", model_directory, "--attention", names)
+        assert nothing.startswith(
+            f"longswift: mechanism: expected at least one name, got {names!r}"
+        )
     assert "/proc/nowhere" in refuse("eval", model_directory, "--json", "/proc/nowhere/out.json")
     questions = tmp_path / "qa.jsonl"
     questions.write_text("{}\n")
@@ -51,6 +66,7 @@ def test_compare_prints_the_table(model_directory: Path, tmp_path: Path) -> None
     assert "top 1" in result.output and "needle" in result.output
     assert json.loads((tmp_path / "t.json").read_text())["kind"] == "compare"
     assert "'x'" in refuse("compare", "--attention", "x")
+    assert "ms_swift" in refuse("compare", "--set", "needle.foo=0").partition("got 'needle' in")[0]
     for command in (["compare"], ["eval", "tiny"]):
         assert ".png or .svg" in refuse(*command, "--plot", tmp_path / "r.jpg")
     assert not (tmp_path / "r.jpg").exists()

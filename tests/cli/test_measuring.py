@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_errors_are_one_line(model_directory: Path, document: Path, tmp_path: Pa
     assert "counts" in refuse("calibrate", model_directory, "--budgets", "few")
     out = ["--out", tmp_path / "p.json"]
     assert "tokens" in refuse("calibrate", model_directory, "--file", document, *out)
+
+
+def test_texts_longer_than_the_model_was_trained_for(
+    model_directory: Path, document: Path, tmp_path: Path
+) -> None:
+    """Refused with an option of the command, and read with it."""
+    short = tmp_path / "short"
+    shutil.copytree(model_directory, short)
+    config = json.loads((short / "config.json").read_text())
+    config["max_position_embeddings"] = 256
+    (short / "config.json").write_text(json.dumps(config))
+    size = ["--file", document, "--length", "512", "--chunk", "128", *SET]
+    commands = {
+        "fidelity": ["--json", tmp_path / "fidelity.json"],
+        "calibrate": ["--budgets", "0", "--documents", "1", "--out", tmp_path / "profile.json"],
+        "report": ["--tasks", "needle", "--samples", "1", "--out", tmp_path / "report.html"],
+    }
+    for command, more in commands.items():
+        why = refuse(command, short, *size, *more)
+        assert "at most 256 tokens, got 512. Extend its positions with --max-length" in why
+        assert "rope" in refuse(command, short, *size, *more, "--rope", "none-such")
+        found = run(command, short, *size, *more, "--max-length", "512", "--rope", "linear")
+        assert found.exit_code == 0, found.output
+    for name in ("fidelity", "report"):
+        kept = json.loads((tmp_path / f"{name}.json").read_text())["config"]
+        assert (kept["length"], kept["max_length"], kept["rope"]) == (512, 512, "linear")
+    assert json.loads((tmp_path / "profile.json").read_text())["calibration"]["max_length"] == 512
+    assert "--length" in refuse("demo", "--model", short, "--length", "512")
 
 
 def test_a_command_never_replaces_what_it_reads(

@@ -45,7 +45,9 @@ def test_unknown_options_are_named() -> None:
     with pytest.raises(ConfigError, match="windw") as caught:
         get_mechanism("sliding_window", windw=3)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="options among window, .*Did you mean 'window'"):
+        get_mechanism("sliding_window", windw=3, window=3)
+    with pytest.raises(ConfigError, match="mechanism 'full': expected no options, got 'window'"):
         get_mechanism("full", window=3)
 
 

@@ -227,8 +227,30 @@ def test_an_unreachable_target_is_met_densely(
     assert profile.mechanism(1) == Full()
     assert result.summary["cost"] == pytest.approx(1.0)
     assert result.summary["checked"] == pytest.approx(1.0, abs=1e-5)
+    (most,), said = (
+        (one["most_kept"] for one in result.summary["layers"]),
+        result.summary["verdict"],
+    )
+    assert said.startswith("The profile SAVES NOTHING at this target: all 2 KV heads are dense")
+    assert "no window and budget tried keeps 99.9999 % of the attention mass" in said
+    assert f"keeps {100 * max(most):.1f} % (layer 1, KV head {most.index(max(most))}" in said
+    # What it says helps.
+    lower = asked(model_directory, text, target=0.99 * max(most), budgets=(0,), documents=1)
+    helped, result = calibration_runs.run(lower, tmp_path / "q.json", progress=False)
+    assert not all(helped.layers[1].dense)
     # One document says nothing about others.
     assert result.summary["another"] is None and "UNKNOWN" in result.summary["verdict"]
+
+
+def test_budgets_that_cost_more_than_all_keys_are_told(
+    model_directory: Path, text: Path, tmp_path: Path
+) -> None:
+    run = asked(model_directory, text, budgets=(5000,), documents=1)
+    profile, result = calibration_runs.run(run, tmp_path / "p.json", progress=False)
+    said = result.summary["verdict"]
+    assert all(profile.layers[1].dense) and "SAVES NOTHING" in said
+    assert "costs at least as much as full attention on 384 tokens" in said
+    assert "smaller --budgets" in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from longswift.eval import fidelity, fidelity_runs
 from longswift.eval.fidelity_runs import FidelityRun
 from longswift.eval.judging import attend_rows
 from longswift.eval.models import Loaded, load
+from longswift.eval.reading import hidden_states
 from longswift.eval.results import load as load_result
 from longswift.eval.rivals import Uniform
-from longswift.hf import set_attention
+from longswift.hf import SwiftCache, set_attention
 
 SMALL = MSSwift(
     windows=(16, 32),
@@ -238,6 +240,70 @@ def test_a_planted_failure_is_called_a_loss() -> None:
     assert "That is a loss" in verdict and "close." not in verdict
     full = FidelityRun(mechanism=Full().to_dict(), length=512, chunk=256)
     assert "That is close." in fidelity_runs.run(full, progress=False).summary["verdict"]
+
+
+def test_the_guard_is_counted_layer_by_layer(loaded: Loaded, ids: list[int]) -> None:
+    """What the rows say is what the calls of the measured mechanism's own reading said."""
+    mechanism = replace(SMALL, key_tokens=0, remainder=None, min_coverage=0.4)
+    found, told = fidelity.measure(loaded.model, ids, mechanism, chunk=64, document=7), []
+
+    def note(call: Observed) -> None:
+        if call.mechanism == mechanism:
+            told.append(call.result.stats.extra["guard"])
+
+    set_attention(loaded.model, mechanism)
+    cache = SwiftCache(loaded.model.config)
+    with observe(note):
+        for _ in hidden_states(loaded.model, ids, cache, 64):
+            pass
+    (row,) = found.guard
+    assert (row.document, row.layer, row.min_coverage) == (7, 1, 0.4)
+    # 13 blocks of 16 rows, of which the first sees every key anyway, and two KV heads.
+    assert row.pairs == sum(each["blocks"] for each in told) == 24
+    assert row.dense == sum(each["dense"] for each in told) and 0 < row.dense < row.pairs
+    assert row.lowest == min(each["lowest"] for each in told)
+    assert row.lowest is not None and row.lowest_after is not None
+    assert row.lowest < 0.4 - 1e-5 <= row.lowest_after <= 1
+    assert fidelity.measure(loaded.model, ids[:64], SMALL, chunk=64).guard == []
+
+
+def test_a_guard_that_replaces_most_blocks_saves_nothing() -> None:
+    """A budget far too small, and a guard: close to full attention at no saving, and told so."""
+    poor = MSSwift(
+        windows=(16,),
+        sinks=0,
+        key_tokens=0,
+        block=16,
+        remainder=None,
+        dense_below=0,
+        min_coverage=0.95,
+    )
+    run = FidelityRun(mechanism=poor.to_dict(), length=1024, documents=2, chunk=256)
+    result = fidelity_runs.run(run, progress=False)
+    guard, said = result.summary["guard"], result.summary["verdict"]
+    rows = [row for row in result.rows if row["part"] == "guard"]
+    assert (
+        guard["pairs"]
+        == sum(row["pairs"] for row in rows)
+        == sum(layer["pairs"] for layer in guard["layers"])
+    )
+    assert guard["dense"] == sum(row["dense"] for row in rows) > 0.5 * guard["pairs"]
+    assert len(rows) == 2 * len(guard["layers"]) and guard["lowest"] < 0.5
+    assert guard["lowest_after"] >= 0.95 - 1e-5
+    counts = f"{guard['dense']:,} of {guard['pairs']:,} pairs of a block and a KV head densely"
+    assert counts in said and f"({100 * guard['share']:.1f} %)" in said
+    assert "Most blocks were computed densely, so nothing is saved" in said
+    assert "Every query saw every key" not in said
+
+
+def test_a_guard_with_nothing_to_judge_says_so(model_directory: Path) -> None:
+    dense = {**SMALL.to_dict(), "dense_below": 1024, "min_coverage": 0.9}
+    result = fidelity_runs.run(asked(model_directory, documents=1, mechanism=dense), progress=False)
+    assert result.summary["guard"]["pairs"] == 0 and result.summary["guard"]["share"] is None
+    said = result.summary["verdict"]
+    assert "had nothing to judge" in said and "Every query saw every key" in said
+    plain = fidelity_runs.run(asked(model_directory, documents=1), progress=False)
+    assert plain.summary["guard"] is None and "guard" not in plain.summary["verdict"]
 
 
 def test_full_attention_measured_as_a_mechanism_is_itself(loaded: Loaded, ids: list[int]) -> None:

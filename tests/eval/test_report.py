@@ -6,14 +6,14 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from longswift.core.errors import ConfigError, InputError
-from longswift.eval import report, report_page, report_sections
+from longswift.core.errors import ConfigError, InputError, UnsupportedError
+from longswift.eval import demo, guarded, report, report_page, report_sections
 from longswift.eval.report import Report
 from longswift.eval.report_sections import FIDELITY, FULL, READING, RETRIEVAL, ReadingRow
 from longswift.eval.report_verdict import BAD, GOOD, NOTE, Verdict, verdict
@@ -25,6 +25,16 @@ SMALL = (
     "ms_swift.block=64",
     "ms_swift.key_tokens=16",
     "ms_swift.remainder=64",
+)
+
+
+STARVED = (
+    "ms_swift.dense_below=0",
+    "ms_swift.windows=[16]",
+    "ms_swift.key_tokens=1",
+    "ms_swift.sinks=0",
+    "ms_swift.block=16",
+    "ms_swift.remainder=null",
 )
 
 
@@ -213,6 +223,42 @@ def test_arithmetic_is_not_taken_for_keys() -> None:
     assert said.level == BAD and "it is full attention" not in said.headline
 
 
+def guard(dense: int, pairs: int = 100) -> dict[str, Any]:
+    row = {"document": 0, "layer": 1, "min_coverage": 0.9, "pairs": pairs, "dense": dense}
+    found = guarded.summarise([{**row, "lowest": 0.125, "lowest_after": 0.95}])
+    assert found is not None
+    return found
+
+
+def test_a_guard_that_fires_now_and_then_is_a_note() -> None:
+    said = say(row(FULL), {**FAST, "guard": guard(7)}, fidelity(0.001, 0.999))
+    assert said.level == GOOD and "keeps what full attention finds" in said.headline
+    (told,) = [f for f in said.findings if f.text.startswith("Guard")]
+    assert told.level == NOTE and "12.5 % before and 95.0 % after" in told.text
+    assert "7 of 100 pairs of a block and a KV head densely (7.0 %)" in told.text
+    assert "saved" not in told.text
+    (most,) = [
+        f
+        for f in say(row(FULL), {**FAST, "guard": guard(7), "density": 0.97}).findings
+        if f.text.startswith("Guard")
+    ]
+    assert "97 % of full attention's keys are scored, so nothing is saved" in most.text
+
+
+def test_a_guard_that_does_the_work_is_said() -> None:
+    result = made(row(FULL), {**FAST, "guard": guard(80), "density": 1.3}, fidelity(0.001, 0.999))
+    said = verdict(result)
+    assert said.level == BAD and "its guard computed most blocks densely" in said.headline
+    assert any("so nothing is saved" in f.text for f in said.findings if f.level == BAD)
+    assert "it is full attention" not in said.headline
+    result.summary["verdict"] = said.to_dict()
+    page = report_page.html(result)
+    assert "The coverage guard" in page and "<td>80 of 100</td><td>80.0 %</td>" in page
+    lost = say(row(FULL), {**FAST, "guard": guard(80)}, fidelity(0.3, 0.9))
+    assert "loses what full attention keeps" in lost.headline
+    assert any("so little is saved" in f.text for f in lost.findings)
+
+
 def test_slower_is_said() -> None:
     said = say(row(FULL), {**FAST, "seconds": 4.0}, fidelity(0.001, 0.999))
     assert "2.0x slower" in said.headline and "no reason" in said.headline
@@ -267,16 +313,8 @@ def test_a_planted_failure_is_said_in_words(document: Path, tmp_path: Path) -> N
 
     if not (tiny.path() / "model.safetensors").is_file():
         pytest.skip("the packaged model's weights are not in this checkout")
-    starved = (
-        "ms_swift.dense_below=0",
-        "ms_swift.windows=[16]",
-        "ms_swift.key_tokens=1",
-        "ms_swift.sinks=0",
-        "ms_swift.block=16",
-        "ms_swift.remainder=null",
-    )
     wanted = asked(
-        "tiny", document, *starved, tasks="needle", samples=2, fidelity=True, length=1024
+        "tiny", document, *STARVED, tasks="needle", samples=2, fidelity=True, length=1024
     )
     result = report.run(wanted, tmp_path / "report.html", progress=False)
     said = result.summary["verdict"]
@@ -288,6 +326,24 @@ def test_a_planted_failure_is_said_in_words(document: Path, tmp_path: Path) -> N
     html = report_page.html(result)
     assert "Not measured" not in html and 'class="verdict bad"' in html
     assert html.count('class="maps"') == 1
+
+
+def test_a_guard_over_a_planted_failure_is_said_in_words(document: Path, tmp_path: Path) -> None:
+    from longswift import tiny
+
+    if not (tiny.path() / "model.safetensors").is_file():
+        pytest.skip("the packaged model's weights are not in this checkout")
+    wanted = asked("tiny", document, *STARVED, "ms_swift.min_coverage=0.95", length=1024)
+    result = report.run(wanted, tmp_path / "report.html", progress=False)
+    told = load(tmp_path / "report.json").summary["guard"]
+    assert list(told) == ["ms_swift"] and told["ms_swift"]["share"] > 0.5
+    assert told["ms_swift"]["lowest"] < 0.5 < 0.94 < told["ms_swift"]["lowest_after"]
+    assert len(told["ms_swift"]["layers"]) > 1
+    said = result.summary["verdict"]
+    assert said["level"] == BAD and "its guard computed most blocks densely" in said["headline"]
+    assert any("so nothing is saved" in f["text"] for f in said["findings"])
+    html = report_page.html(result)
+    assert all(f"<td>{row[1]}</td>" in html for row in guarded.table(told["ms_swift"]))
 
 
 def test_impossible_requests_are_refused(
@@ -303,6 +359,43 @@ def test_impossible_requests_are_refused(
         wanted = asked(model_directory, document, length=10_000_000)
         report.run(wanted, tmp_path / "report.html", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_model_cannot_run_is_refused_before_it_reads(
+    model_directory: Path, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    capped = tmp_path / "capped"
+    Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1024,
+        )
+    ).save_pretrained(capped)
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(capped)
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(report._Work, "_read", never)
+    monkeypatch.setattr(demo, "_read", never)
+    page = tmp_path / "report.html"
+    with pytest.raises(UnsupportedError, match="soft-capped scores"):
+        report.run(asked(capped, document), page, progress=False)
+    with pytest.raises(UnsupportedError, match="causal"):
+        wanted = report.asked(attention="nystrom", model=str(model_directory), file=str(document))
+        report.run(replace(wanted, length=512), page, progress=False)
+    story = demo.Demo(mechanism={"name": "ms_swift"}, model=str(capped), length=512, documents=1)
+    with pytest.raises(UnsupportedError, match="soft-capped scores"):
+        demo.run(story, tmp_path / "demo", progress=False)
+    assert not page.with_suffix(".json").exists()
 
 
 def browser() -> str | None:

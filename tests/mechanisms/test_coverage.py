@@ -118,6 +118,7 @@ def test_guard_catches_a_planted_failure() -> None:
     full = Full()(q, k, v)
     told = guarded.stats.extra["guard"]
     assert told["dense"] > 0.8 * told["blocks"] and told["lowest"] < 0.3
+    assert 0.9 - 1e-5 <= told["lowest_after"] <= 1.0
     assert guarded.stats.captured is not None and min(guarded.stats.captured.mean) > 0.95
     wrong = (without.out - full.out).norm() / full.out.norm()
     left = (guarded.out - full.out).norm() / full.out.norm()

@@ -194,7 +194,7 @@ def test_table() -> None:
         assert config.reach >= 1
     with pytest.raises(ConfigError, match="Did you mean 'infini'"):
         get_memory("infinity")
-    with pytest.raises(ConfigError, match="documented options"):
+    with pytest.raises(ConfigError, match="options among .*got 'segments'. Did you mean 'segment'"):
         get_memory("infini", segments=4)
     with pytest.raises(ConfigError, match="with a 'name'"):
         memory_from_dict({"segment": 4})

@@ -100,7 +100,7 @@ def compare(
         left_out=left_out,
     )
     if plot is not None:
-        drawable(plot)
+        drawable(plot, json)
     result = mechanism_runs.run(asked, json, fresh=fresh)
     for sentence in mechanism_table.sentences(result):
         typer.echo(sentence)

@@ -78,7 +78,7 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     if plot is not None:
-        drawable(plot)
+        drawable(plot, json)
     result = suite.run(asked, json, fresh=fresh)
     for sentence in standings.sentences(result):
         typer.echo(sentence)

@@ -24,6 +24,12 @@ def report(
     tasks: Annotated[str, Option(help="Retrieval tasks, comma-separated, or 'none'.")] = "needle",
     samples: Annotated[int, Option(help="Documents per task and length.")] = 5,
     fidelity: Annotated[bool, Option(help="Compare every head with full attention.")] = True,
+    max_length: Annotated[
+        str | None, Option(help="Extend the model's positions to this many tokens.")
+    ] = None,
+    rope: Annotated[
+        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
+    ] = "yarn",
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
     device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",
@@ -50,6 +56,8 @@ def report(
         tasks=tasks,
         samples=samples,
         fidelity=fidelity,
+        max_length=None if max_length is None else options.length(max_length),
+        rope=None if rope == "none" else rope,
         chunk=chunk,
         dtype=dtype,
         device=device,

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from typing import Any, Generic, TypeVar
 
 from longswift.core.errors import ConfigError, problem
@@ -73,6 +74,19 @@ class Registry(Generic[T]):
     def build(self, name: str, config: dict[str, Any]) -> T:
         """An instance of ``name`` from keyword arguments; unknown keywords are named."""
         cls = self.get(name)
+        known = signature(cls).parameters
+        takes_all = any(one.kind is Parameter.VAR_KEYWORD for one in known.values())
+        unknown = [option for option in config if option not in known and not takes_all]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            raise ConfigError(
+                problem(
+                    f"{self._kind} {name!r}",
+                    expected=f"options among {', '.join(known)}" if known else "no options",
+                    got=", ".join(repr(option) for option in unknown),
+                    fix=f"Did you mean {near[0]!r}?" if near else f"See help({cls.__name__}).",
+                )
+            )
         try:
             return cls(**config)
         except TypeError as error:

@@ -89,7 +89,7 @@ class Answer:
     """
 
     def __init__(self, question: Question) -> None:
-        from longswift.hf import SwiftCache, check_length, extend, set_attention, set_profile
+        from longswift.hf import SwiftCache, extend, set_attention, set_profile
 
         text = read_text(question.file)
         self.question = question
@@ -107,7 +107,7 @@ class Answer:
         elif question.mechanism is not None:
             set_attention(model, question.mechanism)
         self.ids = _encode(self.loaded, text, question)
-        check_length(model, len(self.ids) + question.max_new_tokens)
+        self.loaded.check_length(len(self.ids) + question.max_new_tokens)
         self._cache = SwiftCache(model.config)
         self._read_seconds = self._made_seconds = 0.0
         self._made: list[int] = []

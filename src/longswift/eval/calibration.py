@@ -203,6 +203,25 @@ def cheapest(
     return LayerProfile(scale=tuple(scale), key_tokens=tuple(budget), dense=tuple(dense))
 
 
+def most_kept(tried: Tried, kv_heads: int) -> list[float | None]:
+    """The most any candidate keeps in the worst query head of each KV head.
+
+    Candidates that cost no less than full attention do not count; None where none is cheaper.
+    """
+    size = len(tried.shares[0]) // kv_heads
+    return [
+        max(
+            (
+                min(shares[head * size : (head + 1) * size])
+                for shares, costs in zip(tried.shares, tried.costs, strict=True)
+                if costs[head] < tried.dense
+            ),
+            default=None,
+        )
+        for head in range(kv_heads)
+    ]
+
+
 def with_choice(
     tried: Tried, profile: LayerProfile, found: Sequence[Candidate]
 ) -> tuple[list[float], list[float]]:

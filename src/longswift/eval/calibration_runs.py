@@ -30,6 +30,7 @@ from longswift.eval.results import Progress, Result, writable, write_text
 from longswift.eval.rivals import FULL, Rival
 from longswift.eval.samples import samples
 from longswift.eval.walk import Walk, on_trial
+from longswift.extend.rope import check_kind
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.ms_swift import MSSwift
 from longswift.mechanisms.profile import FORMAT, Profile
@@ -57,6 +58,8 @@ class Calibration:
         documents: Documents to read, or None for as many as there are, at least two, at most
             eight. Each gives every other stretch to the choice and the others to the check.
         blocks: About how many blocks of query rows are tried per layer, document and half.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         chunk: Tokens per forward pass.
         seed: Chooses the blocks.
         dtype: Name of a dtype, or ``"auto"``.
@@ -72,6 +75,8 @@ class Calibration:
     file: str | None = None
     length: int | None = None
     documents: int | None = None
+    max_length: int | None = None
+    rope: str | None = "yarn"
     blocks: int = 8
     chunk: int = 1024
     seed: int = 0
@@ -84,6 +89,7 @@ class Calibration:
         if self.documents is not None:
             counts["documents"] = self.documents
         check_positive("calibrate", **counts)
+        check_kind(self.rope)
         if not isinstance(self.target, float) or not 0.0 < self.target < 1.0:
             raise ConfigError(
                 problem(
@@ -206,6 +212,7 @@ def run(
         device=asked.device,
         trust_remote_code=asked.trust_remote_code,
     )
+    loaded.extend(asked.max_length, asked.rope)
     # Earlier rows are exact; each half needs a stretch of the rest.
     least = base.dense_below + 2 * STRETCH * base.block
     count = asked.documents
@@ -251,7 +258,8 @@ def run(
         summarise(result.rows, profile, work.found, asked.target, asked.criterion)
     )
     result.summary["verdict"] = verdict(result, profile)
-    known = ("model", "file", "length", "documents", "target", "criterion", "text_sha256")
+    known = ["model", "file", "length", "documents", "target", "criterion", "text_sha256"]
+    known += ["max_length", "rope"] if asked.max_length is not None else []
     profile = Profile(
         architecture=profile.architecture,
         attention=profile.attention,

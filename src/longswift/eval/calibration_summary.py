@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import fmean, stdev
 from typing import Any
 
 from longswift.eval import text as text_of
-from longswift.eval.calibration import CAPTURED, Candidate, Tried, with_choice
+from longswift.eval.calibration import CAPTURED, Candidate, Tried, most_kept, with_choice
 from longswift.eval.halves import CHECK, CHOOSE
 from longswift.eval.prediction import expected, margin, mean_share, pool
 from longswift.eval.results import Result
@@ -69,6 +70,7 @@ def summarise(
                 "predicted": shares,
                 "checked": checks[layer].shares[0],
                 "default": default[layer].shares[0],
+                "most_kept": most_kept(tried[layer], profile.architecture.kv_heads),
                 "cost": costs,
                 "default_cost": default[layer].costs[0],
                 "dense_cost": tried[layer].dense,
@@ -102,6 +104,8 @@ def verdict(result: Result, profile: Profile) -> str:
     what = "of the attention mass" if found["criterion"] == CAPTURED else "of the heads' output"
     dense = sum(sum(layer.dense) for layer in profile.layers.values())
     heads = sum(len(layer.dense) for layer in profile.layers.values())
+    if dense == heads:
+        return _nothing_saved(result, heads, what)
     held = "holds" if found["off"] <= CLOSE else "DOES NOT HOLD"
     by_chance = found["off_margin"]
     chance = "" if by_chance is None else f" +- {100 * by_chance:.1f}"
@@ -113,6 +117,36 @@ def verdict(result: Result, profile: Profile) -> str:
         f"keeps {100 * found['checked']:.1f} %: the prediction {held} (within 1 point; off by "
         f"{100 * found['off']:.1f}{chance}, worst head by {100 * found['worst_head_off']:.1f}). "
         f"{_of_another(found['another'])}"
+    )
+
+
+def _nothing_saved(result: Result, heads: int, what: str) -> str:
+    """Every head is dense: which candidate came nearest, and what to try."""
+    found, target = result.summary, f"{100 * result.config['target']:g} %"
+    said = f"The profile SAVES NOTHING at this target: all {heads} KV heads are dense"
+    tried = [
+        (share, one["layer"], head)
+        for one in found["layers"]
+        for head, share in enumerate(one["most_kept"])
+        if share is not None
+    ]
+    longer = "a longer text (--length), of which a budget is a smaller part"
+    if not tried:
+        return (
+            f"{said}, because every window and budget tried costs at least as much as full "
+            f"attention on {result.config['length']:,} tokens. Try {longer}, smaller --budgets or "
+            "narrower windows (--set ms_swift.windows=[...])."
+        )
+    share, layer, head = max(tried)
+    criterion = ""
+    if found["criterion"] == CAPTURED:
+        criterion = ", or --criterion output, which counts what the means keep, too"
+    return (
+        f"{said}, because no window and budget tried keeps {target} {what} in any of them for "
+        f"fewer keys than full attention's. The nearest keeps {100 * share:.1f} % (layer {layer}, "
+        f"KV head {head}; default settings {100 * found['default']:.1f} % on average). Try a "
+        f"--target of at most {math.floor(1000 * share) / 1000:g}, {longer}, larger --budgets or "
+        f"wider windows (--set ms_swift.windows=[...]){criterion}."
     )
 
 

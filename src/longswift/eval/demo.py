@@ -17,7 +17,7 @@ from longswift.eval.documents import source
 from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.results import Progress, Result, apart, writable
 
 FULL, WINDOW, SWIFT = "full", "sliding_window", "ms_swift"
 _WARM_UP = 2048
@@ -197,14 +197,18 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
 
     Raises:
         InputError: The document is too short, or longer than the model can position.
+        UnsupportedError: The model cannot run MS-SWIFT.
     """
     from longswift.hf import check_length
     from longswift.mechanisms import get_mechanism
 
+    apart(output / "demo.json", output / "demo.png")
     target = writable(output / "demo.json", kind="demo")
     text = source(demo.file)
     loaded = load(demo.model)
-    check_length(loaded.model, demo.length + 64)
+    check_length(
+        loaded.model, demo.length + 64, "Lower --length, or give a model of a longer window."
+    )
     documents = exams(
         loaded,
         text,
@@ -216,6 +220,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
     kept = Progress(result, target, fresh=fresh, finished=True)
     swift = options.from_json(demo.mechanism)
+    loaded.check_runs(swift)
     size = demo.documents * demo.length
     with bar(3 * size, "starting", shown=progress) as step:
 

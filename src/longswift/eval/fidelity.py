@@ -24,6 +24,7 @@ from torch import Tensor
 
 from longswift.core.mechanism import Mechanism
 from longswift.eval.cost import equal_cost_window
+from longswift.eval.guarded import Guarded, GuardRow
 from longswift.eval.judging import EndJudge, EndRow, HeadRow, LayerJudge
 from longswift.eval.progress import Bar, silent
 from longswift.eval.reading import check_chunk
@@ -48,18 +49,21 @@ class Fidelity:
         heads: By rival, layer and head.
         ends: By rival.
         window: The window of equal cost.
+        guard: By layer, what the coverage guard did; empty for a mechanism without one.
     """
 
     judge: str
     heads: list[HeadRow]
     ends: list[EndRow]
     window: int
+    guard: list[GuardRow]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Flat records."""
         heads = [{"part": "head", "judge": self.judge, **asdict(row)} for row in self.heads]
         ends = [{"part": "end", "judge": self.judge, **asdict(row)} for row in self.ends]
-        return [*heads, *ends]
+        guard = [{"part": "guard", "judge": self.judge, **asdict(row)} for row in self.guard]
+        return [*heads, *ends, *guard]
 
 
 def measure(
@@ -96,7 +100,8 @@ def measure(
     with on_trial(model), torch.inference_mode():
         walk = Walk(model, ids, chunk, step)
         states, keys = {}, {}
-        states[own.name], keys[own.name] = walk.keep(own)
+        guarded = Guarded(document)
+        states[own.name], keys[own.name] = walk.keep(own, guarded.see)
         window = equal_cost_window(keys[own.name], len(ids))
         baselines = [Rival(WINDOW, SlidingWindow(window=window)), Rival(UNIFORM, Uniform())]
         for rival in baselines:
@@ -118,6 +123,7 @@ def measure(
         heads=layers.rows(document),
         ends=ends.rows(document, keys),
         window=window,
+        guard=guarded.rows(),
     )
 
 

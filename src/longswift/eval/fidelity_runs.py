@@ -13,7 +13,7 @@ from typing import Any
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism, check_positive
-from longswift.eval import fidelity, options
+from longswift.eval import fidelity, guarded, options
 from longswift.eval import text as text_of
 from longswift.eval.cost import counts_keys
 from longswift.eval.models import TINY, load
@@ -21,6 +21,7 @@ from longswift.eval.progress import bar
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, UNIFORM, WINDOW
 from longswift.eval.samples import samples
+from longswift.extend.rope import check_kind
 from longswift.mechanisms.profile import Profile, read_profile
 
 KIND = "fidelity"
@@ -39,6 +40,8 @@ _NOTES = {
     "uniform": "every visible key weighs the same; as many keys picked blindly would capture the "
     "density of the measured mechanism",
     "density": "keys scored over those full attention scores; the choice of keys is not in it",
+    "guard": "pairs of a block of queries and a KV head, while the model reads with the measured "
+    "mechanism; coverage by the probed rows, 1 for what was computed densely",
 }
 
 
@@ -52,6 +55,8 @@ class FidelityRun:
         mechanism: As ``Mechanism.to_dict`` gives it, or ``Profile.to_dict``.
         length: Tokens of a document, or None for what there is, at most 32k.
         documents: How many pieces of the text are measured.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         chunk: Tokens per forward pass.
         exact_below: Longest document the dense model reads; longer ones are judged by samples.
         dtype: Name of a dtype, or ``"auto"``.
@@ -64,6 +69,8 @@ class FidelityRun:
     file: str | None = None
     length: int | None = None
     documents: int = 1
+    max_length: int | None = None
+    rope: str | None = "yarn"
     chunk: int = 1024
     exact_below: int = fidelity.EXACT_BELOW
     dtype: str = "auto"
@@ -74,6 +81,7 @@ class FidelityRun:
         check_positive(
             "fidelity", documents=self.documents, chunk=self.chunk, exact_below=self.exact_below
         )
+        check_kind(self.rope)
 
 
 def rival_of(attention: str, settings: Iterable[str], profile: str | None) -> dict[str, Any]:
@@ -135,6 +143,7 @@ def run(
         device=asked.device,
         trust_remote_code=asked.trust_remote_code,
     )
+    loaded.extend(asked.max_length, asked.rope)
     if isinstance(mechanism, Profile):
         mechanism.check(architecture_of(loaded.model))
     text = samples(loaded, asked.file, length=asked.length, documents=asked.documents)
@@ -173,7 +182,7 @@ def run(
 
 
 def summarise(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """Means over documents: per rival, and per rival, layer and head."""
+    """Means over documents per rival, and per rival, layer and head; what the guard did."""
     ends = _grouped((row for row in rows if row["part"] == "end"), "name")
     heads = _grouped((row for row in rows if row["part"] == "head"), "name", "layer", "head")
     nll = {key[0]: fmean(r["nll"] for r in group) for key, group in ends.items()}
@@ -199,7 +208,13 @@ def summarise(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
                 "captured_min": min(lowest) if lowest else None,
             }
         )
-    return {"measured": name, "judge": rows[0]["judge"], "ends": whole, "heads": layers}
+    return {
+        "measured": name,
+        "judge": rows[0]["judge"],
+        "ends": whole,
+        "heads": layers,
+        "guard": guarded.summarise(row for row in rows if row["part"] == "guard"),
+    }
 
 
 def _grouped(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Any]]:
@@ -216,6 +231,12 @@ def _mean(rows: Iterable[dict[str, Any]], column: str) -> float | None:
 
 def verdict(result: Result) -> str:
     """What the figures say, in words."""
+    found, said = result.summary, _quality(result)
+    guard, own = found["guard"], found["ends"][found["measured"]]
+    return said if guard is None else f"{said} {guarded.sentence(guard, own['density'])}"
+
+
+def _quality(result: Result) -> str:
     found, config = result.summary, result.config
     name, ends = found["measured"], found["ends"]
     own, window = ends[name], ends[WINDOW]
@@ -240,7 +261,9 @@ def verdict(result: Result) -> str:
         f"(window {100 * window['agreement']:.1f} %), perplexity is "
         f"{own['perplexity_ratio']:.3f} times full attention's."
     )
-    if name != FULL and own["density"] > _EVERY_KEY and counts_keys(name):
+    # Probes and dense blocks of a guard are counted beside the keys that were chosen.
+    exact = own["density"] > _EVERY_KEY and not guarded.probed(found["guard"])
+    if name != FULL and exact and counts_keys(name):
         return (
             f"{said} Every query saw every key: nothing is saved here, and nothing is known about "
             "texts long enough for keys to be left out."

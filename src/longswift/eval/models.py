@@ -27,6 +27,10 @@ _PROBE = 32
 _DOCUMENT = "<<longswift:document>>"
 
 
+# For commands with this option; those without say what they have.
+EXTEND = "Extend its positions with --max-length, or read fewer tokens."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Codec:
     """A tokenizer, and how a document and a question about it are put together.
@@ -130,6 +134,37 @@ class Loaded(Codec):
         except ValueError:
             self.model.set_attn_implementation("eager")
 
+    def extend(self, max_length: int | None, rope: str | None) -> None:
+        """Extend the model's positions; nothing is done for no ``max_length``."""
+        from longswift.hf import extend
+
+        if max_length is not None:
+            extend(self.model, max_length, rope, None)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``InputError`` if the model cannot tell so many positions apart."""
+        from longswift.hf import check_length
+
+        check_length(self.model, tokens, EXTEND)
+
+    def probe(self) -> list[int]:
+        """A few dozen tokens of text, to see what the model can do."""
+        return [*self.begin(), *self.encode(_SENTENCE)][:_PROBE]
+
+    def check_runs(self, mechanism: Mechanism) -> None:
+        """Attend with ``mechanism``, and see before any long work that the model can.
+
+        Raises:
+            UnsupportedError: The model has scores or masks that mechanisms do not compute, or the
+                mechanism no causal form.
+        """
+        from longswift.eval.reading import read
+        from longswift.hf import SwiftCache
+
+        self.use(mechanism)
+        ids = self.probe()
+        read(self.model, ids, SwiftCache(self.model.config), chunk=len(ids))
+
     def fingerprint(self) -> str:
         """A hash of names, shapes and sums of the weights; sums of floats depend on threads."""
         state = hashlib.sha256()
@@ -184,7 +219,7 @@ def load(
         place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     loaded = Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
-    check_readable(model, [*loaded.begin(), *loaded.encode(_SENTENCE)][:_PROBE])
+    check_readable(model, loaded.probe())
     return loaded
 
 

@@ -187,7 +187,7 @@ def _every(
     """Everything that can be built, and why the rest cannot."""
     # A setting for an unknown name must be refused, whatever else is left out.
     if strange := [s for s in settings if s not in settings_of(settings, known)]:
-        mechanisms("full", strange)
+        check_targets(strange, known)
     found, left_out = [], {}
     for name in known:
         mine = settings_of(settings, [name])
@@ -230,28 +230,48 @@ def settings_of(settings: Sequence[str], chosen: Sequence[str]) -> list[str]:
     return [s for s in settings if s.partition(".")[0].strip().replace("-", "_") in known]
 
 
-def configs(kind: str, text: str, settings: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and options of each part of ``text``."""
-    chosen = [name.replace("-", "_") for name in names(text)]
-    options: dict[str, dict[str, object]] = {name: {} for name in chosen}
+def check_targets(settings: Sequence[str], chosen: Sequence[str]) -> None:
+    """Check that each setting is ``NAME.OPTION=VALUE`` with a name among ``chosen``.
+
+    Raises:
+        ConfigError: One is not.
+    """
     for setting in settings:
-        target, equals, value = setting.partition("=")
+        target, equals, _ = setting.partition("=")
         name, _, option = target.strip().partition(".")
-        name = name.replace("-", "_")
-        if not equals or not option or name not in options:
+        if not equals or not option or not name:
             raise ConfigError(
                 problem(
                     "--set",
-                    expected=f"NAME.OPTION=VALUE with NAME among {', '.join(chosen) or 'none'}",
+                    expected="NAME.OPTION=VALUE",
                     got=repr(setting),
                     fix="For instance --set ms_swift.key_tokens=128.",
                 )
             )
+        if name.replace("-", "_") not in chosen:
+            raise ConfigError(
+                problem(
+                    "--set",
+                    expected=f"an option of what runs here ({', '.join(chosen) or 'nothing'})",
+                    got=f"{name!r} in {setting!r}",
+                    fix="Correct the name, or let the command run that, too.",
+                )
+            )
+
+
+def configs(kind: str, text: str, settings: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and options of each part of ``text``."""
+    chosen = [name.replace("-", "_") for name in names(text)]
+    options: dict[str, dict[str, object]] = {name: {} for name in chosen}
+    check_targets(settings, chosen)
+    for setting in settings:
+        target, _, value = setting.partition("=")
+        name, _, option = target.strip().partition(".")
         try:
             parsed = json.loads(value)
         except ValueError:
             parsed = value
-        options[name][option] = parsed
+        options[name.replace("-", "_")][option] = parsed
     if not chosen:
         example = "ms_swift" if kind == "mechanism" else "needle"
         raise ConfigError(

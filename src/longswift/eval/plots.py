@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from longswift.eval import demo, text
-from longswift.eval.results import Result, replace, writable
+from longswift.eval.results import Result, apart, replace, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 COLOURS = ("#444444", "#d1495b", "#00798c", "#edae49", "#5b5f97", "#2e8b57", "#8d6a9f")
 
 
-def drawable(path: str | Path) -> Path:
-    """Check, before any long work, that a picture can be written to ``path``; see ``writable``."""
+def drawable(path: str | Path, *others: str | Path | None) -> Path:
+    """Check, before any long work, that a picture can be written; see ``writable``.
+
+    Args:
+        path: The picture.
+        others: What else the command writes; see ``apart``.
+    """
+    apart(*others, path)
     return writable(path, endings=(".png", ".svg"))
 
 

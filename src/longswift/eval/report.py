@@ -17,6 +17,7 @@ from longswift.core.mechanism import Mechanism, check_positive
 from longswift.core.observe import Observed, observe
 from longswift.eval import fidelity, fidelity_runs, memory, options, reading, runner, suite
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.eval.guarded import Guarded, summarise
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.report_sections import (
@@ -26,10 +27,12 @@ from longswift.eval.report_sections import (
     RETRIEVAL,
     WINDOW,
     ReadingRow,
+    readings,
 )
 from longswift.eval.report_verdict import verdict
-from longswift.eval.results import Progress, Result, writable
+from longswift.eval.results import Progress, Result, apart, writable
 from longswift.eval.samples import samples
+from longswift.extend.rope import check_kind
 from longswift.mechanisms import get_mechanism
 from longswift.mechanisms.ms_swift import MSSwift
 from longswift.mechanisms.sliding_window import SlidingWindow
@@ -50,6 +53,8 @@ class Report:
         mechanisms: As ``Mechanism.to_dict`` gives them. Full attention, the judge, is always
             measured, as the model's own layers run it.
         length: Tokens of the text to read; None for all, at most 32k.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         tasks: Names of retrieval tasks; empty to leave them out.
         samples: Documents per task and length, one for each depth.
         fidelity: Compare single heads and next-token distributions with full attention.
@@ -65,6 +70,8 @@ class Report:
     file: str
     mechanisms: tuple[dict[str, Any], ...]
     length: int | None = None
+    max_length: int | None = None
+    rope: str | None = "yarn"
     tasks: tuple[str, ...] = ("needle",)
     samples: int = 5
     fidelity: bool = True
@@ -79,6 +86,7 @@ class Report:
         check_positive("report", samples=self.samples, chunk=self.chunk)
         if self.length is not None:
             check_positive("report", length=self.length)
+        check_kind(self.rope)
         if all(config["name"] == FULL for config in self.mechanisms):
             raise ConfigError(
                 problem(
@@ -133,8 +141,10 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
 
     Raises:
         InputError: The file is no text, too short, or longer than the model can position.
+        UnsupportedError: The model cannot run one of the mechanisms.
     """
     target = writable(path, endings=(".html", ".htm"))
+    apart(target, target.with_suffix(".json"))
     data = writable(target.with_suffix(".json"), kind="report")
     loaded = load(
         report.model,
@@ -142,6 +152,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         device=report.device,
         trust_remote_code=report.trust_remote_code,
     )
+    loaded.extend(report.max_length, report.rope)
     text = samples(loaded, report.file, length=report.length, documents=1, least=_SHORTEST)
     ids = text.documents[0]
     config: dict[str, Any] = json.loads(json.dumps(asdict(report)))
@@ -158,6 +169,9 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
     with bar(work.units, "starting", shown=progress) as step:
         work.run(step)
     result.summary.update(subject=report.subject, reused=kept.reused)
+    result.summary["guard"] = {
+        row.name: row.guard for row in readings(result) if row.guard is not None
+    }
     result.summary["verdict"] = verdict(result).to_dict()
     result.save(data)
     kept.done()
@@ -178,7 +192,14 @@ class _Work:
         self.units = len(ids) * (len(self.mechanisms) + (4 if report.fidelity else 0))
 
     def run(self, step: Bar) -> None:
-        """Measure what is missing."""
+        """Measure what is missing.
+
+        Raises:
+            UnsupportedError: The model cannot run one of the mechanisms; nothing was read then.
+        """
+        for mechanism in self.mechanisms.values():
+            if mechanism is not None:
+                self.loaded.check_runs(mechanism)
         for name, mechanism in self.mechanisms.items():
             step(text=f"{name}: reading")
             row = self.kept.find(section=READING, name=name)
@@ -204,10 +225,10 @@ class _Work:
         warm = SwiftCache(model.config)
         reading.read(model, ids[: min(_WARM_UP, chunk)], warm, chunk=chunk)
         del warm
-        scored, layers = Scored(), _Layers(mechanism)
+        scored, layers, guarded = Scored(), _Layers(mechanism), Guarded()
         with memory.watch(model.device) as peak:
             cache = SwiftCache(model.config)
-            with count_keys(mechanism, scored), observe(layers.see):
+            with count_keys(mechanism, scored), observe(layers.see), observe(guarded.see):
                 told = reading.read(model, ids, cache, chunk=chunk, score=True, step=step)
             speed = reading.decode_speed(model, ids[-1:], cache, _DECODED)
             del cache
@@ -226,6 +247,7 @@ class _Work:
             nll=told.nll / max(1, told.tokens - 1),
             nll_by_part=[float(part.mean()) for part in parts],
             windows=layers.windows,
+            guard=summarise(map(asdict, guarded.rows())),
         )
 
     def _retrieve(self) -> dict[str, Any]:
@@ -247,6 +269,8 @@ class _Work:
                 mechanisms=tuple(names),
                 samples=self.report.samples,
                 equal_cost=self.report.equal_cost,
+                max_length=self.report.max_length,
+                rope=self.report.rope,
                 chunk=self.report.chunk,
                 dtype=self.report.dtype,
                 device=self.report.device,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longswift.eval import pages, pattern_plots, plots, standings
+from longswift.eval import guarded, pages, pattern_plots, plots, standings
 from longswift.eval import report_sections as measured
 from longswift.eval import text as text_of
 from longswift.eval.report_sections import FIDELITY, RETRIEVAL, WINDOW, ReadingRow
@@ -36,6 +36,11 @@ def html(result: Result) -> str:
         verdict=result.summary["verdict"],
         marks=_MARKS,
         readings=_bars(rows),
+        guards=[
+            {"label": row.label, "rows": guarded.table(row.guard)}
+            for row in rows
+            if row.guard is not None
+        ],
         retrieval=_retrieval(result),
         fidelity=_fidelity(result),
         windows=_windows(rows),
@@ -58,6 +63,8 @@ def _commands(config: dict[str, Any]) -> dict[str, str]:
     """What measures a section that is missing."""
     names = ",".join(m["name"] for m in config["mechanisms"] if m["name"] != "full")
     common = f"{config['model']} --file {config['file']}"
+    if config.get("max_length") is not None:
+        common += f" --max-length {config['max_length']} --rope {config['rope'] or 'none'}"
     return {
         RETRIEVAL: f"longswift eval {common} --lengths {config['length']} "
         f"--attention model,{names}",

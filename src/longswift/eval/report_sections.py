@@ -29,6 +29,7 @@ class ReadingRow:
         nll: Mean negative log-likelihood of a token, nats.
         nll_by_part: The same for equal parts of the text.
         windows: ``[layer, KV head, window]`` where heads have windows.
+        guard: What the coverage guard did (``guarded.summarise``); None without one.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ReadingRow:
     nll: float
     nll_by_part: list[float]
     windows: list[tuple[int, int, int]]
+    guard: dict[str, Any] | None = None
 
 
 def readings(result: Result) -> list[ReadingRow]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from longswift.eval import guarded, standings, text
 from longswift.eval import report_sections as measured
-from longswift.eval import standings, text
 from longswift.eval.cost import counts_keys
 from longswift.eval.fidelity_runs import GOOD_AGREEMENT, GOOD_KL
 from longswift.eval.report_sections import FULL, WINDOW, ReadingRow
@@ -43,7 +44,8 @@ class Verdict:
 
     Attributes:
         headline: Whether to use it, in a sentence or two.
-        level: The worst level that matters to quality, or ``"note"`` if nothing tells.
+        level: The worst level that matters to quality, or ``"note"`` if nothing tells. Bad, too,
+            where the coverage guard had to replace most of the subject's work.
         findings: One sentence a matter, the most important first.
     """
 
@@ -69,11 +71,15 @@ def verdict(result: Result) -> Verdict:
     bad = [finding for finding in quality if finding.level == BAD]
     speed = _speed(subject, full)
     level = BAD if bad else GOOD if quality else NOTE
-    exact = subject.density > _ALL and counts_keys(name)
+    # Probes and dense blocks of a guard are counted beside the keys that were chosen.
+    exact = subject.density > _ALL and counts_keys(name) and not guarded.probed(subject.guard)
     if exact:
         level = NOTE
     headline = _headline(subject, full, level, bool(quality), exact)
+    if guarded.mostly_dense(subject.guard):
+        level = BAD
     findings = (
+        *_guard(rows.values()),
         *retrieval,
         *ends,
         *heads,
@@ -98,6 +104,12 @@ def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool, e
             "length it is full attention, and nothing was learned about what it leaves out. "
             "Give a longer text."
         )
+    if level != BAD and guarded.mostly_dense(subject.guard):
+        return (
+            f"{begin}, and its guard computed most blocks densely: what it keeps is full "
+            "attention's work, not its own. Do not use this configuration for such texts: raise "
+            "key_tokens or the windows, or lower min_coverage."
+        )
     if not judged:
         return (
             f"{begin}, but nothing that tells its quality was measured: whether it keeps what full "
@@ -114,6 +126,17 @@ def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool, e
             "attention finds."
         )
     return f"{begin} and keeps what full attention finds."
+
+
+def _guard(rows: Iterable[ReadingRow]) -> list[Finding]:
+    return [
+        Finding(
+            level=BAD if guarded.mostly_dense(row.guard) else NOTE,
+            text=f"Guard of {row.label}: {guarded.sentence(row.guard, row.density)}",
+        )
+        for row in rows
+        if row.guard is not None
+    ]
 
 
 def _pace(subject: ReadingRow, full: ReadingRow) -> str:

@@ -103,6 +103,34 @@ def writable(path: str | Path, *, endings: tuple[str, ...] = (), kind: str | Non
         return Path(path)
 
 
+def apart(*paths: str | Path | None) -> None:
+    """Check, before any long work, that no output of a command would replace another.
+
+    Args:
+        paths: Where they go, links followed; None for what is not asked for.
+
+    Raises:
+        InputError: Two are the same file.
+    """
+    seen: dict[Path, str | Path] = {}
+    for path in paths:
+        if path is None:
+            continue
+        target = Path(path).resolve()
+        if target in seen:
+            raise InputError(
+                problem(
+                    str(path),
+                    expected="a file of its own for each output",
+                    got=f"two outputs in {seen[target]}"
+                    if str(seen[target]) == str(path)
+                    else f"the same file as {seen[target]}",
+                    fix="Name another file for one of them.",
+                )
+            )
+        seen[target] = path
+
+
 def _strange(file: Path, kind: str | None) -> str | None:
     """What a file holds that must not be replaced; None for nothing or a result of ours."""
     content = file.read_bytes()

@@ -53,7 +53,6 @@ def samples(
     Raises:
         InputError: The text is too short, or the documents too long for the model.
     """
-    from longswift.hf import check_length
     from longswift.hf.extending import limit_of
 
     text, asked = source(file), length
@@ -64,7 +63,7 @@ def samples(
         documents = max(fewest, min(documents, fit))
     if length is None:
         length = min(LONGEST, limit, len(ids) // documents + len(begin))
-    check_length(loaded.model, length)
+    loaded.check_length(length)
     room = length - len(begin)
     if asked is not None and asked < least:
         raise InputError(

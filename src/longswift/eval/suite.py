@@ -76,7 +76,11 @@ class Suite:
         check_kind(self.rope)
         for what, found in (("tasks", self.tasks), ("mechanisms", self.mechanisms)):
             names = [entry["name"] for entry in found]
-            if not names or len(set(names)) < len(names):
+            if not names:
+                raise ConfigError(
+                    problem(what, expected="at least one name", got="none", fix="Name one.")
+                )
+            if len(set(names)) < len(names):
                 raise ConfigError(
                     problem(
                         what, expected="each name once", got=names, fix="Remove the repetition."
@@ -119,6 +123,8 @@ def asked(
         rest: The other fields of ``Suite``.
     """
     names = [name.replace("-", "_") for name in options.names(tasks)]
+    ordered = [name.replace("-", "_") for name in options.names(attention)]
+    options.check_targets(settings, [*names, *(name for name in ordered if name != MODEL)])
     mine = options.settings_of(settings, names)
     if questions is not None:
         mine.append(f"qa.file={json.dumps(str(questions))}")
@@ -126,9 +132,9 @@ def asked(
     chosen = options.tasks(tasks, mine, form=form, file=place, seed=seed)
     others = ",".join(name for name in options.names(attention) if name != MODEL)
     left = [setting for setting in settings if setting not in mine]
-    found = options.mechanisms(others, left) if others or left else {}
+    # The model's own attention has no options.
+    found = options.mechanisms(others or attention, left) if ordered != [MODEL] else {}
     mechanisms = {name: mechanism.to_dict() for name, mechanism in found.items()}
-    ordered = [name.replace("-", "_") for name in options.names(attention)]
     return Suite(
         tasks=tuple(task.to_dict() for task in chosen.values()),
         mechanisms=tuple(mechanisms.get(name, {"name": name}) for name in ordered),
@@ -156,18 +162,15 @@ def prepare(suite: Suite) -> Loaded:
     Raises:
         InputError: A length is beyond the model's window.
     """
-    from longswift.hf import check_length, extend
-
     loaded = load(
         suite.model,
         dtype=suite.dtype,
         device=suite.device,
         trust_remote_code=suite.trust_remote_code,
     )
-    if suite.max_length is not None:
-        extend(loaded.model, suite.max_length, suite.rope, None)
+    loaded.extend(suite.max_length, suite.rope)
     # A window that is too small is found out before hours of work, not after.
-    check_length(loaded.model, max(suite.lengths))
+    loaded.check_length(max(suite.lengths))
     return replace(loaded, chat=suite.chat)
 
 

@@ -75,11 +75,19 @@ class Walk:
                     self._step(hidden.shape[1])
             after(cache)
 
-    def keep(self, rival: Rival) -> tuple[list[Tensor], float]:
-        """The last hidden states of a reading, and the mean number of keys scored per query."""
+    def keep(self, rival: Rival, also: Observer = _ignore) -> tuple[list[Tensor], float]:
+        """The last hidden states of a reading, and the mean number of keys scored per query.
+
+        ``also`` sees the rival's calls, too.
+        """
         kept: list[Tensor] = []
         scored = Scored()
-        self.read(rival, scored.add, lambda _, hidden: kept.append(hidden))
+
+        def see(call: Observed) -> None:
+            scored.add(call)
+            also(call)
+
+        self.read(rival, see, lambda _, hidden: kept.append(hidden))
         if not scored.queries:
             raise UnsupportedError(
                 problem(

@@ -135,7 +135,7 @@ def look(
     from longswift.hf import SwiftCache, check_length
 
     text = _tokenize(loaded, read_text(file), query)
-    check_length(loaded.model, len(text.ids))
+    check_length(loaded.model, len(text.ids), "Give a shorter file or a model of a longer window.")
     block, start, end = _block(mechanism, text, query, position)
     rows = text.rows if query is not None else range(start, end)
     rows = range(max(rows.start, start), min(rows.stop, end))

@@ -132,13 +132,22 @@ def limit_of(model: PreTrainedModel) -> int | None:
     return _limit(text_config(model))
 
 
-def check_length(model: PreTrainedModel, n_tokens: int) -> None:
-    """Raise ``InputError`` if ``n_tokens`` positions are more than the model can tell apart."""
+def check_length(
+    model: PreTrainedModel,
+    n_tokens: int,
+    fix: str = "Call longswift.hf.extend(model, max_length=...) first, or pass fewer tokens.",
+) -> None:
+    """Raise ``InputError`` if ``n_tokens`` positions are more than the model can tell apart.
+
+    Args:
+        model: Who reads.
+        n_tokens: How many.
+        fix: What to do about it, where the positions could be extended.
+    """
     limit = _limit(text_config(model))
     if limit is None or n_tokens <= limit:
         return
     table = _position_table(model)
-    fix = "Call longswift.hf.extend(model, max_length=...) first, or pass fewer tokens."
     if table is not None:
         fix = "Its positions are a learned table; pass fewer tokens or use a model with RoPE."
     raise InputError(

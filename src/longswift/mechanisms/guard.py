@@ -38,11 +38,13 @@ class Short(NamedTuple):
     Attributes:
         dense: bool ``[B, Hkv, N]``, blocks that fall short.
         lowest: The smallest coverage of a block.
+        lowest_after: The smallest of the blocks that do not fall short; 1 if all do.
         keys: Keys the probes scored per query, mean over the queries.
     """
 
     dense: Tensor
     lowest: float
+    lowest_after: float
     keys: float
 
 
@@ -68,9 +70,11 @@ def short_blocks(
     batch, kv_heads = k.shape[:2]
     coverage = mass.view(batch, kv_heads, -1, blocks, count).mean(-1).amin(2)
     scored = sum(row + k_len - q_len + 1 if pattern.causal else k_len for row in probes)
+    dense = coverage < target - _ROUNDING
     return Short(
-        dense=coverage < target - _ROUNDING,
+        dense=dense,
         lowest=float(coverage.min()),
+        lowest_after=float(coverage.masked_fill(dense, 1.0).min()),
         keys=scored / q_len,
     )
 

@@ -278,6 +278,7 @@ class MSSwift(Mechanism):
                     "blocks": short.dense.numel(),
                     "dense": int(short.dense.sum()),
                     "lowest": short.lowest,
+                    "lowest_after": short.lowest_after,
                 }
             if self.delta is not None and q_len > 1:
                 part, scored = add_delta(

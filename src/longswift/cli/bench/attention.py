@@ -65,7 +65,7 @@ def attention(
         left_out=left_out,
     )
     if plot is not None:
-        drawable(plot)
+        drawable(plot, json)
     result = bench.run(asked, json, fresh=fresh)
     for sentence in [*result.summary["sentences"], *attention_table.left_out(result)]:
         typer.echo(sentence)

@@ -27,7 +27,7 @@ def report(asked: PhaseBench, *, json: Path | None, plot: Path | None, fresh: bo
     from longswift.eval.plots import drawable
 
     if plot is not None:
-        drawable(plot)
+        drawable(plot, json)
     result = phases.run(asked, json, fresh=fresh)
     for sentence in result.summary["sentences"]:
         typer.echo(sentence)
