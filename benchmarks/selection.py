@@ -41,6 +41,7 @@ CONFIGS: dict[str, Mechanism] = {
     "centroids, 128 tokens": MSSwift(key_tokens=128, selector=Centroids(proposals=32)),
     "centroids, 512 tokens": MSSwift(key_tokens=512, selector=Centroids(proposals=8)),
     "centroids, block 64": MSSwift(block=64),
+    "centroids, block 64 of 12x": MSSwift(block=64, selector=Centroids(proposals=12)),
     "centroids, block 32": MSSwift(block=32),
     "bounds": MSSwift(key_tokens=128, selector=Bounds()),
     "bounds, full radii": MSSwift(key_tokens=128, selector=Bounds(key_radius=1, row_radius=1)),
