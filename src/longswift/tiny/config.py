@@ -172,8 +172,9 @@ _STRETCHING = (
     Stage(length=16384, tokens=40 * 16384, batch=16384, rate=(0.15, 0.01)),
     Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.4, 0.4), kind="whole"),
     Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.4, 0.02), kind="whole"),
-    Stage(length=16384, tokens=100 * 16384, batch=16384, rate=(0.5, 0.35), kind="whole"),
-    Stage(length=32768, tokens=45 * 32768, batch=32768, rate=(0.35, 0.01), kind="whole"),
+    Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.5, 0.41), kind="whole"),
+    Stage(length=16384, tokens=75 * 16384, batch=16384, rate=(0.41, 0.12), kind="whole"),
+    Stage(length=32768, tokens=22 * 32768, batch=32768, rate=(0.12, 0.01), kind="whole"),
 )
 
 _ROTARY = Config(
