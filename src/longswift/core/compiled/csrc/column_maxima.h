@@ -163,9 +163,9 @@ class ColumnMaxima {
   }
 
   // Of every `per` of the first `end` columns, 8 or fewer, a power of two, the largest product with
-  // each of 16 rows, `start[c]` larger. Where one exceeds the limits of these columns, which are equal,
-  // calls `use` with the first row, the number of the group of columns and the 16, aligned; of no other
-  // are the 16 worked out. Calls `meanwhile` now and then.
+  // each of 16 rows, `start[c]` larger; `end` is a multiple of 32. Where one exceeds the limits of these
+  // columns, which are equal, calls `use` with the first row, the number of the group of columns and the
+  // 16, aligned; of no other are the 16 worked out. Calls `meanwhile` now and then.
   template <typename Meanwhile, typename Use>
   void of_groups(const F* rows, int64_t step, int64_t count, const F* panels, int64_t end,
                  int64_t per, const Sum* start, const float* limits, Meanwhile&& meanwhile,
