@@ -142,6 +142,27 @@ def test_many_kept_need_no_mask(family, count, monkeypatch):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
 
 
+def test_few_kept_of_a_last_layer_that_slides():
+    model = build(family="smollm3", reach=None, stages=SMALL.stages[:0], window=8, layers=3)
+    ids = torch.randint(2, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+    kept = torch.tensor([3, 17, 39])
+    some = network.hidden_states(model, ids, kept)
+    torch.testing.assert_close(some, network.hidden_states(model, ids)[:, kept])
+
+
+def test_rows_of_which_nothing_is_scored_add_nothing(monkeypatch):
+    monkeypatch.setattr(train, "_CACHED_TOKENS", 40)
+    ids = np.random.default_rng(1).integers(2, 300, (3, 41))
+    weights = np.zeros((3, 41), dtype=np.float32)
+    weights[1, 5:] = 1.0
+    models = build(), build()
+    told = train._gradients(models[0], train.data.Batch(ids, weights))
+    alone = train._gradients(models[1], train.data.Batch(ids[1:2], weights[1:2]))
+    assert told == alone
+    for some, one in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(some.grad, one.grad)
+
+
 def test_gradients_of_few_rows_at_a_time_are_those_of_all(tmp_path, monkeypatch):
     _, pool = train._prepare(tmp_path, SMALL)
     batch = train.data.make_batch(pool, 5, 100, 1, 0)

@@ -176,7 +176,7 @@ def hidden_states(
 
     length = ids.shape[1]
     # The mask that goes with few queries is dense: with many it would cost more than it saves.
-    few = kept is not None and 2 * len(kept) <= length
+    few = kept is not None and 2 * len(kept) <= length and kinds[-1] != "sliding_attention"
     x = model.model.embed_tokens(ids)
     if positions is None:
         positions = torch.arange(length, device=ids.device)[None]

@@ -76,6 +76,8 @@ def _gradients(
         at = None if places is None else torch.from_numpy(places[first : first + few])
         weights = torch.from_numpy(batch.weights[first : first + few, 1:]).reshape(-1)
         scored = weights.nonzero().squeeze(1)
+        if not len(scored):
+            continue
         # Logits are the largest tensor of the step, so unscored tokens get none.
         if len(ids) == 1:
             states = hidden_states(model, ids[:, :-1], scored, positions=at)[0]
