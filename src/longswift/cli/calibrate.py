@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from longswift.cli import positions
+
 
 def calibrate(
     model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
@@ -33,12 +35,8 @@ def calibrate(
         Option(help="Documents to read; default: as many as there are, from 2 to 8."),
     ] = None,
     blocks: Annotated[int, Option(help="Blocks tried per layer, document and half.")] = 8,
-    max_length: Annotated[
-        str | None, Option(help="Extend the model's positions to this many tokens.")
-    ] = None,
-    rope: Annotated[
-        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
-    ] = "yarn",
+    max_length: positions.MaxLength = None,
+    rope: positions.Rope = "yarn",
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     seed: Annotated[int, Option(help="Chooses the blocks.")] = 0,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
@@ -64,8 +62,7 @@ def calibrate(
         length=None if length is None else options.length(length),
         documents=documents,
         blocks=blocks,
-        max_length=None if max_length is None else options.length(max_length),
-        rope=None if rope == "none" else rope,
+        **positions.extension(max_length, rope),
         chunk=chunk,
         seed=seed,
         dtype=dtype,

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from longswift.cli import positions
+
 
 def evaluate(
     model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
@@ -32,12 +34,8 @@ def evaluate(
         list[str] | None,
         Option("--set", help="NAME.OPTION=VALUE of a mechanism or task; repeat at will."),
     ] = None,
-    max_length: Annotated[
-        str | None, Option(help="Extend the model's positions to this many tokens.")
-    ] = None,
-    rope: Annotated[
-        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
-    ] = "yarn",
+    max_length: positions.MaxLength = None,
+    rope: positions.Rope = "yarn",
     chat: Annotated[bool, Option(help="Use the model's chat template, if it has one.")] = True,
     chunk: Annotated[int, Option(help="Tokens per forward pass while reading.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
@@ -69,8 +67,7 @@ def evaluate(
         seed=seed,
         lengths=options.lengths(lengths),
         samples=samples,
-        max_length=None if max_length is None else options.length(max_length),
-        rope=None if rope == "none" else rope,
+        **positions.extension(max_length, rope),
         chat=chat,
         chunk=chunk,
         dtype=dtype,

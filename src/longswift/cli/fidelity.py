@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from longswift.cli import positions
+
 
 def fidelity(
     model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
@@ -25,12 +27,8 @@ def fidelity(
         str | None, Option(help="Tokens of a document; default: all, at most 32k.")
     ] = None,
     documents: Annotated[int, Option(help="Pieces of the text to measure.")] = 1,
-    max_length: Annotated[
-        str | None, Option(help="Extend the model's positions to this many tokens.")
-    ] = None,
-    rope: Annotated[
-        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
-    ] = "yarn",
+    max_length: positions.MaxLength = None,
+    rope: positions.Rope = "yarn",
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     exact_below: Annotated[
         str, Option(help="Longest document full attention reads; longer: sampled rows.")
@@ -58,8 +56,7 @@ def fidelity(
         file=None if file is None else str(file),
         length=None if length is None else options.length(length),
         documents=documents,
-        max_length=None if max_length is None else options.length(max_length),
-        rope=None if rope == "none" else rope,
+        **positions.extension(max_length, rope),
         chunk=chunk,
         exact_below=options.length(exact_below),
         dtype=dtype,

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from longswift.cli import positions
+
 
 def generate(
     model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
@@ -23,12 +25,8 @@ def generate(
         Path | None, Option(help="A profile of longswift calibrate instead.")
     ] = None,
     max_new_tokens: Annotated[int, Option(help="Longest answer.")] = 256,
-    max_length: Annotated[
-        str | None, Option(help="Extend the model's positions to this many tokens.")
-    ] = None,
-    rope: Annotated[
-        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
-    ] = "yarn",
+    max_length: positions.MaxLength = None,
+    rope: positions.Rope = "yarn",
     chat: Annotated[bool, Option(help="Use the model's chat template, if it has one.")] = True,
     chunk: Annotated[int, Option(help="Tokens per forward pass while reading.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
@@ -39,7 +37,7 @@ def generate(
 ) -> None:
     """Read a long file with sparse attention, then stream the answer."""
     from longswift.cli import render
-    from longswift.eval import answering, options
+    from longswift.eval import answering
     from longswift.mechanisms.profile import read_profile
 
     asked = answering.Question(
@@ -49,8 +47,7 @@ def generate(
         mechanism=answering.mechanism(attention, settings or ()),
         profile=None if profile is None else read_profile(profile),
         max_new_tokens=max_new_tokens,
-        max_length=None if max_length is None else options.length(max_length),
-        rope=None if rope == "none" else rope,
+        **positions.extension(max_length, rope),
         chat=chat,
         chunk=chunk,
         dtype=dtype,

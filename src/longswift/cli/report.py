@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from longswift.cli import positions
+
 
 def report(
     model: Annotated[str, Argument(help="'tiny', a model directory or a hub name.")],
@@ -24,12 +26,8 @@ def report(
     tasks: Annotated[str, Option(help="Retrieval tasks, comma-separated, or 'none'.")] = "needle",
     samples: Annotated[int, Option(help="Documents per task and length.")] = 5,
     fidelity: Annotated[bool, Option(help="Compare every head with full attention.")] = True,
-    max_length: Annotated[
-        str | None, Option(help="Extend the model's positions to this many tokens.")
-    ] = None,
-    rope: Annotated[
-        str, Option(help="Scaling of rotary positions for --max-length, or 'none'.")
-    ] = "yarn",
+    max_length: positions.MaxLength = None,
+    rope: positions.Rope = "yarn",
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
     device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",
@@ -56,8 +54,7 @@ def report(
         tasks=tasks,
         samples=samples,
         fidelity=fidelity,
-        max_length=None if max_length is None else options.length(max_length),
-        rope=None if rope == "none" else rope,
+        **positions.extension(max_length, rope),
         chunk=chunk,
         dtype=dtype,
         device=device,
