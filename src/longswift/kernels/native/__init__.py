@@ -21,7 +21,7 @@ from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
-from longswift.kernels.native.factors import in_pairs, is_narrow
+from longswift.kernels.native.factors import in_pairs
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
@@ -144,12 +144,11 @@ def _merge_gathered(
         pools = build_pools(k, v, pattern, summary, _group_sums)
         # A cache's sums are part of a larger buffer: copies of all would be most of a token's work.
         sums = _with_whole_rows(pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)
-    narrow = is_narrow(q)
     sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
     q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
         operators.merge(
-            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
+            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal
         )
 
 

@@ -15,11 +15,6 @@ def factors_of(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype == torch.float32 or _multiplies(x.dtype) else torch.float32
 
 
-def is_narrow(x: Tensor) -> bool:
-    """Whether ``x`` is multiplied in 16 bits."""
-    return factors_of(x) != torch.float32
-
-
 def ranking_dtype(x: Tensor) -> torch.dtype:
     """In what ``x`` is multiplied where products only rank: bf16 for fp32, too, where it is fast.
 

@@ -9,7 +9,7 @@ from longswift.core import compiled
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.rectangles import Job, band_heads, by_rows, by_tiles, jobs
 from longswift.core.types import Partial
-from longswift.kernels.native.factors import in_pairs, is_narrow
+from longswift.kernels.native.factors import in_pairs
 from longswift.kernels.native.pieces import batches
 
 # Scores of one piece of work, and rows of a tile that share its packed keys.
@@ -49,12 +49,11 @@ def attend_windows(
         out.zero_()
         lse.fill_(float("-inf"))
     operators = compiled.loaded()
-    narrow = is_narrow(q)
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
     q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
     for places in batches(work):
-        operators.tiles(q, k, v, out, lse, places, scale, narrow)
+        operators.tiles(q, k, v, out, lse, places, scale)
     return Partial(out, lse)
 
 

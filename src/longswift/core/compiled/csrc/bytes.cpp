@@ -104,7 +104,7 @@ int32_t level_for(const Extent& rows, int64_t row_count, const Extent& keys, int
 }  // namespace
 
 bool multiplies_bytes() {
-  return TileUnit::there();
+  return TileUnit::there<int8_t>();
 }
 
 at::Tensor extents_of(const at::Tensor& k) {
@@ -182,7 +182,7 @@ void round_keys(const at::Tensor& k, at::Tensor bytes, at::IntArrayRef places) {
       const auto out = rows_of<int8_t>(bytes, at[0], at[1]);
       const float inverse = 1.0f / step_at(static_cast<int32_t>(at[4]));
       for (int64_t r = at[2]; r < at[3]; ++r) {
-        to_bytes(rows.row(r), dim, inverse, out.row(r), padded);
+        to_bytes(rows.row(r), dim, inverse, out.row(r), padded, kByteOffset);
       }
     });
   });

@@ -20,19 +20,24 @@ inline float step_at(int32_t level) {
   return std::exp2(static_cast<float>(level) / 4.0f);
 }
 
-// A row as multiples of a step, whose inverse is given; zeros up to `padded`.
+// A row as multiples of a step, whose inverse is given, each `offset`, 0 or 128, larger; zeros up to
+// `padded`.
 template <typename T>
-void to_bytes(const T* row, int64_t dim, float inverse, int8_t* out, int64_t padded) {
+void to_bytes(const T* row, int64_t dim, float inverse, int8_t* out, int64_t padded,
+              int32_t offset = 0) {
   int64_t d = 0;
 #if defined(CPU_CAPABILITY_AVX512)
   for (; d + kLanes <= dim; d += kLanes) {
     const __m512i whole = _mm512_cvtps_epi32(floats_at(row + d) * Vec(inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_cvtsepi32_epi8(whole));
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(whole),
+                                        _mm_set1_epi8(static_cast<char>(offset)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), bytes);
   }
 #endif
   for (; d < dim; ++d) {
     const float whole = std::nearbyint(static_cast<float>(row[d]) * inverse);
-    out[d] = static_cast<int8_t>(std::clamp(whole, -kMostSteps, kMostSteps));
+    const auto byte = static_cast<int32_t>(std::clamp(whole, -kMostSteps, kMostSteps));
+    out[d] = static_cast<int8_t>(byte + offset);
   }
   if (dim < padded) {
     std::memset(out + dim, 0, padded - dim);

@@ -5,9 +5,10 @@
 
 namespace longswift {
 
-// In the processor's tile unit where it has one for bf16: inner dimensions as short as a head's
-// leave a general product busy with loading and storing. Bytes are multiplied nowhere else. While an
-// object lives, its thread must not multiply by other means.
+// In the processor's unit for tiles, or by AVX-512's dot products, where it has one of them: inner
+// dimensions as short as a head's leave a general product busy with loading and storing. Bytes are
+// multiplied nowhere else, and left factors of theirs are `kByteOffset` larger than they count. While an
+// object lives, its thread must not multiply by other means, and panels do not change.
 template <typename F>
 class ColumnMaxima {
   static constexpr bool kBytes = std::is_same_v<F, int8_t>;
@@ -29,20 +30,20 @@ class ColumnMaxima {
   template <typename Meanwhile>
   void of_rows(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
                int64_t end, float* out, int64_t out_step, Meanwhile&& meanwhile) const {
-#if defined(LONGSWIFT_TILES)
-    if (unit_.used()) {
-      by_tiles(rows, step, count, nullptr, panels, first, end, nullptr,
-               [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-                 meanwhile();
-                 for (int tile = 0; tile < 2; ++tile, c += 16) {
-                   if (c >= first && c < end) {
-                     as_floats(best_of(scores[tile], 16)).store(out + r / 16 * out_step + c);
+    if constexpr (kUnitOf<F>) {
+      if (unit_.used()) {
+        by_pairs(rows, step, count, nullptr, panels, first, end, nullptr,
+                 [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                   meanwhile();
+                   for (int tile = 0; tile < 2; ++tile, c += 16) {
+                     if (c >= first && c < end) {
+                       as_floats(best_of(scores[tile], 16)).store(out + r / 16 * out_step + c);
+                     }
                    }
-                 }
-               });
-      return;
+                 });
+        return;
+      }
     }
-#endif
     by_products(rows, step, count, nullptr, panels, first, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
@@ -64,19 +65,19 @@ class ColumnMaxima {
         std::copy(scores + i * apart, scores + i * apart + wide, out + (r + i) * out_step + c);
       }
     };
-#if defined(LONGSWIFT_TILES)
-    if (unit_.used()) {
-      by_tiles(rows, step, count, nullptr, panels, first, end, nullptr,
-               [&](int64_t r, int64_t c, const Pair& scores) {
-                 for (int tile = 0; tile < 2; ++tile, c += 16) {
-                   if (c >= first && c < end) {
-                     copy(r, 16, c, 16, scores[tile], 16);
+    if constexpr (kUnitOf<F>) {
+      if (unit_.used()) {
+        by_pairs(rows, step, count, nullptr, panels, first, end, nullptr,
+                 [&](int64_t r, int64_t c, const Pair& scores) {
+                   for (int tile = 0; tile < 2; ++tile, c += 16) {
+                     if (c >= first && c < end) {
+                       copy(r, 16, c, 16, scores[tile], 16);
+                     }
                    }
-                 }
-               });
-      return;
+                 });
+        return;
+      }
     }
-#endif
     by_products(rows, step, count, nullptr, panels, first, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   copy(r, tall, c, wide, scores, kPanel);
@@ -91,63 +92,63 @@ class ColumnMaxima {
   void of_columns(const F* rows, int64_t step, int64_t count, const F* panels, int64_t first,
                   int64_t end, int64_t per, const Sum* start, float* out, int64_t out_step,
                   Meanwhile&& meanwhile, const int32_t* only = nullptr) const {
-#if defined(LONGSWIFT_TILES)
-    if (unit_.used()) {
-      Sums best[16];
-      const auto both = [&](int i, const Pair& scores) __attribute__((always_inline)) {
-        return larger(Sums::loadu(scores[0] + 16 * i), Sums::loadu(scores[1] + 16 * i));
-      };
-      if (per == 16) {
-        by_tiles(rows, step, count, only, panels, first, end, start,
-                 [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-                   meanwhile();
-                   for (int tile = 0; tile < 2; ++tile, c += 16) {
-                     if (c >= first && c < end) {
-#pragma GCC unroll 16
-                       for (int i = 0; i < 16; ++i) {
-                         best[i] = Sums::loadu(scores[tile] + 16 * i);
+    if constexpr (kUnitOf<F>) {
+      if (unit_.used()) {
+        Sums best[16];
+        const auto both = [&](int i, const Pair& scores) __attribute__((always_inline)) {
+          return larger(Sums::loadu(scores[0] + 16 * i), Sums::loadu(scores[1] + 16 * i));
+        };
+        if (per == 16) {
+          by_pairs(rows, step, count, only, panels, first, end, start,
+                   [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                     meanwhile();
+                     for (int tile = 0; tile < 2; ++tile, c += 16) {
+                       if (c >= first && c < end) {
+  #pragma GCC unroll 16
+                         for (int i = 0; i < 16; ++i) {
+                           best[i] = Sums::loadu(scores[tile] + 16 * i);
+                         }
+                         as_floats(max_of_each(best)).store(out + (c - first) / 16 * out_step + r);
                        }
-                       as_floats(max_of_each(best)).store(out + (c - first) / 16 * out_step + r);
                      }
-                   }
-                 });
-        return;
-      }
-      if (per == 32) {
-        by_tiles(rows, step, count, only, panels, first, end, start,
+                   });
+          return;
+        }
+        if (per == 32) {
+          by_pairs(rows, step, count, only, panels, first, end, start,
+                   [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                     meanwhile();
+  #pragma GCC unroll 16
+                     for (int i = 0; i < 16; ++i) {
+                       best[i] = both(i, scores);
+                     }
+                     as_floats(max_of_each(best)).store(out + (c - first) / 32 * out_step + r);
+                   });
+          return;
+        }
+        int64_t inside = 0;
+        float* to = out;
+        by_pairs(rows, step, count, only, panels, first, end, start,
                  [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                    meanwhile();
-#pragma GCC unroll 16
+  #pragma GCC unroll 16
                    for (int i = 0; i < 16; ++i) {
-                     best[i] = both(i, scores);
+                     const Sums x = both(i, scores);
+                     best[i] = inside == 0 ? x : larger(best[i], x);
                    }
-                   as_floats(max_of_each(best)).store(out + (c - first) / 32 * out_step + r);
+                   inside += 32;
+                   if (inside == per) {
+                     as_floats(max_of_each(best)).store(to + r);
+                     inside = 0;
+                     to += out_step;
+                   }
+                   if (c + 32 >= end) {
+                     to = out;
+                   }
                  });
         return;
       }
-      int64_t inside = 0;
-      float* to = out;
-      by_tiles(rows, step, count, only, panels, first, end, start,
-               [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-                 meanwhile();
-#pragma GCC unroll 16
-                 for (int i = 0; i < 16; ++i) {
-                   const Sums x = both(i, scores);
-                   best[i] = inside == 0 ? x : larger(best[i], x);
-                 }
-                 inside += 32;
-                 if (inside == per) {
-                   as_floats(max_of_each(best)).store(to + r);
-                   inside = 0;
-                   to += out_step;
-                 }
-                 if (c + 32 >= end) {
-                   to = out;
-                 }
-               });
-      return;
     }
-#endif
     by_products(rows, step, count, only, panels, first, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
@@ -201,18 +202,18 @@ class ColumnMaxima {
         }
       }
     };
-#if defined(LONGSWIFT_TILES)
-    if (unit_.used()) {
-      by_tiles(rows, step, count, nullptr, panels, 0, end, nullptr,
-               [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
-                 meanwhile();
-                 for (int tile = 0; tile < 2; ++tile) {
-                   use_tile(r, c + tile * kColumns, scores[tile], kColumns);
-                 }
-               });
-      return;
+    if constexpr (kUnitOf<F>) {
+      if (unit_.used()) {
+        by_pairs(rows, step, count, nullptr, panels, 0, end, nullptr,
+                 [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
+                   meanwhile();
+                   for (int tile = 0; tile < 2; ++tile) {
+                     use_tile(r, c + tile * kColumns, scores[tile], kColumns);
+                   }
+                 });
+        return;
+      }
     }
-#endif
     by_products(rows, step, count, nullptr, panels, 0, end,
                 [&](int64_t r, int64_t tall, int64_t c, int64_t wide, const auto* scores) {
                   meanwhile();
@@ -265,7 +266,7 @@ class ColumnMaxima {
   void by_products(const F* rows, int64_t step, int64_t count, const int32_t* only, const F* panels,
                    int64_t first, int64_t end, Use&& use) const {
     if constexpr (kBytes) {
-      TORCH_CHECK(false, "expected a tile unit to multiply bytes, got none");
+      TORCH_CHECK(false, "expected a unit that multiplies bytes, got none");
     } else {
       static thread_local Buffer<float> buffer;
       float* scores = buffer.get(kTall * kPanel);
@@ -319,31 +320,38 @@ class ColumnMaxima {
     return panels + (c - inside) * dim_ + inside * static_cast<int64_t>(sizeof(float) / sizeof(F));
   }
 
-#if defined(LONGSWIFT_TILES)
-  static constexpr int64_t kInner = kDeepOf<F>;
   // Scores of 16 rows, in two times 16 columns.
   using Pair = Sum[2][256];
 
+  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair, which start
+  // at zero or at what is given for each column.
   template <typename Use>
-  [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count,
+  [[gnu::always_inline]] void by_pairs(const F* rows, int64_t step, int64_t count,
                                        const int32_t* only, const F* panels, int64_t first,
                                        int64_t end, const Sum* start, Use&& use) const {
     if (count == 0) {
       return;
     }
-    if (dim_ == kInner) {
-      by_tiles<1>(rows, step, count, only, panels, first, end, start, use);
-    } else if (dim_ == 2 * kInner) {
-      by_tiles<2>(rows, step, count, only, panels, first, end, start, use);
-    } else {
-      by_tiles<0>(rows, step, count, only, panels, first, end, start, use);
+    if constexpr (kUnitOf<F>) {
+#if defined(LONGSWIFT_TILES)
+      if (dim_ == kInner) {
+        by_tiles<1>(rows, step, count, only, panels, first, end, start, use);
+      } else if (dim_ == 2 * kInner) {
+        by_tiles<2>(rows, step, count, only, panels, first, end, start, use);
+      } else {
+        by_tiles<0>(rows, step, count, only, panels, first, end, start, use);
+      }
+#elif defined(LONGSWIFT_BYTE_DOTS) || defined(LONGSWIFT_PAIR_DOTS)
+      by_dots(rows, step, count, only, panels, first, end, start, use);
+#endif
     }
   }
 
-  // Calls `use` with the row, the column, a multiple of 32, and the scores of every pair, which start
-  // at zero or at what is given for each column. A pair is stored while the next is multiplied, and
-  // used while that is stored: neither waits for the other. Tiles of rows stay where they are for
-  // inner dimensions of `held` tiles.
+#if defined(LONGSWIFT_TILES)
+  static constexpr int64_t kInner = kDeepOf<F>;
+
+  // A pair is stored while the next is multiplied, and used while that is stored: neither waits for the
+  // other. Tiles of rows stay where they are for inner dimensions of `held` tiles.
   template <int held, typename Use>
   [[gnu::always_inline]] void by_tiles(const F* rows, int64_t step, int64_t count,
                                        const int32_t* only, const F* panels, int64_t first,
@@ -438,11 +446,88 @@ class ColumnMaxima {
     tile::store<2 * slot>(scores[0], 64);
     tile::store<2 * slot + 1>(scores[1], 64);
   }
+#elif defined(LONGSWIFT_BYTE_DOTS) || defined(LONGSWIFT_PAIR_DOTS)
+  template <typename Use>
+  [[gnu::always_inline]] void by_dots(const F* rows, int64_t step, int64_t count,
+                                      const int32_t* only, const F* panels, int64_t first,
+                                      int64_t end, const Sum* start, Use&& use) const {
+    constexpr int64_t along = kPanel * sizeof(Sum);
+    const int64_t begin = first / 32 * 32, steps = dim_ * sizeof(F) / sizeof(Sum);
+    const Sum* from = starts_of_dots(panels, begin, end, start);
+    alignas(64) Pair scores;
+    for (int64_t i = 0; i < count; i += 16) {
+      const int64_t r = only == nullptr ? i : only[i / 16] * 16;
+      for (int64_t c = begin; c < end; c += 32) {
+        const F* right = columns_at(panels, c);
+        for (int64_t half = 0; half < 16; half += dots::kTall) {
+          dots::Sums<F> sums[dots::kTall][2];
+#pragma GCC unroll 8
+          for (int j = 0; j < dots::kTall; ++j) {
+            sums[j][0] = Sums::loadu(from + c - begin);
+            sums[j][1] = Sums::loadu(from + c - begin + 16);
+          }
+          dots::add_products<F>(sums, rows + (r + half) * step, step * sizeof(F), right, along, 64,
+                                steps);
+#pragma GCC unroll 8
+          for (int j = 0; j < dots::kTall; ++j) {
+            Sums(sums[j][0]).store(scores[0] + 16 * (half + j));
+            Sums(sums[j][1]).store(scores[1] + 16 * (half + j));
+          }
+        }
+        use(r, c, scores);
+      }
+    }
+  }
+
+  // What dot products of columns [begin, end) start from, for pairs of tiles: what they are to start
+  // from, less what left factors are too large by.
+  const Sum* starts_of_dots(const F* panels, int64_t begin, int64_t end, const Sum* start) const {
+    Excess& mine = of_thread<Excess>();
+    const int64_t whole = round_up(end - begin, 32);
+    if (excess_of_ != panels || excess_begin_ != begin || excess_end_ != end) {
+      excess_of_ = panels, excess_begin_ = begin, excess_end_ = end;
+      find_excess(panels, begin, end, mine.excess.get(whole));
+    }
+    const Sum* excess = mine.excess.data();
+    if (start == nullptr) {
+      return excess;
+    }
+    Sum* from = mine.from.get(whole);
+    for (int64_t c = 0; c < end - begin; c += kLanes) {
+      (Sums::loadu(excess + c) + Sums::loadu(start + begin + c)).store(from + c);
+    }
+    return from;
+  }
+
+  // Less than nothing, for offsets of left factors.
+  void find_excess(const F* panels, int64_t begin, int64_t end, Sum* excess) const {
+    std::fill(excess, excess + round_up(end - begin, 32), Sum(0));
+#if defined(LONGSWIFT_BYTE_DOTS)
+    if constexpr (kBytes) {
+      const __m512i offset = _mm512_set1_epi8(static_cast<char>(kByteOffset));
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const auto* right = reinterpret_cast<const char*>(columns_at(panels, c));
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t d = 0; d < dim_; d += 4, right += kPanel * sizeof(Sum)) {
+          sum = _mm512_dpbusd_epi32(sum, offset, _mm512_loadu_si512(right));
+        }
+        (Sums(0) - Sums(sum)).store(excess + c - begin);
+      }
+    }
+#endif
+  }
+
+  // Memory of a thread, which no two objects use at a time.
+  struct Excess {
+    Buffer<Sum> excess, from;
+  };
+  // The columns whose excess is known; they do not change while an object lives.
+  mutable const F* excess_of_ = nullptr;
+  mutable int64_t excess_begin_ = 0, excess_end_ = 0;
 #endif
 
   static bool fits(int64_t dim) {
-    constexpr bool known = std::is_same_v<F, at::BFloat16> || kBytes;
-    return known && dim % kDeepOf<F> == 0 && TileUnit::there();
+    return dim % kDeepOf<F> == 0 && TileUnit::there<F>();
   }
 
   const int64_t dim_;

@@ -126,7 +126,7 @@ class Merger {
     }
     F* packed_keys = mine_.packed_keys.get(width * dim_);
     F* packed_values = mine_.packed_values.get(width * value_dim_);
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
     if constexpr (kNarrow) {
       if (unit_.used()) {
         const TileAttention tiles(dim_, value_dim_, static_cast<float>(how_.scale));
@@ -217,7 +217,7 @@ class Merger {
   }
 
   void attend(int64_t row, int64_t rows, int64_t width) {
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
     if constexpr (kNarrow) {
       if (unit_.used()) {
         attend_by_unit(row, rows, width);
@@ -252,7 +252,7 @@ class Merger {
     }
   }
 
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
   // Of what the next block has gathered the share `part / all`, from slot `fetched` on: all at once they
   // would wait for each other.
   void fetch_next(int64_t& fetched, int64_t part, int64_t all) const {
@@ -377,7 +377,7 @@ void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
                     const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
                     at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how) {
-  by_types(q.scalar_type(), how.narrow, [&](auto in, auto factor) {
+  by_attended_types(q, v, [&](auto in, auto factor) {
     for_each_place(places, 4, [&](at::IntArrayRef at) {
       Merger<decltype(in), decltype(factor)>(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges,
                                              out, lse, at[0], at[1], how)

@@ -22,7 +22,7 @@ struct Choice {
 struct Gather {
   int64_t block, pool, grain;
   double scale;
-  bool causal, narrow;
+  bool causal;
 };
 
 // `count` rectangles, each `step` further along queries and keys: rows [row, +rows) meet keys
@@ -112,7 +112,7 @@ void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 
 // The fields of a rectangle.
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
-                  at::Tensor lse, at::IntArrayRef places, double scale, bool narrow);
+                  at::Tensor lse, at::IntArrayRef places, double scale);
 
 // Every query sees every key, or every key up to its own when causal. The output, laid out by token
 // like PyTorch's own, the log-sum-exp, and whether the inputs are finite (if not, the others are of no

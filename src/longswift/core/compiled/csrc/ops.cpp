@@ -63,8 +63,8 @@ void choose_strict(const at::Tensor& q, const at::Tensor& k, const at::Tensor& b
 void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tokens,
            const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
            const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
-           at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal, bool narrow) {
-  const Gather how{sizes[0], sizes[1], sizes[2], scale, causal, narrow};
+           at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal) {
+  const Gather how{sizes[0], sizes[1], sizes[2], scale, causal};
   merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
 }
 
@@ -104,10 +104,10 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "merge(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor k_grain, Tensor v_grain, "
       "Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, Tensor(b!) lse, int[] places, "
-      "int[] sizes, float scale, bool causal, bool narrow) -> ()");
+      "int[] sizes, float scale, bool causal) -> ()");
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
-      "float scale, bool narrow) -> ()");
+      "float scale) -> ()");
   m.def(
       "whole(Tensor q, Tensor k, Tensor v, float? scale, bool causal) -> (Tensor, Tensor, int)");
   m.def("multiplies(Tensor like) -> bool");

@@ -1,5 +1,5 @@
-// Softmax attention of 32 rows at a time in the processor's tile unit: scores and probabilities of a
-// few keys never leave the first cache.
+// Softmax attention of 32 rows at a time in the processor's tile unit, or by dot products: scores and
+// probabilities of a few keys never leave the first cache.
 #pragma once
 
 #include "tile_unit.h"
@@ -12,7 +12,7 @@ struct TileState {
   float *part, *sums, *tops;
 };
 
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
 
 // Scores are scaled, and those beyond every number leave NaN. A row's weights may exceed one: its
 // logarithm is raised, and what it has summed so far shrunk, only when they would by far.
@@ -27,7 +27,7 @@ class TileAttention {
       : dim_(dim), value_dim_(value_dim), scale_(scale * kLog2e), mine_(of_thread<Space>()) {}
 
   static bool fits(int64_t dim, int64_t value_dim) {
-    return dim % kDeep == 0 && value_dim % kDeep == 0 && TileUnit::there();
+    return dim % kDeep == 0 && value_dim % kDeep == 0 && TileUnit::there<Factor>();
   }
 
   // Rows [count, dim] to `round_up(count, kGroup)` right columns: 16 keys after another, in tiles.
@@ -185,6 +185,7 @@ class TileAttention {
     }
   }
 
+#if defined(LONGSWIFT_TILES)
   // Scores of `kRows` rows and some groups of keys. The compiler does not know what tiles are loaded
   // from. The scores of some rows are stored while those of others are multiplied.
   template <int depth>
@@ -225,6 +226,32 @@ class TileAttention {
     tile::store<2 * slot>(to, kKeys * sizeof(float));
     tile::store<2 * slot + 1>(to + 16, kKeys * sizeof(float));
   }
+#else
+  // Scores of `kRows` rows and some groups of keys.
+  template <int depth>
+  void score(const Factor* rows, const Factor* keys, int64_t groups) const {
+    const int64_t dim = depth > 0 ? depth * kDeep : dim_;
+    for (int64_t g = 0; g < groups; ++g, keys += kGroup * dim) {
+      for (int64_t i = 0; i < kRows; i += dots::kTall) {
+        dots::Sums<Factor> sums[dots::kTall][2];
+        for (auto& of_row : sums) {
+          of_row[0] = of_row[1] = _mm512_setzero_ps();
+        }
+        dots::add_products<Factor>(sums, rows + i * dim, dim * sizeof(Factor), keys, 64,
+                                   16 * dim * sizeof(Factor), dim / 2);
+        store(sums, mine_.scores + i * kKeys + g * kGroup, kKeys);
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static void store(const dots::Sums<Factor> (&sums)[dots::kTall][2],
+                                           float* to, int64_t step) {
+    for (int i = 0; i < dots::kTall; ++i) {
+      _mm512_storeu_ps(to + i * step, sums[i][0]);
+      _mm512_storeu_ps(to + i * step + 16, sums[i][1]);
+    }
+  }
+#endif
 
   // Hides the keys before low + i, from high + i on and from `end` on from row i.
   void hide(int64_t groups, int64_t low, int64_t high, int64_t end) const {
@@ -236,7 +263,7 @@ class TileAttention {
       for (int64_t i = 0; i < kRows; ++i) {
         const int64_t first = std::clamp<int64_t>(low + i - c, 0, kLines);
         const int64_t last = std::clamp<int64_t>(std::min(high + i, end) - c, 0, kLines);
-        const uint32_t seen = (1u << last) - 1 & ~((1u << first) - 1);
+        const uint32_t seen = ((1u << last) - 1) & ~((1u << first) - 1);
         float* at = mine_.scores + i * kKeys + c;
         _mm512_store_ps(at, _mm512_mask_mov_ps(hidden, seen, _mm512_load_ps(at)));
       }
@@ -311,6 +338,7 @@ class TileAttention {
     _mm512_storeu_ps(state.sums + row * kLines, total);
   }
 
+#if defined(LONGSWIFT_TILES)
   // Adds weighted values.
   void sum(float* part, const Factor* values, int64_t groups) const {
     const int64_t along = value_dim_ * sizeof(float), apart = kKeys * sizeof(Factor);
@@ -340,6 +368,27 @@ class TileAttention {
     }
     asm volatile("" ::: "memory");
   }
+#else
+  // Adds weighted values.
+  void sum(float* part, const Factor* values, int64_t groups) const {
+    for (int64_t d = 0; d < value_dim_; d += 32) {
+      for (int64_t i = 0; i < kRows; i += dots::kTall) {
+        float* to = part + i * value_dim_ + d;
+        dots::Sums<Factor> sums[dots::kTall][2];
+        for (int r = 0; r < dots::kTall; ++r) {
+          sums[r][0] = _mm512_loadu_ps(to + r * value_dim_);
+          sums[r][1] = _mm512_loadu_ps(to + r * value_dim_ + 16);
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+          dots::add_products<Factor>(sums, mine_.probs + i * kKeys + g * kGroup,
+                                     kKeys * sizeof(Factor), values + (g * value_dim_ + d) * kGroup, 64,
+                                     16 * kGroup * sizeof(Factor), kGroup / 2);
+        }
+        store(sums, to, value_dim_);
+      }
+    }
+  }
+#endif
 
   const int64_t dim_, value_dim_;
   const float scale_;
@@ -351,11 +400,24 @@ class TileAttention {
 // Whether products of such factors go this way, where there is one.
 template <typename F>
 bool takes_tiles(int64_t dim, int64_t value_dim) {
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
   return std::is_same_v<F, at::BFloat16> && TileAttention::fits(dim, value_dim);
 #else
   return false;
 #endif
+}
+
+// Whether attention multiplies such inputs in 16 bits.
+inline bool attends_narrow(const at::Tensor& q, const at::Tensor& v) {
+  const auto type = q.scalar_type();
+  return multiplies(type) ||
+      (type == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3)));
+}
+
+// Calls with values of the inputs' type and of that in which attention multiplies them.
+template <typename Call>
+void by_attended_types(const at::Tensor& q, const at::Tensor& v, Call&& call) {
+  by_types(q.scalar_type(), attends_narrow(q, v), call);
 }
 
 }  // namespace longswift

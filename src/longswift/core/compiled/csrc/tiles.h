@@ -46,7 +46,7 @@ class Tiles {
     const int64_t some = std::min(kPanel, shape_.width - p), whole = round_up(some, kWidths);
     int64_t step;
     const F* keys = factors<T, F>(k_, key + p, some, dim_, mine_.keys, &step);
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
     if constexpr (kNarrow) {
       if (unit_.used()) {
         const TileAttention tiles(dim_, value_dim_, scale_);
@@ -64,7 +64,7 @@ class Tiles {
 
   // Rows [first, +rows) of the tile that begins at `row`, at most `kRows`, of a head of the group.
   void attend(const Packed<F>& packed, int64_t g, int64_t row, int64_t first, int64_t rows) {
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
     if constexpr (kNarrow) {
       if (unit_.used()) {
         attend_by_unit(packed, g, row, first, rows);
@@ -111,7 +111,7 @@ class Tiles {
     Buffer<float> scores, part, top, total, sums;
   };
 
-#if defined(LONGSWIFT_TILES)
+#if defined(LONGSWIFT_PAIRS)
   // A panel of keys at a time for all rows, so that it comes from a near cache.
   void attend_by_unit(const Packed<F>& packed, int64_t g, int64_t row, int64_t first,
                       int64_t rows) {
