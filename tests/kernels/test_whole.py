@@ -200,7 +200,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "k": GOOD.repeat(1, 1, 20, 1),
         "v": GOOD.repeat(1, 1, 20, 1),
     },
-    "many keys": {"k": GOOD.repeat(1, 1, 205, 1), "v": GOOD.repeat(1, 1, 205, 1)},
+    "many scores": {name: GOOD[:, :, :1].expand(-1, -1, 7_000_000, -1) for name in "kv"},
 }
 
 

@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kKept = 8 << 20;
 // Keys of a head that one thread packs and reads: for another they would have to change caches.
 constexpr int64_t kAlone = 512;
-// Keys beyond which PyTorch's kernel is as fast, unless it is the tile unit that multiplies, and a
-// thread does not keep the memory of packed ones.
+// Keys beyond which PyTorch's kernel is as fast, unless a unit for bf16 multiplies, or MKL leaves half of the
+// processor idle, and a thread does not keep the memory of packed ones.
 constexpr int64_t kMost = 8192;
 // Scores of a call, which nothing interrupts: some tenths of a second.
 constexpr int64_t kScores = int64_t{1} << 31;
@@ -182,8 +182,9 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   const int64_t fewest = narrow ? kFewestNarrow : kFewest;
   const bool by_unit =
       q.scalar_type() == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3));
+  const bool faster = by_unit || __builtin_cpu_is("amd");
   const int64_t scores = q.size(0) * q.size(1) * q.size(2) * k.size(2);
-  return fit && scale > 0.0 && (k.size(2) <= kMost || (by_unit && scores <= kScores)) &&
+  return fit && scale > 0.0 && (k.size(2) <= kMost || (faster && scores <= kScores)) &&
       (!causal || q.size(2) <= k.size(2)) && (k.size(2) <= kAlone || q.size(2) >= fewest);
 }
 
