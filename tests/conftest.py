@@ -69,7 +69,6 @@ def exact_ranks() -> Iterator[None]:
     """Inputs are ranked as they are everywhere, so that backends choose the same keys."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "ranking_dtype", factors_of)
-        patch.setattr(choosing, "column_dtype", factors_of)
         patch.setattr(rounding, "ranks_in_bytes", lambda: False)
         yield
 

@@ -14,7 +14,7 @@ from longswift import Full, MSSwift
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels import eager, native
 from longswift.kernels.native import choosing
-from longswift.kernels.native.factors import column_dtype, ranking_dtype
+from longswift.kernels.native.factors import ranking_dtype
 from longswift.mechanisms.selectors.base import Request, Selection
 from longswift.mechanisms.selectors.bounds import Bounds
 from longswift.mechanisms.selectors.centroids import Centroids
@@ -180,7 +180,6 @@ def test_16_bit_choices_hold_as_much_mass(dtype: torch.dtype, selector: Bounds) 
     everything = Full()(2 * q, k, v).lse
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choosing, "ranking_dtype", ranking_dtype)
-        patch.setattr(choosing, "column_dtype", column_dtype)
         mass = {
             backend: (attention(2 * q, k, v, backend=backend).lse - everything).exp().mean()
             for backend in ("native", "eager")

@@ -13,7 +13,7 @@ from longswift.core import compiled
 from longswift.core.blocks import BlockRun, block_runs, entry_levels
 from longswift.core.pattern import BlockPattern
 from longswift.core.pools import block_edges
-from longswift.kernels.native.factors import column_dtype, in_pairs, ranking_dtype
+from longswift.kernels.native.factors import in_pairs, ranking_dtype
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.rounding import RoundedKeys
 
@@ -172,14 +172,13 @@ class _Choice:
         """Means of rows, against single keys."""
         budget = self.tokens.shape[3], self.sinks, self.sinks
         sizes = (self.pattern.block, 1, self.row_group, candidates, *budget)
-        narrow = column_dtype(self.q) != torch.float32
         phases = self._rounded.phases(self.q, run, self.edges, self.pattern, self.scale)
         for part, *keys in phases:
             work = [(*piece, run.rows) for piece in _with_rows(part, run)]
             for places in batches(work):
                 compiled.loaded().choose_centroids(
                     *(*self._inputs, self.edges, self.tokens, places, sizes),
-                    *(self.scale, self.pattern.causal, rows, far, narrow),
+                    *(self.scale, self.pattern.causal, rows, far, self._narrow),
                     *(*keys, run.first),
                 )
 

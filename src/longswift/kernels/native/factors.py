@@ -9,9 +9,6 @@ from torch import Tensor
 
 from longswift.core import compiled
 
-# Channels that such products come in.
-_DEEP = 32
-
 
 def factors_of(x: Tensor) -> torch.dtype:
     """The dtype of ``x`` where the processor has a unit for it, else fp32."""
@@ -28,13 +25,6 @@ def ranking_dtype(x: Tensor) -> torch.dtype:
     return factors_of(x)
 
 
-def column_dtype(x: Tensor) -> torch.dtype:
-    """The same for products of rows with columns, which dot products of bf16 compute, too."""
-    if x.dtype != torch.float16 and x.shape[-1] % _DEEP == 0 and _multiplies_pairs():
-        return torch.bfloat16
-    return ranking_dtype(x)
-
-
 @functools.cache
 def ranks_in_bytes() -> bool:
     """Whether this processor multiplies bytes, and thereby ranks, faster than 16-bit numbers."""
@@ -45,12 +35,6 @@ def ranks_in_bytes() -> bool:
 def in_pairs(x: Tensor) -> Tensor:
     """``x``, or a copy whose 16-bit rows start an even number of values apart to move in pairs."""
     return x.contiguous() if x.element_size() == 2 and x.stride(2) % 2 else x
-
-
-@functools.cache
-def _multiplies_pairs() -> bool:
-    able: bool = compiled.loaded().multiplies_pairs()
-    return able
 
 
 @functools.cache

@@ -107,10 +107,6 @@ bool multiplies_bytes() {
   return TileUnit::there<int8_t>();
 }
 
-bool multiplies_pairs() {
-  return TileUnit::there<at::BFloat16>();
-}
-
 at::Tensor extents_of(const at::Tensor& k) {
   const int64_t heads = k.size(1), dim = k.size(3), stretches = k.size(2) / kStretch;
   const int64_t all = k.size(0) * heads;

@@ -16,6 +16,8 @@
 #include <memory>
 #include <type_traits>
 
+#include "dots.h"
+
 namespace longswift {
 
 using Vec = at::vec::Vectorized<float>;
@@ -117,6 +119,11 @@ void for_each_place(at::IntArrayRef places, int64_t size, const Work& work) {
 
 // Whether 16-bit factors in pairs, as the kernels lay them out, can be multiplied here.
 inline bool multiplies(at::ScalarType type) {
+#if defined(LONGSWIFT_PAIR_DOTS)
+  if (type == at::kBFloat16) {
+    return true;
+  }
+#endif
   static const bool bf16 = at::native::cpublas::could_pack(at::kBFloat16);
   static const bool fp16 = at::native::cpublas::could_pack(at::kHalf);
   return type == at::kBFloat16 ? bf16 : type == at::kHalf && fp16;
@@ -126,6 +133,11 @@ inline bool multiplies(at::ScalarType type) {
 template <typename F>
 void multiply(int64_t m, int64_t n, int64_t k, const F* a, int64_t lda, const F* b, int64_t ldb,
               float* c, int64_t ldc, bool add = false) {
+#if defined(LONGSWIFT_PAIR_DOTS)
+  if constexpr (std::is_same_v<F, at::BFloat16>) {
+    return dots::product(m, n, k, a, lda, b, ldb, c, ldc, add);
+  }
+#endif
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, !std::is_same_v<F, float>);
 }
 
@@ -289,6 +301,12 @@ void by_types(at::ScalarType type, bool narrow, Call&& call) {
     TORCH_CHECK(type == at::kHalf, "expected fp32, bf16 or fp16, got ", type);
     narrow ? call(at::Half{}, at::Half{}) : call(at::Half{}, float{});
   }
+}
+
+// The same, in 16 bits where such factors can be multiplied.
+template <typename Call>
+void by_own_types(at::ScalarType type, Call&& call) {
+  by_types(type, multiplies(type), call);
 }
 
 // The same where products only rank: fp32 inputs, too, may be multiplied in 16 bits.

@@ -377,7 +377,7 @@ void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& tokens, const at::Tensor& k_grain, const at::Tensor& v_grain,
                     const at::Tensor& k_sum, const at::Tensor& v_sum, const at::Tensor& edges,
                     at::Tensor out, at::Tensor lse, at::IntArrayRef places, const Gather& how) {
-  by_attended_types(q, v, [&](auto in, auto factor) {
+  by_own_types(q.scalar_type(), [&](auto in, auto factor) {
     for_each_place(places, 4, [&](at::IntArrayRef at) {
       Merger<decltype(in), decltype(factor)>(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges,
                                              out, lse, at[0], at[1], how)

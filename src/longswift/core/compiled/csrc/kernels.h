@@ -79,10 +79,8 @@ void choose_by_centroids(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const Choice& choice, int64_t rows, int64_t far, bool narrow,
                          const Bytes& bytes);
 
-// Whether bytes can be multiplied here, and whether products of rows of bf16 with columns, of which only
-// the largest are kept, have a kernel of their own.
+// Whether bytes can be multiplied here.
 bool multiplies_bytes();
-bool multiplies_pairs();
 
 // For every 64 keys, as far as there are as many, of all up to them: the largest absolute number, every
 // channel's sum, every channel's sum of squares, fp32 `[B, Hkv, L / 64, 1 + 2 * D]`.

@@ -88,7 +88,6 @@ TORCH_LIBRARY(longswift, m) {
       "int[] places, int[] sizes, float scale, bool causal, int rows, int far, "
       "bool narrow, Tensor bytes, Tensor levels, int first) -> ()");
   m.def("multiplies_bytes() -> bool", longswift::multiplies_bytes);
-  m.def("multiplies_pairs() -> bool", longswift::multiplies_pairs);
   m.def("extents(Tensor k) -> Tensor");
   m.def(
       "find_levels(Tensor q, Tensor k, Tensor extents, Tensor edges, Tensor(a!) levels, int[] run, "

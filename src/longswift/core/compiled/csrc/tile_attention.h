@@ -407,17 +407,4 @@ bool takes_tiles(int64_t dim, int64_t value_dim) {
 #endif
 }
 
-// Whether attention multiplies such inputs in 16 bits.
-inline bool attends_narrow(const at::Tensor& q, const at::Tensor& v) {
-  const auto type = q.scalar_type();
-  return multiplies(type) ||
-      (type == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3)));
-}
-
-// Calls with values of the inputs' type and of that in which attention multiplies them.
-template <typename Call>
-void by_attended_types(const at::Tensor& q, const at::Tensor& v, Call&& call) {
-  by_types(q.scalar_type(), attends_narrow(q, v), call);
-}
-
 }  // namespace longswift

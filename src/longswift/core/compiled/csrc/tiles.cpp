@@ -29,7 +29,7 @@ void attend_rectangle(Tiles<T, F>&& tiles, const Rectangle& shape, int64_t heads
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
                   at::Tensor lse, at::IntArrayRef places, double scale) {
   const int64_t heads = q.size(1) / k.size(1);
-  by_attended_types(q, v, [&](auto in, auto factor) {
+  by_own_types(q.scalar_type(), [&](auto in, auto factor) {
     using Own = Tiles<decltype(in), decltype(factor)>;
     for_each_place(places, 11, [&](at::IntArrayRef at) {
       const Rectangle shape{at[2], at[3], at[4], at[5], at[6], at[7], at[8], at[9], at[10]};

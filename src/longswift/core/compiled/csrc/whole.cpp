@@ -178,8 +178,7 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   }
   const bool fit = k.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(0) == k.size(0) &&
       v.size(1) == k.size(1) && v.size(2) == k.size(2) && q.size(1) % k.size(1) == 0;
-  const bool narrow = attends_narrow(q, v);
-  const int64_t fewest = narrow ? kFewestNarrow : kFewest;
+  const int64_t fewest = multiplies(q.scalar_type()) ? kFewestNarrow : kFewest;
   const bool by_unit =
       q.scalar_type() == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3));
   const bool faster = by_unit || __builtin_cpu_is("amd");
@@ -204,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor, int64_t> attend_whole(const at::Tensor& q, co
       q.scalar_type());
   at::Tensor lse = at::detail::empty_cpu({batch, heads, rows}, at::kFloat);
   bool finite = true;
-  by_attended_types(q, v, [&](auto in, auto factor) {
+  by_own_types(q.scalar_type(), [&](auto in, auto factor) {
     using Own = Whole<decltype(in), decltype(factor)>;
     finite = Own(q, k, v, out, lse, static_cast<float>(scale), causal).run();
   });
