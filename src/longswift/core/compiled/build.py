@@ -21,6 +21,7 @@ import torch
 from longswift.core.errors import UnsupportedError, problem
 
 _SOURCES = (
+    "band_gradients.cpp",
     "boxes.cpp",
     "bytes.cpp",
     "choose.cpp",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,12 @@ __all__ = [
 ]
 
 Index = tuple[slice, slice]
+Gradients = tuple[Tensor, Tensor, Tensor]
+# Adds the gradients of q, k and v; called with these, the pattern, the scale, then `lse`, `delta`,
+# `d_out` and `grads` as for `band_gradients.add`.
+AddGradients = Callable[
+    [Tensor, Tensor, Tensor, BlockPattern, float, Tensor, Tensor, Tensor, Gradients], None
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -64,6 +70,7 @@ def attend(
     bands: Partial | None = None,
     summary: KeySummary | None = None,
     bias: ScoreBias | None = None,
+    add_gradients: AddGradients | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -76,6 +83,7 @@ def attend(
         bands: The result of ``attend_bands`` for these inputs if the caller has it; overwritten.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
+        add_gradients: What adds up the gradients instead of this kernel, if there is no bias.
 
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
@@ -85,7 +93,7 @@ def attend(
             found = _forward(q, k, v, pattern, scale, bands, None, None)
             return whole.with_gradients(q, k, v, found, pattern.causal, scale)
         values = None if bias is None else bias.values
-        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias)
+        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias, add_gradients)
         return Partial(out, lse)
     return _forward(q, k, v, pattern, scale, bands, summary, bias)
 
@@ -126,11 +134,12 @@ class _Attend(torch.autograd.Function):
         scale: float,
         bands: Partial | None,
         bias: ScoreBias | None,
+        add_gradients: AddGradients | None,
     ) -> tuple[Tensor, Tensor]:
         """``values`` are those of ``bias``, named once more so that gradients reach them."""
         out, lse = _forward(q, k, v, pattern, scale, bands, None, bias)
         ctx.save_for_backward(q, k, v, values, out, lse)
-        ctx.pattern, ctx.scale = pattern, scale
+        ctx.pattern, ctx.scale, ctx.add_gradients = pattern, scale, add_gradients
         ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
         return out, lse
 
@@ -144,38 +153,62 @@ class _Attend(torch.autograd.Function):
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        # Batch rows have sums of their own: they may be added up on different threads.
-        d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
-        zero, step = ctx.place
-
-        def add(rows: Index, keys: Index, own: BlockPattern) -> None:
-            qkv = q[rows], k[keys], v[keys]
-            grads = d_q[rows], d_k[keys], d_v[keys]
-            given = lse[rows], delta[rows], d_out[rows]
-            bias = d_bias = None
-            if d_values is not None:
-                bias = ScoreBias(values=values[rows[1]], zero=zero, step=step)
-                d_bias = ScoreBias(values=d_values[rows], zero=zero, step=step)
-            with torch.autocast(q.device.type, enabled=False):
-                band_gradients.add(*qkv, own, scale, *given, grads, bias, d_bias)
-                if own.tokens is not None or own.pool is not None:
-                    Gathered(*qkv, own, scale, None, bias).backward(*given, grads, d_bias)
-
-        if q.device.type != "cpu":
-            everything = slice(None), slice(None)
-            add(everything, everything, pattern)
+        grads = [torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v)]
+        given = q, k, v, pattern, scale, lse, delta, d_out, (grads[0], grads[1], grads[2])
+        d_values = None
+        if values is None and ctx.add_gradients is not None:
+            ctx.add_gradients(*given)
         else:
-            # KV heads share nothing: threads need no locks, and sums keep their order.
-            for_each(
-                list(_heads(pattern, k.shape[0], q.shape[1] // k.shape[1])),
-                lambda: None,
-                lambda head, _: add(*head),
-                q.device,
-                least=1,
-            )
-        grads = d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
-        return *grads, None if d_values is None else d_values.sum(0), None, None, None, None
+            d_values = _add_gradients(*given, values, *ctx.place)
+        for i, x in enumerate((q, k, v)):
+            grads[i] = grads[i].to(x.dtype)
+        return *grads, d_values, None, None, None, None, None
+
+
+def _add_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    grads: Gradients,
+    values: Tensor | None,
+    zero: int,
+    step: int,
+) -> Tensor | None:
+    """``AddGradients`` with a bias of ``values``; returns the gradient of these."""
+    # Batch rows have sums of their own: they may be added up on different threads.
+    d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
+
+    def add(rows: Index, keys: Index, own: BlockPattern) -> None:
+        qkv = q[rows], k[keys], v[keys]
+        mine = grads[0][rows], grads[1][keys], grads[2][keys]
+        given = lse[rows], delta[rows], d_out[rows]
+        bias = d_bias = None
+        if values is not None and d_values is not None:
+            bias = ScoreBias(values=values[rows[1]], zero=zero, step=step)
+            d_bias = ScoreBias(values=d_values[rows], zero=zero, step=step)
+        with torch.autocast(q.device.type, enabled=False):
+            band_gradients.add(*qkv, own, scale, *given, mine, bias, d_bias)
+            if own.tokens is not None or own.pool is not None:
+                Gathered(*qkv, own, scale, None, bias).backward(*given, mine, d_bias)
+
+    if q.device.type != "cpu":
+        everything = slice(None), slice(None)
+        add(everything, everything, pattern)
+    else:
+        # KV heads share nothing: threads need no locks, and sums keep their order.
+        for_each(
+            list(_heads(pattern, k.shape[0], q.shape[1] // k.shape[1])),
+            lambda: None,
+            lambda head, _: add(*head),
+            q.device,
+            least=1,
+        )
+    return None if d_values is None else d_values.sum(0)
 
 
 def _heads(

@@ -22,6 +22,7 @@ from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
+from longswift.kernels.native.gradients import add_gradients
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
@@ -113,7 +114,13 @@ def attend(
         bands = attend_bands(q, k, v, pattern, scale, bias)
     gathers = pattern.tokens is not None or pattern.pool is not None
     if tracked(q, k, v) or bias is not None or pattern.by_row or not gathers:
-        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
+        return eager.attend(
+            *(q, k, v, pattern, scale),
+            bands=bands,
+            summary=summary,
+            bias=bias,
+            add_gradients=add_gradients,
+        )
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
         out, lse = _with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))

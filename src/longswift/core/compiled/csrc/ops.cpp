@@ -68,6 +68,14 @@ void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
 }
 
+void band_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& lse, const at::Tensor& delta, const at::Tensor& d_out,
+                    at::Tensor d_q, at::Tensor d_k, at::Tensor d_v, const at::Tensor& first,
+                    const at::Tensor& end, at::IntArrayRef places, double scale) {
+  add_band_gradients({q, k, v, lse, delta, d_out, d_q, d_k, d_v, static_cast<float>(scale)}, first,
+                     end, places);
+}
+
 }  // namespace
 
 }  // namespace longswift
@@ -108,6 +116,11 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
+  m.def("gradient_square() -> int", longswift::gradient_square);
+  m.def(
+      "band_gradients(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor d_out, "
+      "Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor first, Tensor end, int[] places, "
+      "float scale) -> ()");
   m.def(
       "whole(Tensor q, Tensor k, Tensor v, float? scale, bool causal) -> (Tensor, Tensor, int)");
   m.def("multiplies(Tensor like) -> bool");
@@ -128,6 +141,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::attend_tiles);
+  m.impl("band_gradients", longswift::band_gradients);
   m.impl("whole", longswift::attend_whole);
   m.impl("multiplies", longswift::multiplies_like);
   m.impl("first_not_finite", longswift::first_not_finite);
