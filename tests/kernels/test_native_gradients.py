@@ -28,9 +28,7 @@ def weights_for(problem: Problem) -> Tensor:
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     """Of the gradients of q, k and v: the largest distance from fp64."""
-    return [
-        float((x.double() - y).abs().max()) for x, y in zip(found[1:], exact[1:], strict=True)
-    ]
+    return [float((x.double() - y).abs().max()) for x, y in zip(found[1:], exact[1:], strict=True)]
 
 
 def check(problem: Problem, exact: list[Tensor]) -> None:
@@ -38,8 +36,9 @@ def check(problem: Problem, exact: list[Tensor]) -> None:
     plain = errors(gradients(eager, problem, weights), exact)
     found = gradients(native, problem, weights)
     assert all(x.dtype == problem.q.dtype for x in found)
-    # Roundings of single numbers may fall either way.
-    unit = torch.finfo(problem.q.dtype).eps
+    # Few numbers may be luckier than a rounding of the largest score allows.
+    longest = [float(x.float().norm(dim=3).max()) for x in (problem.q, problem.k)]
+    unit = torch.finfo(problem.q.dtype).eps * (1 + abs(problem.scale) * longest[0] * longest[1])
     for ours, theirs, x in zip(errors(found, exact), plain, exact[1:], strict=True):
         assert ours <= 2 * theirs + unit * (1 + float(x.abs().max()))
 
