@@ -28,6 +28,7 @@ _SOURCES = (
     "choose_columns.cpp",
     "finite.cpp",
     "gathered.cpp",
+    "gathered_gradients.cpp",
     "ops.cpp",
     "strict.cpp",
     "tiles.cpp",

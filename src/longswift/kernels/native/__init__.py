@@ -15,7 +15,6 @@ from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import block_edges, build_pools
 from longswift.core.rectangles import is_whole
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
@@ -23,6 +22,7 @@ from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.gradients import add_gradients
+from longswift.kernels.native.outside import Outside, with_whole_rows
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
@@ -123,7 +123,7 @@ def attend(
         )
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
-        out, lse = _with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
+        out, lse = with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
         _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
         return Partial(out, lse)
 
@@ -139,39 +139,14 @@ def _merge_gathered(
     lse: Tensor,
 ) -> None:
     """Adds gathered tokens and the remainder to ``out`` and ``lse`` of the bands, in place."""
-    operators = compiled.loaded()
-    q_len, k_len = q.shape[2], k.shape[2]
-    edges = block_edges(pattern, q_len, k_len)
-    tokens = pattern.tokens
-    if tokens is None:
-        tokens = torch.empty(1, *edges.shape[:2], 0, dtype=torch.int32)
-    tokens = tokens.to(torch.int32).contiguous()
-    sums = [torch.empty(1, k.shape[1], 0, 1)] * 4
-    if pattern.pool is not None:
-        pools = build_pools(k, v, pattern, summary, _group_sums)
-        # A cache's sums are part of a larger buffer: copies of all would be most of a token's work.
-        sums = _with_whole_rows(pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)
-    narrow = is_narrow(q)
-    sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
+    outside = Outside.of(k, v, pattern, q.shape[2], summary)
+    edges, sums, narrow = outside.edges, outside.sums, is_narrow(q)
     q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
-        operators.merge(
-            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal, narrow
+        compiled.loaded().merge(
+            *(q, k, v, outside.tokens, *sums, edges, out, lse),
+            *(places, outside.sizes, scale, pattern.causal, narrow),
         )
-
-
-def _with_whole_rows(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose last dimension is contiguous: themselves if it is."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _group_sums(x: Tensor, size: int) -> Tensor:
-    """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
-    operators = compiled.loaded()
-    batch, heads, length, dim = x.shape
-    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
-    operators.sum_groups(x, out, size)
-    return out
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:

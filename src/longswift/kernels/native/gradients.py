@@ -7,10 +7,17 @@ from torch import Tensor
 
 from longswift.core import compiled
 from longswift.core.pattern import BlockPattern
-from longswift.kernels.eager.gathered import Gathered
+from longswift.kernels.native.outside import Outside, with_whole_rows
 from longswift.kernels.native.pieces import batches
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+
+# Bytes of what blocks of queries add to the keys they have gathered, held at once, and most blocks
+# of a head.
+_SHARES = 8 << 20
+_BLOCKS = 16
+# Keys are multiplied so many at a time.
+_FEW = 16
 
 
 def add_gradients(
@@ -39,11 +46,13 @@ def add_gradients(
         d_out: ``[B, Hq, Lq, Dv]`` in the dtype of ``q``.
         grads: fp32 accumulators shaped like q, k, v.
     """
-    q, k, v, d_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, d_out))
+    if q.numel() == 0 or k.numel() == 0:
+        return
+    q, k, v, d_out = with_whole_rows(q, k, v, d_out)
     given = q, k, v, lse.contiguous(), delta.contiguous(), d_out
     _add_bands(given, pattern, scale, grads)
     if pattern.tokens is not None or pattern.pool is not None:
-        Gathered(q, k, v, pattern, scale).backward(lse, delta, d_out, grads)
+        _add_outside(given, pattern, scale, grads)
 
 
 def _add_bands(
@@ -51,8 +60,6 @@ def _add_bands(
 ) -> None:
     """The bands' share, a diagonal of squares at a time: these share neither rows nor keys."""
     q, k = given[:2]
-    if q.numel() == 0 or k.numel() == 0:
-        return
     operators = compiled.loaded()
     first, end = pattern.intervals(q.shape[2], k.shape[2], torch.device("cpu"))
     side = operators.gradient_square()
@@ -68,3 +75,42 @@ def _add_bands(
     for _, squares in sorted(diagonals.items()):
         for numbers in batches(squares):
             operators.band_gradients(*given, *grads, first, end, numbers, scale)
+
+
+def _add_outside(
+    given: tuple[Tensor, ...], pattern: BlockPattern, scale: float, grads: Gradients
+) -> None:
+    """The share of gathered tokens and of the remainder, some blocks of some heads at a time."""
+    q, k, v = given[:3]
+    outside = Outside.of(k, v, pattern, q.shape[2])
+    sums = outside.sums
+    d_sums = [torch.zeros_like(x) for x in sums]
+    blocks, rows = outside.edges.shape[1], outside.tokens.shape[3] + sums[2].shape[2] + 2
+    rows = -(-rows // _FEW) * _FEW
+    width = k.shape[3] + v.shape[3]
+    # Never a matter of threads: it is the order in which sums are added up.
+    room = max(1, _SHARES // (4 * rows * width))
+    places = [(b, head) for b in range(k.shape[0]) for head in range(k.shape[1])]
+    together = min(len(places), -(-room // _BLOCKS))
+    count = min(blocks, _BLOCKS, room)
+    shares = torch.empty(together * count, rows, width)
+    for first in range(0, len(places), together):
+        for block in range(0, blocks, count):
+            some = places[first : first + together]
+            numbers = [n for place in some for n in (*place, block, min(count, blocks - block))]
+            compiled.loaded().gathered_gradients(
+                *(*given, *grads, *outside[:3], *sums, outside.edges, *d_sums),
+                *(shares[: len(some) * count], numbers, outside.sizes, scale, pattern.causal),
+            )
+    if pattern.pool is not None:
+        for grain, pool, target in zip(d_sums[:2], d_sums[2:], grads[1:], strict=True):
+            _add_to_members(grain, pool, pattern.pool // pattern.pool_grain)
+            _add_to_members(target, grain, pattern.pool_grain)
+
+
+def _add_to_members(target: Tensor, sums: Tensor, size: int) -> None:
+    """``target [B, H, L, D]`` gets the gradient of the sum of every ``size`` of its rows."""
+    whole = min(target.shape[2] // size, sums.shape[2])
+    target[:, :, : whole * size].unflatten(2, (whole, size)).add_(sums[:, :, :whole].unsqueeze(3))
+    if sums.shape[2] > whole:
+        target[:, :, whole * size :] += sums[:, :, whole:]

@@ -14,6 +14,19 @@ struct Space {
   Buffer<float> keys, columns, values, d_keys, d_values, scores, products;
 };
 
+// `count` rows in fp32, and zeros up to `kSide`; as [width, kSide], too, if that is asked for.
+template <typename T>
+void load_keys(const Rows<const T>& from, int64_t first, int64_t count, int64_t width, float* to,
+               float* columns = nullptr) {
+  for (int64_t i = 0; i < count; ++i) {
+    convert(to + i * width, from.row(first + i), width);
+  }
+  std::fill(to + count * width, to + kSide * width, 0.0f);
+  if (columns != nullptr) {
+    pack_transposed<float>(to, width, kSide, width, columns, kSide);
+  }
+}
+
 // One KV head and the query heads of its group.
 template <typename T>
 class Square {
@@ -49,8 +62,8 @@ class Square {
     const Rows<float> d_k = rows_of<float>(of_.d_k, batch_, head_);
     const Rows<float> d_v = rows_of<float>(of_.d_v, batch_, head_);
     for (int64_t i = 0; i < to - from; ++i) {
-      QueryRows<T>::add_to(d_k.row(from + i), mine_.d_keys.data() + i * dim_, dim_);
-      QueryRows<T>::add_to(d_v.row(from + i), mine_.d_values.data() + i * value_dim_, value_dim_);
+      add_rows(d_k.row(from + i), mine_.d_keys.data() + i * dim_, dim_);
+      add_rows(d_v.row(from + i), mine_.d_values.data() + i * value_dim_, value_dim_);
     }
   }
 
@@ -82,16 +95,16 @@ class Square {
       if (first_[row] >= key + kSide || end_[last] <= key) {
         continue;
       }
-      rows_.multiply_keys(mine_.keys.data() + i * dim_, scores);
-      rows_.multiply_values(mine_.values.data() + i * value_dim_, products);
+      rows_.multiply_keys(kSide, mine_.keys.data() + i * dim_, scores);
+      rows_.multiply_values(kSide, mine_.values.data() + i * value_dim_, products);
       if (first_[last] > key || end_[row] < key + kSide) {
         hide(scores, key, row, count);
       }
       for (int64_t j = 0; j < kSide; ++j) {
         rows_.differentiate(scores + j * kSide, products + j * kSide);
       }
-      rows_.add(scores, products, mine_.columns.data() + i * dim_, mine_.d_keys.get(0) + i * dim_,
-                mine_.d_values.get(0) + i * value_dim_);
+      rows_.add(kSide, scores, products, mine_.columns.data() + i * dim_,
+                mine_.d_keys.get(0) + i * dim_, mine_.d_values.get(0) + i * value_dim_);
     }
     rows_.store(rows_of<float>(of_.d_q, batch_, head), row, count);
   }

@@ -10,6 +10,13 @@ namespace longswift {
 // Query rows, and keys, of one product.
 constexpr int64_t kSide = 64;
 
+// A multiple of the lanes.
+inline void add_rows(float* to, const float* more, int64_t n) {
+  for (int64_t d = 0; d < n; d += kLanes) {
+    (Vec::loadu(to + d) + Vec::loadu(more + d)).store(to + d);
+  }
+}
+
 // Rows of one query head, in fp32: so are all products of gradients, whatever the inputs are.
 template <typename T>
 class QueryRows {
@@ -33,23 +40,23 @@ class QueryRows {
   // A score of no weight.
   float hidden() const { return scale_ < 0.0f ? -kHidden : kHidden; }
 
-  // Of `kSide` keys: unscaled scores and, of their values, products with the output's gradient.
-  void multiply_keys(const float* keys, float* scores) const {
-    multiply<float>(kSide, kSide, dim_, keys, dim_, mine_.q_columns.data(), kSide, scores, kSide);
+  // Of some keys: unscaled scores and, of their values, products with the output's gradient.
+  void multiply_keys(int64_t some, const float* keys, float* scores) const {
+    multiply<float>(some, kSide, dim_, keys, dim_, mine_.q_columns.data(), kSide, scores, kSide);
   }
-  void multiply_values(const float* values, float* products) const {
-    multiply<float>(kSide, kSide, value_dim_, values, value_dim_, mine_.d_out_columns.data(), kSide,
+  void multiply_values(int64_t some, const float* values, float* products) const {
+    multiply<float>(some, kSide, value_dim_, values, value_dim_, mine_.d_out_columns.data(), kSide,
                     products, kSide);
   }
 
-  // Weights of `kSide` keys, and the gradients of their unscaled scores, go on to where they belong.
-  // `columns` are the keys as [dim, kSide].
-  void add(const float* weights, const float* d_scores, const float* columns, float* d_keys,
-           float* d_values) {
-    multiply<float>(kSide, value_dim_, kSide, weights, kSide, mine_.d_out.data(), value_dim_,
-                    d_values, value_dim_, true);
-    multiply<float>(kSide, dim_, kSide, d_scores, kSide, mine_.q.data(), dim_, d_keys, dim_, true);
-    multiply<float>(dim_, kSide, kSide, columns, kSide, d_scores, kSide, mine_.d_q.get(0), kSide,
+  // Weights of at most `kSide` keys, and gradients of their unscaled scores, go on to where they
+  // belong. `columns` are the keys as [dim, kSide]; where `fresh`, theirs are not added but written.
+  void add(int64_t some, const float* weights, const float* d_scores, const float* columns,
+           float* d_keys, float* d_values, bool fresh = false) {
+    multiply<float>(some, value_dim_, kSide, weights, kSide, mine_.d_out.data(), value_dim_,
+                    d_values, value_dim_, !fresh);
+    multiply<float>(some, dim_, kSide, d_scores, kSide, mine_.q.data(), dim_, d_keys, dim_, !fresh);
+    multiply<float>(dim_, kSide, some, columns, kSide, d_scores, kSide, mine_.d_q.get(0), kSide,
                     !empty_);
     empty_ = false;
   }
@@ -62,7 +69,7 @@ class QueryRows {
     float* by_row = mine_.by_row.get(kSide * dim_);
     pack_transposed<float>(mine_.d_q.data(), kSide, dim_, kSide, by_row, dim_);
     for (int64_t i = 0; i < count; ++i) {
-      add_to(d_q.row(row + i), by_row + i * dim_, dim_);
+      add_rows(d_q.row(row + i), by_row + i * dim_, dim_);
     }
   }
 
@@ -77,9 +84,18 @@ class QueryRows {
     }
   }
 
-  static void add_to(float* to, const float* more, int64_t n) {
-    for (int64_t d = 0; d < n; d += kLanes) {
-      (Vec::loadu(to + d) + Vec::loadu(more + d)).store(to + d);
+  // The same of means of `counts` tokens each, whose sums were multiplied; of the sums, then.
+  void differentiate_means(float* scores, float* products, const float* counts) const {
+    const Vec by(scale_), octaves(kLog2e), least(kNegligible), one(1.0f), zero(0.0f);
+    for (int64_t i = 0; i < kSide; i += kLanes) {
+      const Vec count = Vec::loadu(counts + i), share = one / larger(count, one);
+      const Vec x = at::vec::fmsub(Vec::loadu(scores + i) * share, by, Vec::loadu(mine_.lse + i));
+      // The logarithm of the count is what a weight for one token lacks.
+      const Vec some = Vec::blendv(zero, exact_exp2(x * octaves), x > least);
+      const Vec weight = Vec::blendv(zero, some, count > zero);
+      weight.store(scores + i);
+      (at::vec::fmsub(Vec::loadu(products + i), share, Vec::loadu(mine_.delta + i)) * (weight * by))
+          .store(products + i);
     }
   }
 
@@ -104,18 +120,5 @@ class QueryRows {
   Space& mine_;
   bool empty_ = true;
 };
-
-// `count` rows in fp32, and zeros up to `kSide`; as [width, kSide], too, if that is asked for.
-template <typename T>
-void load_keys(const Rows<const T>& from, int64_t first, int64_t count, int64_t width, float* to,
-               float* columns = nullptr) {
-  for (int64_t i = 0; i < count; ++i) {
-    convert(to + i * width, from.row(first + i), width);
-  }
-  std::fill(to + count * width, to + kSide * width, 0.0f);
-  if (columns != nullptr) {
-    pack_transposed<float>(to, width, kSide, width, columns, kSide);
-  }
-}
 
 }  // namespace longswift

@@ -131,6 +131,25 @@ int64_t gradient_square();
 void add_band_gradients(const Differentiated& of, const at::Tensor& first, const at::Tensor& end,
                         at::IntArrayRef places);
 
+// What blocks of queries see outside their bands, each row on its own: tokens `[1 or B, Hkv, N, C]`,
+// -1 for none, seen by queries at positions [from, until), int32 and contiguous, the last two perhaps
+// empty; sums of grains and pools as in `merge_gathered`, and the edges of the bands.
+struct Outside {
+  const at::Tensor &tokens, &from, &until, &k_grain, &v_grain, &k_sum, &v_sum, &edges;
+  int64_t block, pool, grain;
+  bool causal;
+};
+
+// Accumulators like those sums.
+struct PoolGradients {
+  at::Tensor &d_k_grain, &d_v_grain, &d_k_sum, &d_v_sum;
+};
+
+// The first of some blocks of queries, how many; every place another head. `shares` is memory, fp32
+// `[places * blocks, C and columns, D + Dv]`.
+void add_gathered_gradients(const Differentiated& of, const Outside& outside,
+                            const PoolGradients& pools, at::Tensor shares, at::IntArrayRef places);
+
 // Every query sees every key, or every key up to its own when causal. The output, laid out by token
 // like PyTorch's own, the log-sum-exp, and whether the inputs are finite (if not, the others are of no
 // use), or -1 and neither of them for inputs that it does not take. May be given any tensors. Scores
