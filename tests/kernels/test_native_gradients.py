@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longswift import MSSwift
+from longswift import Full, MSSwift
+from longswift.core.mechanism import Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels import eager, native, reference
+from longswift.kernels.eager import whole
+from longswift.mechanisms.patterned import full_pattern
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_native import DTYPES, of, wide_problems
 from tests.kernels.test_patterns import Problem
@@ -136,6 +139,30 @@ def test_rows_that_see_nothing_have_no_gradient() -> None:
     out = native.attend(*leaves, pattern, 0.25).out
     for x in torch.autograd.grad(out.sum(), leaves):
         assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "causal"), [(700, True), (200, True), (300, False), (20, True)]
+)
+def test_full_attention(queries: int, causal: bool, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, h, n, 32) for h, n in ((4, queries), (2, 700), (2, 700)))
+    problem = Problem(pattern=full_pattern(700, 2, causal), q=q, k=k, v=v, scale=0.2)
+    problem = of(dtype, problem)
+    weights = weights_for(problem).to(dtype).double()
+    check(problem, gradients(reference, of(torch.float64, problem), weights))
+
+
+@pytest.mark.parametrize("mechanism", [MSSwift(), Full()], ids=lambda m: m.name)
+def test_short_calls_do_not_need_torchs_kernel(
+    mechanism: Mechanism, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole, "gradients", None)
+    leaves = [torch.randn(1, 2, 90, 32, requires_grad=True) for _ in range(3)]
+    found = torch.autograd.grad(mechanism(*leaves).out.square().sum(), leaves)
+    expected = torch.autograd.grad(mechanism.reference(*leaves).out.square().sum(), leaves)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("remainder", [None, 64])

@@ -71,6 +71,7 @@ def attend(
     summary: KeySummary | None = None,
     bias: ScoreBias | None = None,
     add_gradients: AddGradients | None = None,
+    whole_gradients: Callable[..., Gradients] | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -84,6 +85,7 @@ def attend(
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
         add_gradients: What adds up the gradients instead of this kernel, if there is no bias.
+        whole_gradients: What does instead of ``whole.gradients`` where all keys are seen.
 
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
@@ -91,7 +93,7 @@ def attend(
     if tracked(q, k, v) or bias is not None and bias.requires_grad:
         if bias is None and whole.takes(pattern, q, k, scale):
             found = _forward(q, k, v, pattern, scale, bands, None, None)
-            return whole.with_gradients(q, k, v, found, pattern.causal, scale)
+            return whole.with_gradients(q, k, v, found, pattern.causal, scale, whole_gradients)
         values = None if bias is None else bias.values
         out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias, add_gradients)
         return Partial(out, lse)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from longswift.core import compiled
 from longswift.core.pattern import BlockPattern
+from longswift.kernels.eager import whole as eager_whole
+from longswift.kernels.native.factors import is_narrow
 from longswift.kernels.native.outside import Outside, with_whole_rows
 from longswift.kernels.native.pieces import batches
 
@@ -16,6 +20,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 # of a head.
 _SHARES = 8 << 20
 _BLOCKS = 16
+# Rows of full attention below which a call of torch's kernel is shorter.
+_FEWEST = 64
 # Keys are multiplied so many at a time.
 _FEW = 16
 
@@ -50,18 +56,54 @@ def add_gradients(
         return
     q, k, v, d_out = with_whole_rows(q, k, v, d_out)
     given = q, k, v, lse.contiguous(), delta.contiguous(), d_out
-    _add_bands(given, pattern, scale, grads)
+    intervals = pattern.intervals(q.shape[2], k.shape[2], torch.device("cpu"))
+    _add_squares(given, *intervals, scale, grads)
     if pattern.tokens is not None or pattern.pool is not None:
         _add_outside(given, pattern, scale, grads)
 
 
-def _add_bands(
-    given: tuple[Tensor, ...], pattern: BlockPattern, scale: float, grads: Gradients
+def whole_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+) -> Gradients:
+    """Gradients of full attention, see ``kernels.eager.whole.gradients``."""
+    if is_narrow(q) or q.shape[2] < _FEWEST:
+        return eager_whole.gradients(q, k, v, causal, scale, out, lse, d_out, d_lse)
+    delta = (d_out.float() * out.float()).sum(-1)
+    if d_lse is not None:
+        delta -= d_lse
+    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    given = *with_whole_rows(q, k, v), lse, delta, *with_whole_rows(d_out)
+    intervals = _intervals(q.shape[2], k.shape[2], k.shape[1], causal)
+    _add_squares(given, *intervals, scale, (d_q, d_k, d_v))
+    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _intervals(q_len: int, k_len: int, kv_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """``BlockPattern.intervals`` of full attention."""
+    with torch.inference_mode(False):
+        end = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32)
+        end = end if causal else torch.full_like(end, k_len)
+        return torch.zeros(kv_heads, q_len, dtype=torch.int32), end.repeat(kv_heads, 1)
+
+
+def _add_squares(
+    given: tuple[Tensor, ...], first: Tensor, end: Tensor, scale: float, grads: Gradients
 ) -> None:
-    """The bands' share, a diagonal of squares at a time: these share neither rows nor keys."""
+    """What rows see of the keys in their intervals, a diagonal of squares at a time.
+
+    Squares of a diagonal share neither rows nor keys.
+    """
     q, k = given[:2]
     operators = compiled.loaded()
-    first, end = pattern.intervals(q.shape[2], k.shape[2], torch.device("cpu"))
     side = operators.gradient_square()
     starts = first[:, ::side].tolist()
     last = torch.arange(side - 1, q.shape[2] + side - 1, side).clamp_(max=q.shape[2] - 1)

@@ -12,6 +12,7 @@ from longswift.core import compiled
 from longswift.core.inputs import check_scale, tracked
 from longswift.core.types import Partial
 from longswift.kernels.eager.whole import with_gradients
+from longswift.kernels.native.gradients import whole_gradients
 
 # Scores of a call, and the rows that are worth packing the keys again for.
 _SCORES = 1 << 30
@@ -35,7 +36,7 @@ def attend_whole(
     with torch.no_grad():
         found = attend_whole(q, k, v, causal=causal, scale=scale)
     scale = check_scale(scale, q.shape[-1])
-    return found and with_gradients(q, k, v, Partial(*found), causal, scale)
+    return found and with_gradients(q, k, v, Partial(*found), causal, scale, whole_gradients)
 
 
 def attend_by_rows(
