@@ -35,10 +35,10 @@ __all__ = [
 
 Index = tuple[slice, slice]
 Gradients = tuple[Tensor, Tensor, Tensor]
-# Adds the gradients of q, k and v; called with these, the pattern, the scale, then `lse`, `delta`,
-# `d_out` and `grads` as for `band_gradients.add`.
-AddGradients = Callable[
-    [Tensor, Tensor, Tensor, BlockPattern, float, Tensor, Tensor, Tensor, Gradients], None
+# fp32 or fp64 gradients of q, k and v; given these, the pattern, the scale, and `lse`, `delta` and
+# `d_out` as for `band_gradients.add`.
+ComputeGradients = Callable[
+    [Tensor, Tensor, Tensor, BlockPattern, float, Tensor, Tensor, Tensor], Gradients
 ]
 
 
@@ -70,7 +70,7 @@ def attend(
     bands: Partial | None = None,
     summary: KeySummary | None = None,
     bias: ScoreBias | None = None,
-    add_gradients: AddGradients | None = None,
+    compute_gradients: ComputeGradients | None = None,
     whole_gradients: Callable[..., Gradients] | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
@@ -84,8 +84,8 @@ def attend(
         bands: The result of ``attend_bands`` for these inputs if the caller has it; overwritten.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
-        add_gradients: What adds up the gradients instead of this kernel, if there is no bias.
-        whole_gradients: What does instead of ``whole.gradients`` where all keys are seen.
+        compute_gradients: Called for gradients instead of this kernel, if there is no bias.
+        whole_gradients: Called instead of ``whole.gradients`` where all keys are seen.
 
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
@@ -95,7 +95,7 @@ def attend(
             found = _forward(q, k, v, pattern, scale, bands, None, None)
             return whole.with_gradients(q, k, v, found, pattern.causal, scale, whole_gradients)
         values = None if bias is None else bias.values
-        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias, add_gradients)
+        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias, compute_gradients)
         return Partial(out, lse)
     return _forward(q, k, v, pattern, scale, bands, summary, bias)
 
@@ -136,12 +136,12 @@ class _Attend(torch.autograd.Function):
         scale: float,
         bands: Partial | None,
         bias: ScoreBias | None,
-        add_gradients: AddGradients | None,
+        compute_gradients: ComputeGradients | None,
     ) -> tuple[Tensor, Tensor]:
         """``values`` are those of ``bias``, named once more so that gradients reach them."""
         out, lse = _forward(q, k, v, pattern, scale, bands, None, bias)
         ctx.save_for_backward(q, k, v, values, out, lse)
-        ctx.pattern, ctx.scale, ctx.add_gradients = pattern, scale, add_gradients
+        ctx.pattern, ctx.scale, ctx.compute_gradients = pattern, scale, compute_gradients
         ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
         return out, lse
 
@@ -155,16 +155,15 @@ class _Attend(torch.autograd.Function):
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        grads = [torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v)]
-        given = q, k, v, pattern, scale, lse, delta, d_out, (grads[0], grads[1], grads[2])
+        given = q, k, v, pattern, scale, lse, delta, d_out
         d_values = None
-        if values is None and ctx.add_gradients is not None:
-            ctx.add_gradients(*given)
+        if values is None and ctx.compute_gradients is not None:
+            grads = ctx.compute_gradients(*given)
         else:
-            d_values = _add_gradients(*given, values, *ctx.place)
-        for i, x in enumerate((q, k, v)):
-            grads[i] = grads[i].to(x.dtype)
-        return *grads, d_values, None, None, None, None, None
+            grads = [torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v)]
+            d_values = _add_gradients(*given, (grads[0], grads[1], grads[2]), values, *ctx.place)
+        d_q, d_k, d_v = (x.to(q.dtype) for x in grads)
+        return d_q, d_k, d_v, d_values, None, None, None, None, None
 
 
 def _add_gradients(
@@ -181,7 +180,7 @@ def _add_gradients(
     zero: int,
     step: int,
 ) -> Tensor | None:
-    """``AddGradients`` with a bias of ``values``; returns the gradient of these."""
+    """Adds to ``grads``; returns the gradient of ``values``, those of the bias."""
     # Batch rows have sums of their own: they may be added up on different threads.
     d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
 

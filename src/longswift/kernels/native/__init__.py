@@ -21,7 +21,7 @@ from longswift.core.types import Partial
 from longswift.kernels import eager
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
-from longswift.kernels.native.gradients import add_gradients, whole_gradients
+from longswift.kernels.native.gradients import pattern_gradients, whole_gradients
 from longswift.kernels.native.outside import Outside, with_whole_rows
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.whole import attend_by_rows, attend_whole
@@ -119,7 +119,7 @@ def attend(
             bands=bands,
             summary=summary,
             bias=bias,
-            add_gradients=add_gradients,
+            compute_gradients=pattern_gradients,
             whole_gradients=whole_gradients,
         )
     with torch.no_grad():

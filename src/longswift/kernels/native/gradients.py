@@ -26,7 +26,7 @@ _FEWEST = 64
 _FEW = 16
 
 
-def add_gradients(
+def pattern_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,9 +35,8 @@ def add_gradients(
     lse: Tensor,
     delta: Tensor,
     d_out: Tensor,
-    grads: Gradients,
-) -> None:
-    """Adds the gradients of attention under a pattern to ``grads = (dq, dk, dv)``.
+) -> Gradients:
+    """fp32 gradients of q, k and v in attention under a pattern.
 
     Scores are recomputed, a square at a time. Sums have an order that no number of threads changes.
 
@@ -50,16 +49,17 @@ def add_gradients(
         lse: fp32 ``[B, Hq, Lq]`` of the forward pass, infinite for rows that saw nothing.
         delta: fp32 ``[B, Hq, Lq]``, ``sum(d_out * out) - d_lse``.
         d_out: ``[B, Hq, Lq, Dv]`` in the dtype of ``q``.
-        grads: fp32 accumulators shaped like q, k, v.
     """
+    grads = _zeros(q, k, v)
     if q.numel() == 0 or k.numel() == 0:
-        return
+        return grads
     q, k, v, d_out = with_whole_rows(q, k, v, d_out)
     given = q, k, v, lse.contiguous(), delta.contiguous(), d_out
     intervals = pattern.intervals(q.shape[2], k.shape[2], torch.device("cpu"))
     _add_squares(given, *intervals, scale, grads)
     if pattern.tokens is not None or pattern.pool is not None:
         _add_outside(given, pattern, scale, grads)
+    return grads
 
 
 def whole_gradients(
@@ -79,11 +79,22 @@ def whole_gradients(
     delta = (d_out.float() * out.float()).sum(-1)
     if d_lse is not None:
         delta -= d_lse
-    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    grads = _zeros(q, k, v)
     given = *with_whole_rows(q, k, v), lse, delta, *with_whole_rows(d_out)
     intervals = _intervals(q.shape[2], k.shape[2], k.shape[1], causal)
-    _add_squares(given, *intervals, scale, (d_q, d_k, d_v))
-    return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
+    _add_squares(given, *intervals, scale, grads)
+    d_q, d_k, d_v = (x.to(q.dtype) for x in grads)
+    return d_q, d_k, d_v
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+    """Accumulators."""
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+    for x in (d_q, d_k, d_v):
+        # Memory that is new costs more than what is added up in it.
+        compiled.loaded().use_large_pages(x)
+        x.zero_()
+    return d_q, d_k, d_v
 
 
 @functools.lru_cache(maxsize=8)
