@@ -29,6 +29,7 @@ _SOURCES = (
     "finite.cpp",
     "gathered.cpp",
     "gathered_gradients.cpp",
+    "merge_by_row.cpp",
     "ops.cpp",
     "strict.cpp",
     "tiles.cpp",

@@ -70,8 +70,6 @@ def attend(
     bands: Partial | None = None,
     summary: KeySummary | None = None,
     bias: ScoreBias | None = None,
-    compute_gradients: ComputeGradients | None = None,
-    whole_gradients: Callable[..., Gradients] | None = None,
 ) -> Partial:
     """Attention of an unpadded batch under ``pattern``.
 
@@ -84,20 +82,34 @@ def attend(
         bands: The result of ``attend_bands`` for these inputs if the caller has it; overwritten.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
-        compute_gradients: Called for gradients instead of this kernel, if there is no bias.
-        whole_gradients: Called instead of ``whole.gradients`` where all keys are seen.
 
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
     """
+    found = _forward(q, k, v, pattern, scale, bands, summary, bias)
     if tracked(q, k, v) or bias is not None and bias.requires_grad:
         if bias is None and whole.takes(pattern, q, k, scale):
-            found = _forward(q, k, v, pattern, scale, bands, None, None)
-            return whole.with_gradients(q, k, v, found, pattern.causal, scale, whole_gradients)
-        values = None if bias is None else bias.values
-        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias, compute_gradients)
-        return Partial(out, lse)
-    return _forward(q, k, v, pattern, scale, bands, summary, bias)
+            return whole.with_gradients(q, k, v, found, pattern.causal, scale)
+        return with_gradients(q, k, v, found, pattern, scale, bias)
+    return found
+
+
+def with_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: Partial,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+    compute: ComputeGradients | None = None,
+) -> Partial:
+    """``found``, the result for q, k and v, as a function of them and of the bias.
+
+    Without a bias gradients come from ``compute``, if there is such a thing.
+    """
+    values = None if bias is None else bias.values
+    return Partial(*_Attend.apply(q, k, v, values, found, pattern, scale, bias, compute))
 
 
 @torch.no_grad()
@@ -132,18 +144,17 @@ class _Attend(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         values: Tensor | None,
+        found: Partial,
         pattern: BlockPattern,
         scale: float,
-        bands: Partial | None,
         bias: ScoreBias | None,
-        compute_gradients: ComputeGradients | None,
+        compute: ComputeGradients | None,
     ) -> tuple[Tensor, Tensor]:
         """``values`` are those of ``bias``, named once more so that gradients reach them."""
-        out, lse = _forward(q, k, v, pattern, scale, bands, None, bias)
-        ctx.save_for_backward(q, k, v, values, out, lse)
-        ctx.pattern, ctx.scale, ctx.compute_gradients = pattern, scale, compute_gradients
+        ctx.save_for_backward(q, k, v, values, *found)
+        ctx.pattern, ctx.scale, ctx.compute = pattern, scale, compute
         ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
-        return out, lse
+        return found.out, found.lse
 
     @staticmethod
     @once_differentiable
@@ -157,13 +168,13 @@ class _Attend(torch.autograd.Function):
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         given = q, k, v, pattern, scale, lse, delta, d_out
         d_values = None
-        if values is None and ctx.compute_gradients is not None:
-            grads = ctx.compute_gradients(*given)
+        if values is None and ctx.compute is not None:
+            grads = ctx.compute(*given)
         else:
             grads = [torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v)]
             d_values = _add_gradients(*given, (grads[0], grads[1], grads[2]), values, *ctx.place)
         d_q, d_k, d_v = (x.to(q.dtype) for x in grads)
-        return d_q, d_k, d_v, d_values, None, None, None, None, None
+        return d_q, d_k, d_v, d_values, *(None,) * 5
 
 
 def _add_gradients(

@@ -19,6 +19,8 @@ from longswift.core.rectangles import is_whole
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
+from longswift.kernels.eager.whole import takes as takes_whole
+from longswift.kernels.eager.whole import with_gradients as whole_with_gradients
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs, is_narrow
 from longswift.kernels.native.gradients import pattern_gradients, whole_gradients
@@ -112,21 +114,18 @@ def attend(
     _refuse(q, k, v)
     if bands is None:
         bands = attend_bands(q, k, v, pattern, scale, bias)
-    gathers = pattern.tokens is not None or pattern.pool is not None
-    if tracked(q, k, v) or bias is not None or pattern.by_row or not gathers:
-        return eager.attend(
-            *(q, k, v, pattern, scale),
-            bands=bands,
-            summary=summary,
-            bias=bias,
-            compute_gradients=pattern_gradients,
-            whole_gradients=whole_gradients,
-        )
+    if bias is not None:
+        return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
-        out, lse = with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
-        _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
-        return Partial(out, lse)
+        found = Partial(*with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32)))
+        if pattern.tokens is not None or pattern.pool is not None:
+            _merge_gathered(q, k, v, pattern, scale, summary, *found)
+    if not tracked(q, k, v):
+        return found
+    if takes_whole(pattern, q, k, scale):
+        return whole_with_gradients(q, k, v, found, pattern.causal, scale, whole_gradients)
+    return eager.with_gradients(q, k, v, found, pattern, scale, compute=pattern_gradients)
 
 
 def _merge_gathered(
@@ -141,13 +140,16 @@ def _merge_gathered(
 ) -> None:
     """Adds gathered tokens and the remainder to ``out`` and ``lse`` of the bands, in place."""
     outside = Outside.of(k, v, pattern, q.shape[2], summary)
-    edges, sums, narrow = outside.edges, outside.sums, is_narrow(q)
+    edges, sums, sizes, narrow = outside.edges, outside.sums, outside.sizes, is_narrow(q)
+    operators = compiled.loaded()
     q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
-        compiled.loaded().merge(
-            *(q, k, v, outside.tokens, *sums, edges, out, lse),
-            *(places, outside.sizes, scale, pattern.causal, narrow),
-        )
+        if pattern.by_row:
+            given = *outside[:3], *sums, edges, out, lse
+            operators.merge_by_row(q, k, v, *given, places, sizes, scale, pattern.causal)
+        else:
+            given = outside.tokens, *sums, edges, out, lse
+            operators.merge(q, k, v, *given, places, sizes, scale, pattern.causal, narrow)
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -14,19 +14,6 @@ struct Space {
   Buffer<float> keys, columns, values, d_keys, d_values, scores, products;
 };
 
-// `count` rows in fp32, and zeros up to `kSide`; as [width, kSide], too, if that is asked for.
-template <typename T>
-void load_keys(const Rows<const T>& from, int64_t first, int64_t count, int64_t width, float* to,
-               float* columns = nullptr) {
-  for (int64_t i = 0; i < count; ++i) {
-    convert(to + i * width, from.row(first + i), width);
-  }
-  std::fill(to + count * width, to + kSide * width, 0.0f);
-  if (columns != nullptr) {
-    pack_transposed<float>(to, width, kSide, width, columns, kSide);
-  }
-}
-
 // One KV head and the query heads of its group.
 template <typename T>
 class Square {
@@ -75,8 +62,8 @@ class Square {
     float* values = mine_.values.get(kSquare * value_dim_);
     for (int64_t i = 0; i < to - from; i += kSide) {
       const int64_t some = std::min(kSide, to - from - i);
-      load_keys(k, from + i, some, dim_, keys + i * dim_, columns + i * dim_);
-      load_keys(v, from + i, some, value_dim_, values + i * value_dim_);
+      load_rows(k, from + i, some, dim_, keys + i * dim_, columns + i * dim_);
+      load_rows(v, from + i, some, value_dim_, values + i * value_dim_);
     }
     std::fill_n(mine_.d_keys.get(kSquare * dim_), kSquare * dim_, 0.0f);
     std::fill_n(mine_.d_values.get(kSquare * value_dim_), kSquare * value_dim_, 0.0f);

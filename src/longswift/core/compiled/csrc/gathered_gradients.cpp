@@ -68,8 +68,7 @@ class Block {
       rows_.multiply_values(some, loaded_.values() + i * value_dim_, products + i * kSide);
     }
     if (loaded_.pools().count > 0) {
-      leave_out_tokens(row, scores, products);
-      differentiate_columns(scores, products);
+      differentiate_columns(row, scores, products);
     }
     differentiate_tokens(row, scores, products);
     for (int64_t i = 0; i < width_; i += kSide) {
@@ -80,60 +79,36 @@ class Block {
     rows_.store(rows_of<float>(of_.d_q, batch_, head), row, count);
   }
 
-  // Takes the tokens that a row sees apart from the sums and the counts of their columns.
-  void leave_out_tokens(int64_t row, float* scores, float* products) {
+  // Coefficients of the columns' sums, without the tokens that a row sees apart.
+  void differentiate_columns(int64_t row, float* scores, float* products) {
     const int64_t columns = loaded_.pools().count;
     float* counts = mine_.counts.get(columns * kSide);
-    for (int64_t c = 0; c < columns; ++c) {
-      std::fill_n(counts + c * kSide, kSide, loaded_.total(c));
-    }
+    loaded_.count(row, counts);
     for (int64_t t = 0; t < loaded_.tokens(); ++t) {
       const auto [first, end] = loaded_.seen(t, row);
       const SeenBy seen(first, end);
-      const int64_t column = loaded_.column_row(t);
-      float *score = scores + column * kSide, *product = products + column * kSide;
-      float* number = counts + (column - loaded_.tokens()) * kSide;
-      for (int64_t i = 0; i < kSide; i += kLanes) {
-        const Vec by = seen.at(i);
-        (Vec::loadu(number + i) - by).store(number + i);
-        const auto take = [&](float* from, const float* what) {
-          at::vec::fnmadd(by, Vec::loadu(what + i), Vec::loadu(from + i)).store(from + i);
-        };
-        take(score, scores + t * kSide);
-        take(product, products + t * kSide);
-      }
+      loaded_.take_from_column(t, seen, scores);
+      loaded_.take_from_column(t, seen, products);
     }
-  }
-
-  // Coefficients of the columns' sums.
-  void differentiate_columns(float* scores, float* products) const {
-    for (int64_t c = 0; c < loaded_.pools().count; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       const int64_t at = (loaded_.tokens() + c) * kSide;
-      rows_.differentiate_means(scores + at, products + at, mine_.counts.data() + c * kSide);
+      rows_.differentiate_means(scores + at, products + at, counts + c * kSide);
     }
   }
 
-  // Coefficients of the tokens, without what they would get through the sums of their columns.
+  // Coefficients of the tokens, without what they get through the sums of their columns.
   void differentiate_tokens(int64_t row, float* scores, float* products) const {
     const bool pooled = loaded_.pools().count > 0;
     for (int64_t t = 0; t < loaded_.tokens(); ++t) {
-      float *score = scores + t * kSide, *product = products + t * kSide;
+      float* score = scores + t * kSide;
       const auto [first, end] = loaded_.seen(t, row);
       std::fill(score, score + first, rows_.hidden());
       std::fill(score + std::max(first, end), score + kSide, rows_.hidden());
-      rows_.differentiate(score, product);
-      if (!pooled) {
-        continue;
-      }
-      const SeenBy seen(first, end);
-      const int64_t column = loaded_.column_row(t) * kSide;
-      for (int64_t i = 0; i < kSide; i += kLanes) {
-        const Vec by = seen.at(i);
-        const auto take = [&](float* from, const float* what) {
-          at::vec::fnmadd(by, Vec::loadu(what + i), Vec::loadu(from + i)).store(from + i);
-        };
-        take(score, scores + column);
-        take(product, products + column);
+      rows_.differentiate(score, products + t * kSide);
+      if (pooled) {
+        const SeenBy seen(first, end);
+        loaded_.take_from_token(t, seen, scores);
+        loaded_.take_from_token(t, seen, products);
       }
     }
   }

@@ -57,6 +57,25 @@ struct PoolColumns {
   }
 };
 
+// 1 for the rows [first, end) of `kSide`, else 0.
+class SeenBy {
+ public:
+  SeenBy(int64_t first, int64_t end)
+      : since_(kSteps.data() + kSide - first), before_(kSteps.data() + 2 * kSide - end) {}
+  Vec at(int64_t i) const { return Vec::loadu(since_ + i) * Vec::loadu(before_ + i); }
+
+ private:
+  // Zeros, ones, zeros.
+  static constexpr auto kSteps = [] {
+    std::array<float, 3 * kSide> steps{};
+    for (int64_t i = kSide; i < 2 * kSide; ++i) {
+      steps[i] = 1.0f;
+    }
+    return steps;
+  }();
+  const float *since_, *before_;
+};
+
 // One KV head.
 template <typename T>
 class GatheredKeys {
@@ -147,11 +166,29 @@ class GatheredKeys {
   int64_t tokens() const { return count_; }
   const PoolColumns& pools() const { return pools_; }
 
-  // The row of a token's column.
-  int64_t column_row(int64_t t) const { return count_ + mine_.column_of.data()[t]; }
+  // Of `x`, a line of `kSide` query rows for every row that is loaded: what a token has is taken from
+  // its column, or what its column has from the token, where the token is seen.
+  void take_from_column(int64_t t, const SeenBy& seen, float* x) const {
+    subtract(x + (count_ + mine_.column_of.data()[t]) * kSide, x + t * kSide, seen);
+  }
+  void take_from_token(int64_t t, const SeenBy& seen, float* x) const {
+    subtract(x + t * kSide, x + (count_ + mine_.column_of.data()[t]) * kSide, seen);
+  }
 
-  // Tokens of a column, gathered ones included.
-  float total(int64_t column) const { return mine_.totals.data()[column]; }
+  // Tokens of each column that the rows from `row` on do not see apart, a line for every column.
+  void count(int64_t row, float* counts) const {
+    for (int64_t c = 0; c < pools_.count; ++c) {
+      std::fill_n(counts + c * kSide, kSide, mine_.totals.data()[c]);
+    }
+    for (int64_t t = 0; t < count_ && pools_.count > 0; ++t) {
+      const auto [first, end] = seen(t, row);
+      float* line = counts + mine_.column_of.data()[t] * kSide;
+      const SeenBy by(first, end);
+      for (int64_t i = 0; i < kSide; i += kLanes) {
+        (Vec::loadu(line + i) - by.at(i)).store(line + i);
+      }
+    }
+  }
 
   // Which of the rows from `row` on see a token: [first, end).
   std::pair<int64_t, int64_t> seen(int64_t t, int64_t row) const {
@@ -165,6 +202,12 @@ class GatheredKeys {
     Buffer<float> keys, values, totals;
     Buffer<int64_t> column_of, from, until;
   };
+
+  static void subtract(float* from, const float* what, const SeenBy& seen) {
+    for (int64_t i = 0; i < kSide; i += kLanes) {
+      at::vec::fnmadd(seen.at(i), Vec::loadu(what + i), Vec::loadu(from + i)).store(from + i);
+    }
+  }
 
   static const int32_t* slots_of(const at::Tensor& x, int64_t batch, int64_t head) {
     if (x.numel() == 0) {
@@ -199,25 +242,6 @@ class GatheredKeys {
   int64_t count_ = 0;
   PoolColumns pools_;
   Rows<const float> key_grains_{}, value_grains_{}, key_sums_{}, value_sums_{};
-};
-
-// 1 for the rows [first, end) of `kSide`, else 0.
-class SeenBy {
- public:
-  SeenBy(int64_t first, int64_t end)
-      : since_(kSteps.data() + kSide - first), before_(kSteps.data() + 2 * kSide - end) {}
-  Vec at(int64_t i) const { return Vec::loadu(since_ + i) * Vec::loadu(before_ + i); }
-
- private:
-  // Zeros, ones, zeros.
-  static constexpr auto kSteps = [] {
-    std::array<float, 3 * kSide> steps{};
-    for (int64_t i = kSide; i < 2 * kSide; ++i) {
-      steps[i] = 1.0f;
-    }
-    return steps;
-  }();
-  const float *since_, *before_;
 };
 
 }  // namespace longswift

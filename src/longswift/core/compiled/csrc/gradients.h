@@ -17,6 +17,19 @@ inline void add_rows(float* to, const float* more, int64_t n) {
   }
 }
 
+// `count` rows in fp32, and zeros up to `kSide`; as [width, kSide], too, if that is asked for.
+template <typename T>
+void load_rows(const Rows<const T>& from, int64_t first, int64_t count, int64_t width, float* to,
+               float* columns = nullptr) {
+  for (int64_t i = 0; i < count; ++i) {
+    convert(to + i * width, from.row(first + i), width);
+  }
+  std::fill(to + count * width, to + kSide * width, 0.0f);
+  if (columns != nullptr) {
+    pack_transposed<float>(to, width, kSide, width, columns, kSide);
+  }
+}
+
 // Rows of one query head, in fp32: so are all products of gradients, whatever the inputs are.
 template <typename T>
 class QueryRows {
@@ -27,8 +40,9 @@ class QueryRows {
   // At most `kSide` rows; those that are not there weigh nothing.
   void load(const Rows<const T>& q, const Rows<const T>& d_out, const float* lse,
             const float* delta, int64_t row, int64_t count) {
-    copy(q, row, count, dim_, mine_.q, mine_.q_columns);
-    copy(d_out, row, count, value_dim_, mine_.d_out, mine_.d_out_columns);
+    load_rows(q, row, count, dim_, mine_.q.get(kSide * dim_), mine_.q_columns.get(kSide * dim_));
+    load_rows(d_out, row, count, value_dim_, mine_.d_out.get(kSide * value_dim_),
+              mine_.d_out_columns.get(kSide * value_dim_));
     std::fill(mine_.lse, mine_.lse + kSide, std::numeric_limits<float>::infinity());
     std::fill(mine_.delta, mine_.delta + kSide, 0.0f);
     std::copy(lse + row, lse + row + count, mine_.lse);
@@ -104,16 +118,6 @@ class QueryRows {
     Buffer<float> q, q_columns, d_out, d_out_columns, d_q, by_row;
     float lse[kSide], delta[kSide];
   };
-
-  static void copy(const Rows<const T>& from, int64_t row, int64_t count, int64_t width,
-                   Buffer<float>& rows, Buffer<float>& columns) {
-    float* to = rows.get(kSide * width);
-    for (int64_t i = 0; i < count; ++i) {
-      convert(to + i * width, from.row(row + i), width);
-    }
-    std::fill(to + count * width, to + kSide * width, 0.0f);
-    pack_transposed<float>(to, width, kSide, width, columns.get(width * kSide), kSide);
-  }
 
   const int64_t dim_, value_dim_;
   const float scale_;

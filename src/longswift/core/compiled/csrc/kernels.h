@@ -140,6 +140,11 @@ struct Outside {
   bool causal;
 };
 
+// Merges that into the result of the bands, `lse` with whole rows: the first of some blocks, how many.
+void merge_by_row(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const Outside& outside, at::Tensor out, at::Tensor lse, at::IntArrayRef places,
+                  double scale);
+
 // Accumulators like those sums.
 struct PoolGradients {
   at::Tensor &d_k_grain, &d_v_grain, &d_k_sum, &d_v_sum;

@@ -76,6 +76,17 @@ void band_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                      end, places);
 }
 
+void merge_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                const at::Tensor& tokens, const at::Tensor& from, const at::Tensor& until,
+                const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
+                const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
+                at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal) {
+  merge_by_row(q, k, v,
+               {tokens, from, until, k_grain, v_grain, k_sum, v_sum, edges, sizes[0], sizes[1],
+                sizes[2], causal},
+               out, lse, places, scale);
+}
+
 void gathered_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                         const at::Tensor& lse, const at::Tensor& delta, const at::Tensor& d_out,
                         at::Tensor d_q, at::Tensor d_k, at::Tensor d_v, const at::Tensor& tokens,
@@ -130,6 +141,10 @@ TORCH_LIBRARY(longswift, m) {
   m.def(
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale, bool narrow) -> ()");
+  m.def(
+      "merge_by_row(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor since, Tensor until, "
+      "Tensor k_grain, Tensor v_grain, Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, "
+      "Tensor(b!) lse, int[] places, int[] sizes, float scale, bool causal) -> ()");
   m.def("gradient_square() -> int", longswift::gradient_square);
   m.def(
       "band_gradients(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor d_out, "
@@ -162,6 +177,7 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::attend_tiles);
   m.impl("band_gradients", longswift::band_gradients);
+  m.impl("merge_by_row", longswift::merge_rows);
   m.impl("gathered_gradients", longswift::gathered_gradients);
   m.impl("whole", longswift::attend_whole);
   m.impl("multiplies", longswift::multiplies_like);
