@@ -1,8 +1,8 @@
 """MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
 
 Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
-leave the cache; torch's threads take blocks. Gradients, position biases, lists that differ from
-row to row and fp64 are the eager kernel's.
+leave the cache; torch's threads take blocks. Gradients are recomputed likewise. Position biases and
+fp64 are the eager kernel's.
 """
 
 from __future__ import annotations

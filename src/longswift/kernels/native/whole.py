@@ -22,7 +22,7 @@ _FEWEST = 1024
 def attend_whole(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Attention of tensors on a CPU that nobody has checked; gradients are the fused kernel's.
+    """Attention of tensors on a CPU that nobody has checked, with gradients.
 
     Returns:
         Output and log-sum-exp; None for what breaks the layout contract or holds NaN or infinity,
