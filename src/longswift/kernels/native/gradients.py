@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ _SHARES = 8 << 20
 _BLOCKS = 16
 # Rows of full attention below which a call of torch's kernel is shorter.
 _FEWEST = 64
+# Most rows of full attention whose squares are remembered.
+_KEPT = 4096
+# Bytes of two large pages.
+_LARGE = 4 << 20
 # Keys are multiplied so many at a time.
 _FEW = 16
 
@@ -56,7 +61,7 @@ def pattern_gradients(
     q, k, v, d_out = with_whole_rows(q, k, v, d_out)
     given = q, k, v, lse.contiguous(), delta.contiguous(), d_out
     intervals = pattern.intervals(q.shape[2], k.shape[2], torch.device("cpu"))
-    _add_squares(given, *intervals, scale, grads)
+    _add_squares(given, _Squares.of(*intervals, q.shape[0]), scale, grads)
     if pattern.tokens is not None or pattern.pool is not None:
         _add_outside(given, pattern, scale, grads)
     return grads
@@ -81,8 +86,8 @@ def whole_gradients(
         delta -= d_lse
     grads = _zeros(q, k, v)
     given = *with_whole_rows(q, k, v), lse, delta, *with_whole_rows(d_out)
-    intervals = _intervals(q.shape[2], k.shape[2], k.shape[1], causal)
-    _add_squares(given, *intervals, scale, grads)
+    find = _whole if q.shape[2] <= _KEPT else _whole.__wrapped__
+    _add_squares(given, find(q.shape[2], *k.shape[:3], causal), scale, grads)
     d_q, d_k, d_v = (x.to(q.dtype) for x in grads)
     return d_q, d_k, d_v
 
@@ -91,43 +96,62 @@ def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     """Accumulators."""
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v))
     for x in (d_q, d_k, d_v):
-        # Memory that is new costs more than what is added up in it.
-        compiled.loaded().use_large_pages(x)
+        if x.nbytes >= _LARGE:
+            # Memory that is new costs more than what is added up in it.
+            compiled.loaded().use_large_pages(x)
         x.zero_()
     return d_q, d_k, d_v
 
 
+class _Squares(NamedTuple):
+    """Squares of queries and keys, a diagonal at a time: these share neither rows nor keys.
+
+    Attributes:
+        first: int32 ``[Hkv, Lq]``, the first key that a row sees.
+        end: Likewise, the one after the last.
+        calls: What the kernel is given in each call, four numbers for a square.
+    """
+
+    first: Tensor
+    end: Tensor
+    calls: list[list[int]]
+
+    @classmethod
+    def of(cls, first: Tensor, end: Tensor, batch: int) -> _Squares:
+        """Those in which any row sees a key."""
+        side = compiled.loaded().gradient_square()
+        q_len = first.shape[1]
+        starts = first[:, ::side].tolist()
+        last = torch.arange(side - 1, q_len + side - 1, side).clamp_(max=q_len - 1)
+        ends = end[:, last].tolist()
+        diagonals: dict[int, list[tuple[int, ...]]] = {}
+        for head in range(first.shape[0]):
+            for i, (start, stop) in enumerate(zip(starts[head], ends[head], strict=True)):
+                for j in range(start // side, -(-stop // side)):
+                    places = diagonals.setdefault(i - j, [])
+                    places += [(b, head, i * side, j * side) for b in range(batch)]
+        calls = [call for _, places in sorted(diagonals.items()) for call in batches(places)]
+        return cls(first, end, calls)
+
+
 @functools.lru_cache(maxsize=8)
-def _intervals(q_len: int, k_len: int, kv_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """``BlockPattern.intervals`` of full attention."""
+def _whole(q_len: int, batch: int, kv_heads: int, k_len: int, causal: bool) -> _Squares:
+    """Squares of full attention."""
     with torch.inference_mode(False):
         end = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32)
         end = end if causal else torch.full_like(end, k_len)
-        return torch.zeros(kv_heads, q_len, dtype=torch.int32), end.repeat(kv_heads, 1)
+        first = torch.zeros(kv_heads, q_len, dtype=torch.int32)
+        return _Squares.of(first, end.repeat(kv_heads, 1), batch)
 
 
 def _add_squares(
-    given: tuple[Tensor, ...], first: Tensor, end: Tensor, scale: float, grads: Gradients
+    given: tuple[Tensor, ...], squares: _Squares, scale: float, grads: Gradients
 ) -> None:
-    """What rows see of the keys in their intervals, a diagonal of squares at a time.
-
-    Squares of a diagonal share neither rows nor keys.
-    """
-    q, k = given[:2]
-    operators = compiled.loaded()
-    side = operators.gradient_square()
-    starts = first[:, ::side].tolist()
-    last = torch.arange(side - 1, q.shape[2] + side - 1, side).clamp_(max=q.shape[2] - 1)
-    ends = end[:, last].tolist()
-    diagonals: dict[int, list[tuple[int, ...]]] = {}
-    for head in range(k.shape[1]):
-        for i, (start, stop) in enumerate(zip(starts[head], ends[head], strict=True)):
-            for j in range(start // side, -(-stop // side)):
-                places = diagonals.setdefault(i - j, [])
-                places += [(b, head, i * side, j * side) for b in range(k.shape[0])]
-    for _, squares in sorted(diagonals.items()):
-        for numbers in batches(squares):
-            operators.band_gradients(*given, *grads, first, end, numbers, scale)
+    """What rows see of the keys in their intervals."""
+    for places in squares.calls:
+        compiled.loaded().band_gradients(
+            *(*given, *grads, squares.first, squares.end, places, scale)
+        )
 
 
 def _add_outside(
