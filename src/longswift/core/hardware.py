@@ -16,12 +16,20 @@ def cpu_multiplies_fast(dtype: torch.dtype) -> bool:
     bf16 needs AMX or AVX512-BF16, fp16 needs AMX-FP16; elsewhere both are emulated, slower than
     fp32.
     """
-    probes = {
-        torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
-        torch.float16: ("_is_amx_fp16_supported",),
-    }
-    found = (getattr(torch.cpu, name, None) for name in probes.get(dtype, ()))
-    return any(probe is not None and probe() for probe in found)
+    dots = dtype == torch.bfloat16 and _probe("_is_avx512_bf16_supported")
+    return dots or cpu_has_tile_unit(dtype)
+
+
+@functools.cache
+def cpu_has_tile_unit(dtype: torch.dtype) -> bool:
+    """Whether this CPU has a unit for products of tiles (AMX) of a ``dtype``."""
+    probes = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+    return dtype in probes and _probe(probes[dtype])
+
+
+def _probe(name: str) -> bool:
+    probe = getattr(torch.cpu, name, None)
+    return probe is not None and bool(probe())
 
 
 @functools.cache

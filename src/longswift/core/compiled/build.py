@@ -21,12 +21,15 @@ import torch
 from longswift.core.errors import UnsupportedError, problem
 
 _SOURCES = (
+    "band_gradients.cpp",
     "boxes.cpp",
     "bytes.cpp",
     "choose.cpp",
     "choose_columns.cpp",
     "finite.cpp",
     "gathered.cpp",
+    "gathered_gradients.cpp",
+    "merge_by_row.cpp",
     "ops.cpp",
     "strict.cpp",
     "tiles.cpp",

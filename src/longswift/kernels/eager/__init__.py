@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,12 @@ __all__ = [
 ]
 
 Index = tuple[slice, slice]
+Gradients = tuple[Tensor, Tensor, Tensor]
+# fp32 or fp64 gradients of q, k and v; given these, the pattern, the scale, and `lse`, `delta` and
+# `d_out` as for `band_gradients.add`.
+ComputeGradients = Callable[
+    [Tensor, Tensor, Tensor, BlockPattern, float, Tensor, Tensor, Tensor], Gradients
+]
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -80,14 +86,30 @@ def attend(
     Returns:
         ``out`` in the dtype of ``q`` and ``lse`` in the accumulator dtype, both differentiable.
     """
+    found = _forward(q, k, v, pattern, scale, bands, summary, bias)
     if tracked(q, k, v) or bias is not None and bias.requires_grad:
         if bias is None and whole.takes(pattern, q, k, scale):
-            found = _forward(q, k, v, pattern, scale, bands, None, None)
             return whole.with_gradients(q, k, v, found, pattern.causal, scale)
-        values = None if bias is None else bias.values
-        out, lse = _Attend.apply(q, k, v, values, pattern, scale, bands, bias)
-        return Partial(out, lse)
-    return _forward(q, k, v, pattern, scale, bands, summary, bias)
+        return with_gradients(q, k, v, found, pattern, scale, bias)
+    return found
+
+
+def with_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: Partial,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None = None,
+    compute: ComputeGradients | None = None,
+) -> Partial:
+    """``found``, the result for q, k and v, as a function of them and of the bias.
+
+    Without a bias gradients come from ``compute``, if there is such a thing.
+    """
+    values = None if bias is None else bias.values
+    return Partial(*_Attend.apply(q, k, v, values, found, pattern, scale, bias, compute))
 
 
 @torch.no_grad()
@@ -122,17 +144,17 @@ class _Attend(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         values: Tensor | None,
+        found: Partial,
         pattern: BlockPattern,
         scale: float,
-        bands: Partial | None,
         bias: ScoreBias | None,
+        compute: ComputeGradients | None,
     ) -> tuple[Tensor, Tensor]:
         """``values`` are those of ``bias``, named once more so that gradients reach them."""
-        out, lse = _forward(q, k, v, pattern, scale, bands, None, bias)
-        ctx.save_for_backward(q, k, v, values, out, lse)
-        ctx.pattern, ctx.scale = pattern, scale
+        ctx.save_for_backward(q, k, v, values, *found)
+        ctx.pattern, ctx.scale, ctx.compute = pattern, scale, compute
         ctx.place = (0, 1) if bias is None else (bias.zero, bias.step)
-        return out, lse
+        return found.out, found.lse
 
     @staticmethod
     @once_differentiable
@@ -144,38 +166,61 @@ class _Attend(torch.autograd.Function):
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse
         # A row that saw nothing has weights exp(s - inf) = 0 everywhere.
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
-        # Batch rows have sums of their own: they may be added up on different threads.
-        d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
-        zero, step = ctx.place
-
-        def add(rows: Index, keys: Index, own: BlockPattern) -> None:
-            qkv = q[rows], k[keys], v[keys]
-            grads = d_q[rows], d_k[keys], d_v[keys]
-            given = lse[rows], delta[rows], d_out[rows]
-            bias = d_bias = None
-            if d_values is not None:
-                bias = ScoreBias(values=values[rows[1]], zero=zero, step=step)
-                d_bias = ScoreBias(values=d_values[rows], zero=zero, step=step)
-            with torch.autocast(q.device.type, enabled=False):
-                band_gradients.add(*qkv, own, scale, *given, grads, bias, d_bias)
-                if own.tokens is not None or own.pool is not None:
-                    Gathered(*qkv, own, scale, None, bias).backward(*given, grads, d_bias)
-
-        if q.device.type != "cpu":
-            everything = slice(None), slice(None)
-            add(everything, everything, pattern)
+        given = q, k, v, pattern, scale, lse, delta, d_out
+        d_values = None
+        if values is None and ctx.compute is not None:
+            grads = ctx.compute(*given)
         else:
-            # KV heads share nothing: threads need no locks, and sums keep their order.
-            for_each(
-                list(_heads(pattern, k.shape[0], q.shape[1] // k.shape[1])),
-                lambda: None,
-                lambda head, _: add(*head),
-                q.device,
-                least=1,
-            )
-        grads = d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype)
-        return *grads, None if d_values is None else d_values.sum(0), None, None, None, None
+            grads = [torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v)]
+            d_values = _add_gradients(*given, (grads[0], grads[1], grads[2]), values, *ctx.place)
+        d_q, d_k, d_v = (x.to(q.dtype) for x in grads)
+        return d_q, d_k, d_v, d_values, *(None,) * 5
+
+
+def _add_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    lse: Tensor,
+    delta: Tensor,
+    d_out: Tensor,
+    grads: Gradients,
+    values: Tensor | None,
+    zero: int,
+    step: int,
+) -> Tensor | None:
+    """Adds to ``grads``; returns the gradient of ``values``, those of the bias."""
+    # Batch rows have sums of their own: they may be added up on different threads.
+    d_values = None if values is None else values.new_zeros(q.shape[0], *values.shape)
+
+    def add(rows: Index, keys: Index, own: BlockPattern) -> None:
+        qkv = q[rows], k[keys], v[keys]
+        mine = grads[0][rows], grads[1][keys], grads[2][keys]
+        given = lse[rows], delta[rows], d_out[rows]
+        bias = d_bias = None
+        if values is not None and d_values is not None:
+            bias = ScoreBias(values=values[rows[1]], zero=zero, step=step)
+            d_bias = ScoreBias(values=d_values[rows], zero=zero, step=step)
+        with torch.autocast(q.device.type, enabled=False):
+            band_gradients.add(*qkv, own, scale, *given, mine, bias, d_bias)
+            if own.tokens is not None or own.pool is not None:
+                Gathered(*qkv, own, scale, None, bias).backward(*given, mine, d_bias)
+
+    if q.device.type != "cpu":
+        everything = slice(None), slice(None)
+        add(everything, everything, pattern)
+    else:
+        # KV heads share nothing: threads need no locks, and sums keep their order.
+        for_each(
+            list(_heads(pattern, k.shape[0], q.shape[1] // k.shape[1])),
+            lambda: None,
+            lambda head, _: add(*head),
+            q.device,
+            least=1,
+        )
+    return None if d_values is None else d_values.sum(0)
 
 
 def _heads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +40,19 @@ def takes(pattern: BlockPattern, q: Tensor, k: Tensor, scale: float) -> bool:
 
 
 def with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, found: Partial, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    found: Partial,
+    causal: bool,
+    scale: float,
+    compute: Callable[..., Gradients] | None = None,
 ) -> Partial:
-    """``found``, the result of full attention of q, k and v, as a function of them."""
-    return Partial(*_Attend.apply(q, k, v, found, causal, scale))
+    """``found``, the result of full attention of q, k and v, as a function of them.
+
+    ``compute`` is called instead of ``gradients``.
+    """
+    return Partial(*_Attend.apply(q, k, v, found, causal, scale, compute or gradients))
 
 
 class _Attend(torch.autograd.Function):
@@ -51,11 +60,18 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, found: Partial, causal: bool, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        found: Partial,
+        causal: bool,
+        scale: float,
+        compute: Callable[..., Gradients],
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, v, *found)
         ctx.set_materialize_grads(False)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal, ctx.scale, ctx.compute = causal, scale, compute
         return found.out, found.lse
 
     @staticmethod
@@ -65,8 +81,8 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
-        grads = gradients(q, k, v, ctx.causal, ctx.scale, out, lse, d_out, d_lse)
-        return *grads, None, None, None
+        grads = ctx.compute(q, k, v, ctx.causal, ctx.scale, out, lse, d_out, d_lse)
+        return *grads, None, None, None, None
 
 
 def gradients(

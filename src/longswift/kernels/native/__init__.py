@@ -1,8 +1,8 @@
 """MS-SWIFT's inner loops in C++: windows, the choice of key tokens by bounds, gathered attention.
 
 Products go to oneDNN's small-matrix kernels, a block of queries at a time, so that scores never
-leave the cache; torch's threads take blocks. Gradients, position biases, lists that differ from
-row to row and fp64 are the eager kernel's.
+leave the cache; torch's threads take blocks. Gradients are recomputed likewise. Position biases and
+fp64 are the eager kernel's.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
-from longswift.core.pools import block_edges, build_pools
 from longswift.core.rectangles import is_whole
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels import eager
+from longswift.kernels.eager.whole import takes as takes_whole
+from longswift.kernels.eager.whole import with_gradients as whole_with_gradients
 from longswift.kernels.native.choosing import choose_by_bounds
 from longswift.kernels.native.factors import in_pairs
+from longswift.kernels.native.gradients import pattern_gradients, whole_gradients
+from longswift.kernels.native.outside import Outside, with_whole_rows
 from longswift.kernels.native.pieces import batches, pieces
 from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
@@ -111,14 +114,18 @@ def attend(
     _refuse(q, k, v)
     if bands is None:
         bands = attend_bands(q, k, v, pattern, scale, bias)
-    gathers = pattern.tokens is not None or pattern.pool is not None
-    if tracked(q, k, v) or bias is not None or pattern.by_row or not gathers:
+    if bias is not None:
         return eager.attend(q, k, v, pattern, scale, bands=bands, summary=summary, bias=bias)
     with torch.no_grad():
         # Added to where they are; the fused kernel's sums do not lie next to each other.
-        out, lse = _with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32))
-        _merge_gathered(q, k, v, pattern, scale, summary, out, lse)
-        return Partial(out, lse)
+        found = Partial(*with_whole_rows(bands.out.to(q.dtype), bands.lse.to(torch.float32)))
+        if pattern.tokens is not None or pattern.pool is not None:
+            _merge_gathered(q, k, v, pattern, scale, summary, *found)
+    if not tracked(q, k, v):
+        return found
+    if takes_whole(pattern, q, k, scale):
+        return whole_with_gradients(q, k, v, found, pattern.causal, scale, whole_gradients)
+    return eager.with_gradients(q, k, v, found, pattern, scale, compute=pattern_gradients)
 
 
 def _merge_gathered(
@@ -132,38 +139,17 @@ def _merge_gathered(
     lse: Tensor,
 ) -> None:
     """Adds gathered tokens and the remainder to ``out`` and ``lse`` of the bands, in place."""
+    outside = Outside.of(k, v, pattern, q.shape[2], summary)
+    edges, sums, sizes = outside.edges, outside.sums, outside.sizes
     operators = compiled.loaded()
-    q_len, k_len = q.shape[2], k.shape[2]
-    edges = block_edges(pattern, q_len, k_len)
-    tokens = pattern.tokens
-    if tokens is None:
-        tokens = torch.empty(1, *edges.shape[:2], 0, dtype=torch.int32)
-    tokens = tokens.to(torch.int32).contiguous()
-    sums = [torch.empty(1, k.shape[1], 0, 1)] * 4
-    if pattern.pool is not None:
-        pools = build_pools(k, v, pattern, summary, _group_sums)
-        # A cache's sums are part of a larger buffer: copies of all would be most of a token's work.
-        sums = _with_whole_rows(pools.k_grain, pools.v_grain, pools.k_sum, pools.v_sum)
-    sizes = [pattern.block, pattern.pool or 0, pattern.pool_grain]
     q = in_pairs(q)
     for places in batches(pieces(k, edges.shape[1])):
-        operators.merge(
-            q, k, v, tokens, *sums, edges, out, lse, places, sizes, scale, pattern.causal
-        )
-
-
-def _with_whole_rows(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose last dimension is contiguous: themselves if it is."""
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def _group_sums(x: Tensor, size: int) -> Tensor:
-    """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
-    operators = compiled.loaded()
-    batch, heads, length, dim = x.shape
-    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
-    operators.sum_groups(x, out, size)
-    return out
+        if pattern.by_row:
+            given = *outside[:3], *sums, edges, out, lse
+            operators.merge_by_row(q, k, v, *given, places, sizes, scale, pattern.causal)
+        else:
+            given = outside.tokens, *sums, edges, out, lse
+            operators.merge(q, k, v, *given, places, sizes, scale, pattern.causal)
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor) -> None:

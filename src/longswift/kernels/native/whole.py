@@ -12,6 +12,7 @@ from longswift.core import compiled
 from longswift.core.inputs import check_scale, tracked
 from longswift.core.types import Partial
 from longswift.kernels.eager.whole import with_gradients
+from longswift.kernels.native.gradients import whole_gradients
 
 # Scores of a call, and the rows that are worth packing the keys again for.
 _SCORES = 1 << 30
@@ -21,7 +22,7 @@ _FEWEST = 1024
 def attend_whole(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Attention of tensors on a CPU that nobody has checked; gradients are the fused kernel's.
+    """Attention of tensors on a CPU that nobody has checked, with gradients.
 
     Returns:
         Output and log-sum-exp; None for what breaks the layout contract or holds NaN or infinity,
@@ -35,7 +36,7 @@ def attend_whole(
     with torch.no_grad():
         found = attend_whole(q, k, v, causal=causal, scale=scale)
     scale = check_scale(scale, q.shape[-1])
-    return found and with_gradients(q, k, v, Partial(*found), causal, scale)
+    return found and with_gradients(q, k, v, Partial(*found), causal, scale, whole_gradients)
 
 
 def attend_by_rows(

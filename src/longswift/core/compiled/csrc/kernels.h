@@ -50,6 +50,15 @@ struct Bytes {
   }
 };
 
+// Inputs of the forward pass, its log-sum-exp (infinite for rows that saw nothing), `delta`, the sum of
+// the output times its gradient less that of the log-sum-exp, both fp32 and contiguous, and fp32
+// accumulators.
+struct Differentiated {
+  const at::Tensor &q, &k, &v, &lse, &delta, &d_out;
+  at::Tensor &d_q, &d_k, &d_v;
+  float scale;
+};
+
 // Sums of every `size` rows of `x [B, H, L, D]`, fp32 `[B, H, L / size, D]`.
 void sum_groups(const at::Tensor& x, at::Tensor out, int64_t size);
 
@@ -113,6 +122,38 @@ void merge_gathered(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 // The fields of a rectangle.
 void attend_tiles(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor out,
                   at::Tensor lse, at::IntArrayRef places, double scale);
+
+// Rows and keys of a square.
+int64_t gradient_square();
+
+// Gradients of bands in which a row sees keys [first, end), both int32 `[Hkv, Lq]` that never fall. The
+// first row and the first key of a square; squares of one call share neither.
+void add_band_gradients(const Differentiated& of, const at::Tensor& first, const at::Tensor& end,
+                        at::IntArrayRef places);
+
+// What blocks of queries see outside their bands, each row on its own: tokens `[1 or B, Hkv, N, C]`,
+// -1 for none, seen by queries at positions [from, until), int32 and contiguous, the last two perhaps
+// empty; sums of grains and pools as in `merge_gathered`, and the edges of the bands.
+struct Outside {
+  const at::Tensor &tokens, &from, &until, &k_grain, &v_grain, &k_sum, &v_sum, &edges;
+  int64_t block, pool, grain;
+  bool causal;
+};
+
+// Merges that into the result of the bands, `lse` with whole rows: the first of some blocks, how many.
+void merge_by_row(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                  const Outside& outside, at::Tensor out, at::Tensor lse, at::IntArrayRef places,
+                  double scale);
+
+// Accumulators like those sums.
+struct PoolGradients {
+  at::Tensor &d_k_grain, &d_v_grain, &d_k_sum, &d_v_sum;
+};
+
+// The first of some blocks of queries, how many; every place another head. `shares` is memory, fp32
+// `[places * blocks, C and columns, D + Dv]`.
+void add_gathered_gradients(const Differentiated& of, const Outside& outside,
+                            const PoolGradients& pools, at::Tensor shares, at::IntArrayRef places);
 
 // Every query sees every key, or every key up to its own when causal. The output, laid out by token
 // like PyTorch's own, the log-sum-exp, and whether the inputs are finite (if not, the others are of no

@@ -68,6 +68,39 @@ void merge(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const 
   merge_gathered(q, k, v, tokens, k_grain, v_grain, k_sum, v_sum, edges, out, lse, places, how);
 }
 
+void band_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                    const at::Tensor& lse, const at::Tensor& delta, const at::Tensor& d_out,
+                    at::Tensor d_q, at::Tensor d_k, at::Tensor d_v, const at::Tensor& first,
+                    const at::Tensor& end, at::IntArrayRef places, double scale) {
+  add_band_gradients({q, k, v, lse, delta, d_out, d_q, d_k, d_v, static_cast<float>(scale)}, first,
+                     end, places);
+}
+
+void merge_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                const at::Tensor& tokens, const at::Tensor& from, const at::Tensor& until,
+                const at::Tensor& k_grain, const at::Tensor& v_grain, const at::Tensor& k_sum,
+                const at::Tensor& v_sum, const at::Tensor& edges, at::Tensor out, at::Tensor lse,
+                at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal) {
+  merge_by_row(q, k, v,
+               {tokens, from, until, k_grain, v_grain, k_sum, v_sum, edges, sizes[0], sizes[1],
+                sizes[2], causal},
+               out, lse, places, scale);
+}
+
+void gathered_gradients(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const at::Tensor& lse, const at::Tensor& delta, const at::Tensor& d_out,
+                        at::Tensor d_q, at::Tensor d_k, at::Tensor d_v, const at::Tensor& tokens,
+                        const at::Tensor& from, const at::Tensor& until, const at::Tensor& k_grain,
+                        const at::Tensor& v_grain, const at::Tensor& k_sum, const at::Tensor& v_sum,
+                        const at::Tensor& edges, at::Tensor d_k_grain, at::Tensor d_v_grain,
+                        at::Tensor d_k_sum, at::Tensor d_v_sum, at::Tensor shares,
+                        at::IntArrayRef places, at::IntArrayRef sizes, double scale, bool causal) {
+  add_gathered_gradients({q, k, v, lse, delta, d_out, d_q, d_k, d_v, static_cast<float>(scale)},
+                         {tokens, from, until, k_grain, v_grain, k_sum, v_sum, edges, sizes[0],
+                          sizes[1], sizes[2], causal},
+                         {d_k_grain, d_v_grain, d_k_sum, d_v_sum}, shares, places);
+}
+
 }  // namespace
 
 }  // namespace longswift
@@ -109,6 +142,21 @@ TORCH_LIBRARY(longswift, m) {
       "tiles(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, int[] places, "
       "float scale) -> ()");
   m.def(
+      "merge_by_row(Tensor q, Tensor k, Tensor v, Tensor tokens, Tensor since, Tensor until, "
+      "Tensor k_grain, Tensor v_grain, Tensor k_sum, Tensor v_sum, Tensor edges, Tensor(a!) out, "
+      "Tensor(b!) lse, int[] places, int[] sizes, float scale, bool causal) -> ()");
+  m.def("gradient_square() -> int", longswift::gradient_square);
+  m.def(
+      "band_gradients(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor d_out, "
+      "Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor first, Tensor end, int[] places, "
+      "float scale) -> ()");
+  m.def(
+      "gathered_gradients(Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, Tensor d_out, "
+      "Tensor(a!) d_q, Tensor(b!) d_k, Tensor(c!) d_v, Tensor tokens, Tensor since, Tensor until, "
+      "Tensor k_grain, Tensor v_grain, Tensor k_sum, Tensor v_sum, Tensor edges, "
+      "Tensor(d!) d_k_grain, Tensor(e!) d_v_grain, Tensor(f!) d_k_sum, Tensor(g!) d_v_sum, "
+      "Tensor(h!) shares, int[] places, int[] sizes, float scale, bool causal) -> ()");
+  m.def(
       "whole(Tensor q, Tensor k, Tensor v, float? scale, bool causal) -> (Tensor, Tensor, int)");
   m.def("multiplies(Tensor like) -> bool");
   m.def("first_not_finite(Tensor[] tensors) -> int");
@@ -128,6 +176,9 @@ TORCH_LIBRARY_IMPL(longswift, CPU, m) {
   m.impl("choose_strict", longswift::choose_strict);
   m.impl("merge", longswift::merge);
   m.impl("tiles", longswift::attend_tiles);
+  m.impl("band_gradients", longswift::band_gradients);
+  m.impl("merge_by_row", longswift::merge_rows);
+  m.impl("gathered_gradients", longswift::gathered_gradients);
   m.impl("whole", longswift::attend_whole);
   m.impl("multiplies", longswift::multiplies_like);
   m.impl("first_not_finite", longswift::first_not_finite);

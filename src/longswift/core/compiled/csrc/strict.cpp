@@ -9,34 +9,44 @@ namespace {
 
 constexpr int64_t kWidth = 64;
 
+// Rows that are scored at once: as many as leave their scores in a near cache.
+constexpr int64_t kTogether = 32;
+
 // A budget that rows fill in turn.
 class Turns {
  public:
+  // Nothing of `keys` is taken yet.
+  void begin(int64_t keys) {
+    keys_ = keys;
+    std::fill_n(free_.get(keys), keys, 1.0f);
+    given_ = count_ = 0;
+  }
+
   // Row 0 takes a quarter of the budget, the rest is spread evenly over the rows of a complete block;
   // each row takes the keys it wants most among those not taken yet, if it wants them at all.
-  // `wanted` is [rows, keys], a row every `step` numbers. Returns how many were taken.
-  int64_t take(const float* wanted, int64_t step, int64_t rows, int64_t keys, int64_t budget,
-               int64_t block, int32_t* index, int32_t* owner) {
-    float* free = free_.get(keys);
-    std::fill(free, free + keys, 1.0f);
+  // `wanted` is [rows, keys], a row every `step` numbers, of the rows from `first` on.
+  void take(const float* wanted, int64_t step, int64_t first, int64_t rows, int64_t budget,
+            int64_t block, int32_t* index, int32_t* owner) {
+    float* free = free_.get(keys_);
     const int64_t head_start = std::max<int64_t>(1, budget / 4);
-    int64_t given = 0, count = 0;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = first; r < first + rows; ++r, wanted += step) {
       const int64_t due = head_start + (budget - head_start) * (r + 1) / block;
-      const int64_t quota = std::min(due - given, keys);
-      given = due;
+      const int64_t quota = std::min(due - given_, keys_);
+      given_ = due;
       if (quota <= 0) {
         continue;
       }
-      const int64_t taken = best(wanted + r * step, free, keys, quota, index + count);
-      for (int64_t i = count; i < count + taken; ++i) {
+      const int64_t taken = best(wanted, free, keys_, quota, index + count_);
+      for (int64_t i = count_; i < count_ + taken; ++i) {
         free[index[i]] = 0.0f;
         owner[i] = static_cast<int32_t>(r);
       }
-      count += taken;
+      count_ += taken;
     }
-    return count;
   }
+
+  // How many were taken.
+  int64_t count() const { return count_; }
 
  private:
   // Rows after the first take few keys, which are kept in order.
@@ -59,7 +69,7 @@ class Turns {
     int64_t k = 0;
     for (; k + kLanes <= keys; k += kLanes) {
       const Vec x = Vec::loadu(wanted + k) * Vec::loadu(free + k);
-      if (max_of(x) > limit) {
+      if (which_above(x, Vec(limit)) != 0) {
         for (int64_t i = k; i < k + kLanes; ++i) {
           limit = insert(wanted[i] * free[i], i, quota, limit, values, index, &count);
         }
@@ -88,6 +98,7 @@ class Turns {
 
   Buffer<float> free_, left_;
   Best order_;
+  int64_t keys_ = 0, given_ = 0, count_ = 0;
 };
 
 template <typename F>
@@ -141,24 +152,9 @@ class Strict {
   // Blocks of keys for every row in turn; writes their tokens and the rows that asked for them.
   int64_t propose(int64_t row, int64_t rows, int64_t candidates) {
     const int64_t width = round_up(candidates, kWidth), step = row_step(width), inner = 2 * dim_;
-    float* scores = mine_.scores.get(rows * step);
-    float* wanted = mine_.wanted.get(rows * step);
-    std::fill(wanted, wanted + rows * step, 0.0f);
-    for (int64_t g = 0; g < heads_; ++g) {
-      const F* factors = describe(g, row, rows);
-      for (int64_t column = 0; column < width; column += kWidth) {
-        multiply<F>(rows, kWidth, inner, factors, inner, panels_ + column * inner, kWidth,
-                    scores + column, step);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        float* of_row = scores + r * step;
-        raise(of_row, candidates, max_over(of_row, candidates), 0.0f, wanted + r * step);
-      }
-    }
+    float* scores = mine_.scores.get(kTogether * step);
+    float* wanted = mine_.wanted.get(kTogether * step);
     const int64_t sinks = std::min(choice_.sink_blocks, candidates);
-    for (int64_t r = 0; r < rows; ++r) {
-      std::fill(wanted + r * step, wanted + r * step + sinks, 0.0f);
-    }
     int32_t* blocks = mine_.blocks.get(sinks + choice_.proposed);
     int32_t* owner = mine_.block_owner.get(sinks + choice_.proposed);
     // Sinks are seen by every row, and so belong to every row's sum.
@@ -166,9 +162,27 @@ class Strict {
       blocks[j] = static_cast<int32_t>(j);
       owner[j] = 0;
     }
-    const int64_t count = sinks +
-        mine_.turns.take(wanted, step, rows, candidates, choice_.proposed, choice_.block,
-                         blocks + sinks, owner + sinks);
+    mine_.turns.begin(candidates);
+    for (int64_t first = 0; first < rows; first += kTogether) {
+      const int64_t some = std::min(kTogether, rows - first);
+      for (int64_t g = 0; g < heads_; ++g) {
+        const F* factors = describe(g, row + first, some);
+        for (int64_t column = 0; column < width; column += kWidth) {
+          multiply<F>(some, kWidth, inner, factors, inner, panels_ + column * inner, kWidth,
+                      scores + column, step);
+        }
+        for (int64_t r = 0; r < some; ++r) {
+          float* of_row = scores + r * step;
+          raise(of_row, candidates, max_over(of_row, candidates), 0.0f, wanted + r * step, g > 0);
+        }
+      }
+      for (int64_t r = 0; r < some; ++r) {
+        std::fill(wanted + r * step, wanted + r * step + sinks, 0.0f);
+      }
+      mine_.turns.take(wanted, step, first, some, choice_.proposed, choice_.block, blocks + sinks,
+                       owner + sinks);
+    }
+    const int64_t count = sinks + mine_.turns.count();
     const int64_t size = choice_.key_block;
     int32_t* tokens = mine_.tokens.get(count * size);
     int32_t* token_owner = mine_.token_owner.get(count * size);
@@ -204,38 +218,43 @@ class Strict {
     for (int64_t p = 0; p < width; p += kWidth) {
       pack_transposed<F>(keys + p * dim_, dim_, kWidth, dim_, packed + p * dim_, kWidth);
     }
-    float* scores = mine_.scores.get(rows * step);
-    float* wanted = mine_.wanted.get(rows * step);
-    std::fill(wanted, wanted + rows * step, 0.0f);
-    for (int64_t g = 0; g < heads_; ++g) {
-      int64_t q_step;
-      const F* queries = factors<T, F>(q_[g], row, rows, dim_, mine_.wide, &q_step);
-      for (int64_t p = 0; p < width; p += kWidth) {
-        multiply<F>(rows, kWidth, dim_, queries, q_step, packed + p * dim_, kWidth, scores + p,
-                    step);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        float* of_row = scores + r * step;
-        for (int64_t t = 0; t < count; ++t) {
-          of_row[t] = asked[t] <= r ? of_row[t] * choice_.scale : kHidden;
+    float* scores = mine_.scores.get(kTogether * step);
+    float* wanted = mine_.wanted.get(kTogether * step);
+    int32_t *index = mine_.index.get(choice_.budget), *owner = mine_.owner.get(choice_.budget);
+    mine_.turns.begin(count);
+    for (int64_t first = 0; first < rows; first += kTogether) {
+      const int64_t some = std::min(kTogether, rows - first);
+      for (int64_t g = 0; g < heads_; ++g) {
+        int64_t q_step;
+        const F* queries = factors<T, F>(q_[g], row + first, some, dim_, mine_.wide, &q_step);
+        for (int64_t p = 0; p < width; p += kWidth) {
+          multiply<F>(some, kWidth, dim_, queries, q_step, packed + p * dim_, kWidth, scores + p,
+                      step);
         }
-        const float band = lse_[g][row + r], top = std::max(band, max_over(of_row, count));
-        raise(of_row, count, top, std::exp(band - top), wanted + r * step);
-      }
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      if (tokens[t] < choice_.sinks) {
-        for (int64_t r = 0; r < rows; ++r) {
-          wanted[r * step + t] = 0.0f;
+        for (int64_t r = 0; r < some; ++r) {
+          float* of_row = scores + r * step;
+          for (int64_t t = 0; t < count; ++t) {
+            of_row[t] = asked[t] <= first + r ? of_row[t] * choice_.scale : kHidden;
+          }
+          const float band = lse_[g][row + first + r];
+          const float top = std::max(band, max_over(of_row, count));
+          raise(of_row, count, top, std::exp(band - top), wanted + r * step, g > 0);
         }
       }
+      for (int64_t t = 0; t < count; ++t) {
+        if (tokens[t] < choice_.sinks) {
+          for (int64_t r = 0; r < some; ++r) {
+            wanted[r * step + t] = 0.0f;
+          }
+        }
+      }
+      mine_.turns.take(wanted, step, first, some, choice_.budget, choice_.block, index, owner);
     }
-    return mine_.turns.take(wanted, step, rows, count, choice_.budget, choice_.block,
-                            mine_.index.get(choice_.budget), mine_.owner.get(choice_.budget));
+    return mine_.turns.count();
   }
 
-  // wanted = max(wanted, exp(scores - top) / (their sum + more))
-  static void raise(float* scores, int64_t n, float top, float more, float* wanted) {
+  // wanted = exp(scores - top) / (their sum + more), or the maximum of that and what was `wanted`.
+  static void raise(float* scores, int64_t n, float top, float more, float* wanted, bool again) {
     Vec total(0.0f);
     const Vec shift(top);
     int64_t i = 0;
@@ -251,10 +270,11 @@ class Strict {
     }
     const Vec by(1.0f / sum);
     for (i = 0; i + kLanes <= n; i += kLanes) {
-      larger(Vec::loadu(wanted + i), Vec::loadu(scores + i) * by).store(wanted + i);
+      const Vec x = Vec::loadu(scores + i) * by;
+      (again ? larger(Vec::loadu(wanted + i), x) : x).store(wanted + i);
     }
     for (; i < n; ++i) {
-      wanted[i] = std::max(wanted[i], scores[i] / sum);
+      wanted[i] = std::max(again ? wanted[i] : 0.0f, scores[i] / sum);
     }
   }
 
