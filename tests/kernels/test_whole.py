@@ -133,17 +133,18 @@ def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert attend_by_rows(q, k, v, causal=causal, scale=0.2) is None
 
 
-def test_more_keys_than_others_take() -> None:
-    """bf16 in the processor's tile unit, if it has one."""
-    q, k, v = (x.bfloat16() for x in made(9000, 9000, heads=1, width=64, value_width=64))
+@pytest.mark.parametrize("dtype,atol", [(torch.bfloat16, 4e-3), (torch.float32, 1e-5)])
+def test_more_keys_than_others_take(dtype: torch.dtype, atol: float) -> None:
+    """Some processors multiply so fast that packing many keys is worth it."""
+    q, k, v = (x.to(dtype) for x in made(9000, 9000, heads=1, width=64, value_width=64))
     result = Full()(q, k, v, causal=True)
     rows = torch.arange(0, 9000, 321)
     scores = (q[0, 0, rows].double() @ k[0, 0].double().T) * 64**-0.5
     scores.masked_fill_(torch.arange(9000) > rows[:, None], -torch.inf)
     exact = scores.softmax(-1) @ v[0, 0].double()
-    torch.testing.assert_close(result.out[0, 0, rows].double(), exact, rtol=0, atol=4e-3)
+    torch.testing.assert_close(result.out[0, 0, rows].double(), exact, rtol=0, atol=atol)
     torch.testing.assert_close(
-        result.lse[0, 0, rows].double(), scores.logsumexp(-1), rtol=0, atol=1e-3
+        result.lse[0, 0, rows].double(), scores.logsumexp(-1), rtol=0, atol=max(atol / 4, 1e-5)
     )
 
 
