@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t kWidth = 64;
 
+// Where exponentials are nothing.
+constexpr float kNothing = -87.336f;
 // Rows that are scored at once: as many as leave their scores in a near cache.
 constexpr int64_t kTogether = 32;
 
@@ -18,15 +20,15 @@ class Turns {
   // Nothing of `keys` is taken yet.
   void begin(int64_t keys) {
     keys_ = keys;
-    std::fill_n(free_.get(keys), keys, 1.0f);
+    std::fill_n(free_.get(keys), keys, 0.0f);
     given_ = count_ = 0;
   }
 
   // Row 0 takes a quarter of the budget, the rest is spread evenly over the rows of a complete block;
-  // each row takes the keys it wants most among those not taken yet, if it wants them at all.
-  // `wanted` is [rows, keys], a row every `step` numbers, of the rows from `first` on.
-  void take(const float* wanted, int64_t step, int64_t first, int64_t rows, int64_t budget,
-            int64_t block, int32_t* index, int32_t* owner) {
+  // each row takes the keys it wants most among those not taken yet, if it wants them more than
+  // `least`. `wanted` is [rows, keys], a row every `step` numbers, of the rows from `first` on.
+  void take(const float* wanted, int64_t step, const float* least, int64_t first, int64_t rows,
+            int64_t budget, int64_t block, int32_t* index, int32_t* owner) {
     float* free = free_.get(keys_);
     const int64_t head_start = std::max<int64_t>(1, budget / 4);
     for (int64_t r = first; r < first + rows; ++r, wanted += step) {
@@ -36,9 +38,9 @@ class Turns {
       if (quota <= 0) {
         continue;
       }
-      const int64_t taken = best(wanted, free, keys_, quota, index + count_);
+      const int64_t taken = best(wanted, free, least[r - first], keys_, quota, index + count_);
       for (int64_t i = count_; i < count_ + taken; ++i) {
-        free[index[i]] = 0.0f;
+        free[index[i]] = kHidden;
         owner[i] = static_cast<int32_t>(r);
       }
       count_ += taken;
@@ -52,31 +54,31 @@ class Turns {
   // Rows after the first take few keys, which are kept in order.
   static constexpr int64_t kFew = 8;
 
-  int64_t best(const float* wanted, const float* free, int64_t keys, int64_t quota,
+  int64_t best(const float* wanted, const float* free, float least, int64_t keys, int64_t quota,
                int32_t* index) {
     if (quota > kFew) {
       float* left = left_.get(keys);
       for (int64_t k = 0; k < keys; ++k) {
-        const float x = wanted[k] * free[k];
-        left[k] = x > 0.0f ? x : kHidden;
+        const float x = wanted[k] + free[k];
+        left[k] = x > least ? x : kHidden;
       }
       return order_.find(left, keys, quota, index);
     }
     float values[kFew];
     int64_t count = 0;
     // What a key must exceed to be among the best so far.
-    float limit = 0.0f;
+    float limit = least;
     int64_t k = 0;
     for (; k + kLanes <= keys; k += kLanes) {
-      const Vec x = Vec::loadu(wanted + k) * Vec::loadu(free + k);
+      const Vec x = Vec::loadu(wanted + k) + Vec::loadu(free + k);
       if (which_above(x, Vec(limit)) != 0) {
         for (int64_t i = k; i < k + kLanes; ++i) {
-          limit = insert(wanted[i] * free[i], i, quota, limit, values, index, &count);
+          limit = insert(wanted[i] + free[i], i, quota, limit, values, index, &count);
         }
       }
     }
     for (; k < keys; ++k) {
-      limit = insert(wanted[k] * free[k], k, quota, limit, values, index, &count);
+      limit = insert(wanted[k] + free[k], k, quota, limit, values, index, &count);
     }
     return count;
   }
@@ -93,7 +95,7 @@ class Turns {
     }
     values[place] = x;
     index[place] = static_cast<int32_t>(key);
-    return *count < quota ? 0.0f : values[quota - 1];
+    return *count < quota ? limit : values[quota - 1];
   }
 
   Buffer<float> free_, left_;
@@ -153,7 +155,8 @@ class Strict {
   int64_t propose(int64_t row, int64_t rows, int64_t candidates) {
     const int64_t width = round_up(candidates, kWidth), step = row_step(width), inner = 2 * dim_;
     float* scores = mine_.scores.get(kTogether * step);
-    float* wanted = mine_.wanted.get(kTogether * step);
+    float* wanted = heads_ == 1 ? scores : mine_.wanted.get(kTogether * step);
+    float least[kTogether];
     const int64_t sinks = std::min(choice_.sink_blocks, candidates);
     int32_t* blocks = mine_.blocks.get(sinks + choice_.proposed);
     int32_t* owner = mine_.block_owner.get(sinks + choice_.proposed);
@@ -173,14 +176,15 @@ class Strict {
         }
         for (int64_t r = 0; r < some; ++r) {
           float* of_row = scores + r * step;
-          raise(of_row, candidates, max_over(of_row, candidates), 0.0f, wanted + r * step, g > 0);
+          want(g, of_row, candidates, max_over(of_row, candidates), 0.0f, wanted + r * step,
+               least + r);
         }
       }
       for (int64_t r = 0; r < some; ++r) {
-        std::fill(wanted + r * step, wanted + r * step + sinks, 0.0f);
+        std::fill(wanted + r * step, wanted + r * step + sinks, kHidden);
       }
-      mine_.turns.take(wanted, step, first, some, choice_.proposed, choice_.block, blocks + sinks,
-                       owner + sinks);
+      mine_.turns.take(wanted, step, least, first, some, choice_.proposed, choice_.block,
+                       blocks + sinks, owner + sinks);
     }
     const int64_t count = sinks + mine_.turns.count();
     const int64_t size = choice_.key_block;
@@ -219,7 +223,8 @@ class Strict {
       pack_transposed<F>(keys + p * dim_, dim_, kWidth, dim_, packed + p * dim_, kWidth);
     }
     float* scores = mine_.scores.get(kTogether * step);
-    float* wanted = mine_.wanted.get(kTogether * step);
+    float* wanted = heads_ == 1 ? scores : mine_.wanted.get(kTogether * step);
+    float least[kTogether];
     int32_t *index = mine_.index.get(choice_.budget), *owner = mine_.owner.get(choice_.budget);
     mine_.turns.begin(count);
     for (int64_t first = 0; first < rows; first += kTogether) {
@@ -238,19 +243,31 @@ class Strict {
           }
           const float band = lse_[g][row + first + r];
           const float top = std::max(band, max_over(of_row, count));
-          raise(of_row, count, top, std::exp(band - top), wanted + r * step, g > 0);
+          want(g, of_row, count, top, std::exp(band - top), wanted + r * step, least + r);
         }
       }
       for (int64_t t = 0; t < count; ++t) {
         if (tokens[t] < choice_.sinks) {
           for (int64_t r = 0; r < some; ++r) {
-            wanted[r * step + t] = 0.0f;
+            wanted[r * step + t] = kHidden;
           }
         }
       }
-      mine_.turns.take(wanted, step, first, some, choice_.budget, choice_.block, index, owner);
+      mine_.turns.take(wanted, step, least, first, some, choice_.budget, choice_.block, index, owner);
     }
     return mine_.turns.count();
+  }
+
+  // What a row of a head wants: of a single head scores are in the order of their probabilities, of
+  // several the largest probability counts.
+  void want(int64_t g, float* scores, int64_t n, float top, float more, float* wanted,
+            float* least) const {
+    if (heads_ == 1) {
+      *least = top + kNothing;
+      return;
+    }
+    *least = 0.0f;
+    raise(scores, n, top, more, wanted, g > 0);
   }
 
   // wanted = exp(scores - top) / (their sum + more), or the maximum of that and what was `wanted`.
