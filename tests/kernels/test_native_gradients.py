@@ -22,6 +22,8 @@ from tests.kernels.test_patterns import Problem
 
 RUNS, WHY = native.verify(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(not RUNS, reason=WHY)
+# What patterns say of tokens that are seen from some row on.
+FOREVER = 2**62
 
 
 def weights_for(problem: Problem) -> Tensor:
@@ -64,6 +66,7 @@ def long_problem(causal: bool, queries: int, keys: int, scale: float = 0.2) -> P
     blocks = range(offset // block, (keys - 1) // block + 1)
     tokens = torch.full((1, 2, len(blocks), 100), -1, dtype=torch.int32)
     since = torch.zeros_like(tokens)
+    until = torch.full(tokens.shape, FOREVER)
     for head, band in enumerate(bands):
         for i, n in enumerate(blocks):
             start = n * block // band.tile * band.tile
@@ -74,6 +77,7 @@ def long_problem(causal: bool, queries: int, keys: int, scale: float = 0.2) -> P
             some = own[free][torch.randperm(int(free.sum()), generator=generator)[:90]]
             tokens[0, head, i, : len(some)] = some.int()
             since[0, head, i] = n * block + torch.randint(-40, block, (100,), generator=generator)
+            until[0, head, i, ::2] = since[0, head, i, ::2] + 30
     q, k, v = (
         torch.randn(2, heads, length, 48, generator=generator)
         for heads, length in ((4, queries), (2, keys), (2, keys))
@@ -84,6 +88,7 @@ def long_problem(causal: bool, queries: int, keys: int, scale: float = 0.2) -> P
         block=block,
         tokens=tokens,
         visible_from=since if causal else None,
+        visible_until=None if causal else until,
         pool=192,
         pool_grain=96,
     )

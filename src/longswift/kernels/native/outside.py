@@ -76,7 +76,9 @@ def with_whole_rows(*tensors: Tensor) -> list[Tensor]:
 def _whole_numbers(x: Tensor | None) -> Tensor:
     if x is None:
         return torch.empty(0, dtype=torch.int32)
-    return x.to(torch.int32).contiguous()
+    # Who sees a token for ever sees it until beyond every position.
+    limits = torch.iinfo(torch.int32)
+    return x.clamp(limits.min, limits.max).to(torch.int32).contiguous()
 
 
 def _group_sums(x: Tensor, size: int) -> Tensor:
