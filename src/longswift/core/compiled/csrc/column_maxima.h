@@ -104,7 +104,7 @@ class ColumnMaxima {
                      meanwhile();
                      for (int tile = 0; tile < 2; ++tile, c += 16) {
                        if (c >= first && c < end) {
-  #pragma GCC unroll 16
+#pragma GCC unroll 16
                          for (int i = 0; i < 16; ++i) {
                            best[i] = Sums::loadu(scores[tile] + 16 * i);
                          }
@@ -118,7 +118,7 @@ class ColumnMaxima {
           by_pairs(rows, step, count, only, panels, first, end, start,
                    [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                      meanwhile();
-  #pragma GCC unroll 16
+#pragma GCC unroll 16
                      for (int i = 0; i < 16; ++i) {
                        best[i] = both(i, scores);
                      }
@@ -131,7 +131,7 @@ class ColumnMaxima {
         by_pairs(rows, step, count, only, panels, first, end, start,
                  [&](int64_t r, int64_t c, const Pair& scores) __attribute__((always_inline)) {
                    meanwhile();
-  #pragma GCC unroll 16
+#pragma GCC unroll 16
                    for (int i = 0; i < 16; ++i) {
                      const Sums x = both(i, scores);
                      best[i] = inside == 0 ? x : larger(best[i], x);
