@@ -118,17 +118,13 @@ class BlockPattern:
         """
         assert self.tokens is not None
         limits = torch.iinfo(torch.int32)
-
-        def narrow(x: Tensor) -> Tensor:
-            return x.to(device).clamp(limits.min, limits.max).to(torch.int32)
-
-        tokens = narrow(self.tokens)
+        tokens = as_int32(self.tokens.to(device))
         since = tokens if self.causal else torch.full_like(tokens, limits.min)
         if self.visible_from is not None:
-            since = torch.maximum(since, narrow(self.visible_from))
+            since = torch.maximum(since, as_int32(self.visible_from.to(device)))
         until = torch.full_like(tokens, limits.max)
         if self.visible_until is not None:
-            until = narrow(self.visible_until)
+            until = as_int32(self.visible_until.to(device))
         return tokens.clamp(min=0), since, until.masked_fill(tokens < 0, limits.min)
 
     def gathered_mask(self, q_len: int, k_len: int, device: torch.device) -> Tensor:
@@ -157,3 +153,9 @@ class BlockPattern:
             key = torch.arange(k_len, device=device)
             mask = mask & (key <= torch.arange(k_len - q_len, k_len, device=device)[:, None])
         return mask.repeat_interleave(groups, dim=1)
+
+
+def as_int32(x: Tensor) -> Tensor:
+    """Positions as int32; "for ever", which lies beyond every position, stays beyond them."""
+    limits = torch.iinfo(torch.int32)
+    return x.clamp(limits.min, limits.max).to(torch.int32)

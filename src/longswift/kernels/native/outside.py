@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longswift.core import compiled
-from longswift.core.pattern import BlockPattern
+from longswift.core.pattern import BlockPattern, as_int32
 from longswift.core.pools import Pools, block_edges, build_pools
 from longswift.core.summary import KeySummary
 
@@ -76,9 +76,7 @@ def with_whole_rows(*tensors: Tensor) -> list[Tensor]:
 def _whole_numbers(x: Tensor | None) -> Tensor:
     if x is None:
         return torch.empty(0, dtype=torch.int32)
-    # Who sees a token for ever sees it until beyond every position.
-    limits = torch.iinfo(torch.int32)
-    return x.clamp(limits.min, limits.max).to(torch.int32).contiguous()
+    return as_int32(x).contiguous()
 
 
 def _group_sums(x: Tensor, size: int) -> Tensor:

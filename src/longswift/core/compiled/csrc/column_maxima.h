@@ -332,19 +332,17 @@ class ColumnMaxima {
     if (count == 0) {
       return;
     }
-    if constexpr (kUnitOf<F>) {
 #if defined(LONGSWIFT_TILES)
-      if (dim_ == kInner) {
-        by_tiles<1>(rows, step, count, only, panels, first, end, start, use);
-      } else if (dim_ == 2 * kInner) {
-        by_tiles<2>(rows, step, count, only, panels, first, end, start, use);
-      } else {
-        by_tiles<0>(rows, step, count, only, panels, first, end, start, use);
-      }
-#elif defined(LONGSWIFT_BYTE_DOTS) || defined(LONGSWIFT_PAIR_DOTS)
-      by_dots(rows, step, count, only, panels, first, end, start, use);
-#endif
+    if (dim_ == kInner) {
+      by_tiles<1>(rows, step, count, only, panels, first, end, start, use);
+    } else if (dim_ == 2 * kInner) {
+      by_tiles<2>(rows, step, count, only, panels, first, end, start, use);
+    } else {
+      by_tiles<0>(rows, step, count, only, panels, first, end, start, use);
     }
+#elif defined(LONGSWIFT_BYTE_DOTS) || defined(LONGSWIFT_PAIR_DOTS)
+    by_dots(rows, step, count, only, panels, first, end, start, use);
+#endif
   }
 
 #if defined(LONGSWIFT_TILES)

@@ -1,5 +1,6 @@
 // Attention of blocks of queries to gathered tokens and pooled means, merged into their windows'.
 #include "kernels.h"
+#include "pool_columns.h"
 #include "tile_attention.h"
 
 namespace longswift {
@@ -153,35 +154,25 @@ class Merger {
 
   // Sums and counts of the pools outside the window, without the gathered tokens.
   int64_t pool_columns(const int32_t* tokens, int64_t count, int64_t start, int64_t end) {
-    const int64_t size = how_.pool, left = start / size;
-    const bool right = !how_.causal && end < k_len_;
-    // Whole pools before the window, the cut one, the cut one after it, whole pools.
-    const int64_t after = right ? end / size + (end % size > 0) : pools_;
-    const int64_t columns = left + 2 + (pools_ - after);
-    float* counts = mine_.counts.get(columns);
-    float* keys = mine_.mean_keys.get(columns * dim_);
-    float* values = mine_.mean_values.get(columns * value_dim_);
-    for (int64_t p = 0; p < left; ++p) {
-      whole(p, p, counts, keys, values);
-    }
-    cut(left, left * size, start, counts, keys, values);
-    const int64_t right_end = right ? std::min((end / size + 1) * size, k_len_) : end;
-    const bool cuts = right && end % size > 0;
-    cut(left + 1, end, cuts ? right_end : end, counts, keys, values);
-    for (int64_t p = after; p < pools_; ++p) {
-      whole(p, left + 2 + p - after, counts, keys, values);
+    const PoolColumns columns(how_.pool, start, end, k_len_, pools_, how_.causal);
+    float* counts = mine_.counts.get(columns.count);
+    float* keys = mine_.mean_keys.get(columns.count * dim_);
+    float* values = mine_.mean_values.get(columns.count * value_dim_);
+    for (int64_t c = 0; c < columns.count; ++c) {
+      const int64_t pool = columns.pool(c);
+      if (pool >= 0) {
+        whole(pool, c, counts, keys, values);
+      } else {
+        cut(columns, c, counts, keys, values);
+      }
     }
     for (int64_t t = 0; t < count; ++t) {
-      const int64_t token = tokens[t], pool = token / size;
-      int64_t column = pool;
-      if (token >= end) {
-        column = cuts && token < right_end ? left + 1 : left + 2 + pool - after;
-      }
+      const int64_t token = tokens[t], column = columns.of_token(token);
       counts[column] -= 1.0f;
       subtract(keys + column * dim_, k_.row(token), dim_);
       subtract(values + column * value_dim_, v_.row(token), value_dim_);
     }
-    return columns;
+    return columns.count;
   }
 
   void whole(int64_t pool, int64_t column, float* counts, float* keys, float* values) {
@@ -190,12 +181,12 @@ class Merger {
     std::memcpy(values + column * value_dim_, value_sums_.row(pool), value_dim_ * sizeof(float));
   }
 
-  void cut(int64_t column, int64_t from, int64_t to, float* counts, float* keys, float* values) {
-    counts[column] = static_cast<float>(to - from);
+  void cut(const PoolColumns& columns, int64_t column, float* counts, float* keys, float* values) {
+    counts[column] = static_cast<float>(columns.cut(column));
     float *key = keys + column * dim_, *value = values + column * value_dim_;
     std::fill(key, key + dim_, 0.0f);
     std::fill(value, value + value_dim_, 0.0f);
-    for (int64_t g = from / how_.grain; from < to && g * how_.grain < to; ++g) {
+    columns.for_each_grain(column, how_.grain, [&](int64_t g) {
       const float *more_key = key_grains_.row(g), *more_value = value_grains_.row(g);
       for (int64_t d = 0; d < dim_; ++d) {
         key[d] += more_key[d];
@@ -203,7 +194,7 @@ class Merger {
       for (int64_t d = 0; d < value_dim_; ++d) {
         value[d] += more_value[d];
       }
-    }
+    });
   }
 
   static void subtract(float* from, const T* row, int64_t n) {
