@@ -22,6 +22,16 @@ def line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV: tl.constexp
     return batch * q_b + query_head.to(tl.int64) * q_h + row.to(tl.int64) * q_l
 
 
+@triton.jit
+def _members(ORDER, lists, member, exists, MEMBERS: tl.constexpr, WHOLE: tl.constexpr):
+    """Lines of members ``[groups, N]``; the last of an odd number of members comes twice."""
+    if WHOLE:
+        return tl.minimum(member, MEMBERS - 1)[None, :] + tl.zeros_like(lists).to(tl.int32)[:, None]
+    return tl.load(
+        ORDER + lists[:, None] + tl.minimum(member, MEMBERS - 1)[None, :], mask=exists, other=0
+    )
+
+
 @triton.jit(do_not_specialize=("groups", "count", "first_row", "rows"))
 def halve(
     Q,
@@ -42,61 +52,56 @@ def halve(
     PAD: tl.constexpr,
     AT_ONCE: tl.constexpr,
     STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPARE: tl.constexpr,
 ):
-    """Halves groups ``[Z, groups, MEMBERS]`` at the median of the channel that varies most."""
+    """Halves groups ``[Z, groups, MEMBERS]`` at the median of the channel that varies most.
+
+    ``WHOLE``: the one group of a block is all of its rows. ``SPARE``: bits that all numbers share
+    when they become fp32.
+    """
     z = tl.program_id(0) // tl.cdiv(groups, AT_ONCE)
     group = tl.program_id(0) % tl.cdiv(groups, AT_ONCE) * AT_ONCE + tl.arange(0, AT_ONCE)
-    # The last member of an odd number counts twice.
     HALF: tl.constexpr = (MEMBERS + 1) // 2
     lists = (z.to(tl.int64) * groups + group) * MEMBERS
     column = tl.arange(0, D_PAD)
-    origin = tl.load(ORDER + lists, mask=group < groups, other=0)
-    origin = line_places(z, origin, count, first_row, rows, q_b, q_h, q_l, HKV, G)
-    real = (group < groups)[:, None] & (column < D)[None, :]
-    zero = tl.load(Q + origin[:, None] + column[None, :], mask=real, other=0.0).to(tl.float32)
     total = tl.zeros([AT_ONCE, D_PAD], tl.float32)
     squares = tl.zeros([AT_ONCE, D_PAD], tl.float32)
     for start in range(0, PAD, STEP):
         member = start + tl.arange(0, STEP)
         there = (group < groups)[:, None] & (member < 2 * HALF)[None, :]
-        entry = lists[:, None] + tl.minimum(member, MEMBERS - 1)[None, :]
-        line = tl.load(ORDER + entry, mask=there, other=0)
+        line = _members(ORDER, lists, member, there, MEMBERS, WHOLE)
         source = line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV, G)
         inside = there[:, :, None] & (column < D)[None, None, :]
         x = tl.load(Q + source[:, :, None] + column[None, None, :], mask=inside, other=0.0)
-        x = tl.where(inside, x.to(tl.float32) - zero[:, None, :], 0.0)
+        x = x.to(tl.float32)
         total += tl.sum(x, 1)
         squares += tl.sum(x * x, 1)
     spread = squares - total * total / (2 * HALF)
-    # What is no number spreads least, and is largest below: a half is never too long.
+    # What is no number spreads least, and is largest below: halves are equally long all the same.
     spread = tl.where((spread == spread) & (column < D)[None, :], spread, -1.0)
     widest = tl.minimum(tl.argmax(spread, 1), D - 1)
     index = tl.arange(0, PAD)
     exists = (group < groups)[:, None] & (index < 2 * HALF)[None, :]
-    at = lists[:, None] + tl.minimum(index, MEMBERS - 1)[None, :]
-    mine = tl.load(ORDER + at, mask=exists, other=0)
+    mine = _members(ORDER, lists, index, exists, MEMBERS, WHOLE)
     place = line_places(z, mine, count, first_row, rows, q_b, q_h, q_l, HKV, G)
     value = tl.load(Q + place + widest[:, None], mask=exists, other=0.0).to(tl.float32)
-    value = tl.where(value == value, value, float("inf"))
-    rank = tl.zeros([AT_ONCE, PAD], tl.int32)
-    for start in range(0, PAD, STEP):
-        other = start + tl.arange(0, STEP)
-        there = (group < groups)[:, None] & (other < 2 * HALF)[None, :]
-        entry = lists[:, None] + tl.minimum(other, MEMBERS - 1)[None, :]
-        line = tl.load(ORDER + entry, mask=there, other=0)
-        source = line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV, G)
-        theirs = tl.load(Q + source + widest[:, None], mask=there, other=0.0).to(tl.float32)
-        theirs = tl.where(theirs == theirs, theirs, float("inf"))
-        less = theirs[:, None, :] < value[:, :, None]
-        tied = theirs[:, None, :] == value[:, :, None]
-        earlier = (other[None, :] < index[:, None])[None, :, :]
-        before = (less | (tied & earlier)) & there[:, None, :]
-        rank += tl.sum(before.to(tl.int32), 2)
-    low = (rank < HALF) & exists
+    bits = tl.where(value == value, value, float("inf")).to(tl.int32, bitcast=True)
+    # Integers in the order of the numbers; -0 equals 0.
+    level = tl.where(value == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    level = tl.where(exists, level, 0x7FFFFFFF) >> SPARE
+    negative = tl.sum((level < 0).to(tl.int32), 1)
+    median = tl.where(negative < HALF, 0, -0x80000000) >> SPARE
+    for turn in range(0, 31 - SPARE):
+        trial = median | (1 << (30 - SPARE - turn))
+        below = tl.sum((level < trial[:, None]).to(tl.int32), 1)
+        median = tl.where(below < HALF, trial, median)
+    ties = HALF - tl.sum((level < median[:, None]).to(tl.int32), 1)
+    tied = (level == median[:, None]).to(tl.int32)
+    low = (level < median[:, None]) | ((tied != 0) & (tl.cumsum(tied, 1) <= ties[:, None]))
     lower = tl.cumsum(low.to(tl.int32), 1)
-    slot = tl.where(low, lower - 1, index[None, :] - lower)
-    half = tl.where(low, 0, HALF)
-    tl.store(HALVES + 2 * HALF * (lists[:, None] // MEMBERS) + half + slot, mine, mask=exists)
+    slot = tl.where(low, lower - 1, HALF + index[None, :] - lower)
+    tl.store(HALVES + 2 * HALF * (lists[:, None] // MEMBERS) + slot, mine, mask=exists)
 
 
 @triton.jit(do_not_specialize=("total", "groups", "count", "first_row", "rows"))
@@ -234,7 +239,7 @@ def log_sums(
     tl.store(SUMS + problem.to(tl.int64) * count * groups + line, total, mask=block < count)
 
 
-@triton.jit(do_not_specialize=("k_len", "width", "count", "first", "blocks", "skip", "chunk"))
+@triton.jit(do_not_specialize=("k_len", "count", "first", "blocks", "skip", "chunk"))
 def rank_keys(
     MEANS,
     SUMS,

@@ -33,10 +33,16 @@ _MOST = 16384
 # Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
 # that only weigh centroids against each other, and the best of every 16 keys in it.
 _MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
+# Rows of tables are multiples of this, so that threads load several numbers at once.
+_ALIGNED = 64
 # Keys a program ranks.
 _CHUNK = 4096
 # Numbers looked at in a step of a search.
-_SEARCHED = 2048
+_SEARCHED = 8192
+# Numbers of rows looked at in a step, when groups are halved.
+_HALVED = 16384
+# Low bits of fp32 that tell nothing of numbers that were narrower.
+_SPARE = {torch.bfloat16: 16, torch.float16: 13}
 
 
 class Tile(NamedTuple):
@@ -55,10 +61,10 @@ class Tile(NamedTuple):
 
 # Of each kernel: for 16-bit heads up to 128, and for the others.
 _TILES = {
-    "log_sums": (Tile(128, _TILE, 4, 3), Tile(64, _TILE, 4, 2)),
-    "rank_keys": (Tile(128, 256, 8, 3), Tile(64, 64, 4, 2)),
-    "row_totals": (Tile(128, 64, 4, 3), Tile(64, 32, 4, 2)),
-    "key_shares": (Tile(128, 128, 8, 3), Tile(64, 32, 4, 2)),
+    "log_sums": (Tile(128, _TILE, 8, 3), Tile(64, _TILE, 4, 2)),
+    "rank_keys": (Tile(64, 256, 4, 3), Tile(64, 64, 4, 2)),
+    "row_totals": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2)),
+    "key_shares": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2)),
 }
 
 
@@ -193,14 +199,14 @@ class _Call:
             width = int(starts[index : index + count].max()) if causal else k_len
             # A block without candidates keeps its empty slots.
             if width > 0:
-                self._choose(part, most, width)
+                self._choose(part, most, -(-width // _ALIGNED) * _ALIGNED)
 
     def _choose(self, run: BlockRun, most: int, width: int) -> None:
         means, groups = self._means(run, most)
         ranks = self._ranks(run, means, groups, width)
         problems = self._problems * run.count
         proposed = min(self.candidates, width)
-        slots = proposed + self.sinks
+        slots = -(-(proposed + self.sinks) // _ALIGNED) * _ALIGNED
         index = torch.empty(problems, slots, dtype=torch.int32, device=self.q.device)
         count = torch.empty(problems, 2, dtype=torch.int32, device=self.q.device)
         picking_kernels.pick_keys[(problems,)](
@@ -219,25 +225,31 @@ class _Call:
     def _means(self, run: BlockRun, most: int) -> tuple[Tensor, int]:
         """Scaled means ``[B * Hkv * count * groups, D]`` of similar rows, and ``groups``."""
         problems, members = self._problems * run.count, self._heads["G"] * run.rows
-        order = torch.arange(members, dtype=torch.int32, device=self.q.device)
-        order, groups = order.repeat(problems), 1
+        order, groups = None, 1
         places = run.count, run.row, run.rows
+        at_once = _HALVED // self._dims["D_PAD"]
         while members > most:
             half = (members + 1) // 2
             pad = triton.next_power_of_2(2 * half)
-            at_once = max(1, 32 // pad)
-            halves = order.new_empty(problems * groups * 2 * half)
-            centroid_kernels.halve[(problems * triton.cdiv(groups, at_once),)](
+            together = max(1, min(groups, at_once // pad))
+            halves = torch.empty(
+                problems * groups * 2 * half, dtype=torch.int32, device=self.q.device
+            )
+            centroid_kernels.halve[(problems * triton.cdiv(groups, together),)](
                 *(self.q, order, halves, groups, *places, *self._q_strides),
                 **self._heads,
                 **self._dims,
                 MEMBERS=members,
                 PAD=pad,
-                AT_ONCE=at_once,
-                STEP=min(32, pad),
-                num_warps=8 if pad > 128 else 4,
+                AT_ONCE=together,
+                STEP=min(at_once // together, pad),
+                WHOLE=order is None,
+                SPARE=_SPARE.get(self.q.dtype, 0),
+                num_warps=8,
             )
             order, members, groups = halves, half, 2 * groups
+        if order is None:
+            order = torch.arange(members, dtype=torch.int32, device=self.q.device).repeat(problems)
         total = problems * groups
         means = self.q.new_empty(total, self.q.shape[3])
         centroid_kernels.average[(triton.cdiv(total, 32),)](

@@ -11,14 +11,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _level(rank, exists):
-    """Ranks of 16 bits as integers in the same order; -inf and nothing lie below 1,024."""
+def _levels(RANKS, at, reach, width, N: tl.constexpr):
+    """Ranks of 16 bits as integers in the same order; hidden and missing ones lie below 1,024."""
+    key = at + tl.arange(0, N)
+    # Only a width that is a multiple of 16 lets a thread load several at once.
+    rank = tl.load(RANKS + key, mask=key < width, other=0.0)
     bits = rank.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     level = tl.where(bits >= 0x8000, 0xFFFF - bits, bits | 0x8000)
-    return tl.where(exists, level, 0)
+    return tl.where(key < reach, level, 0)
 
 
-@triton.jit(do_not_specialize=("width", "count", "first", "blocks", "most", "sinks", "slots"))
+@triton.jit(do_not_specialize=("count", "first", "blocks", "most", "sinks"))
 def pick_keys(
     RANKS,
     EDGES,
@@ -51,36 +54,34 @@ def pick_keys(
     above = tl.full([], 0, tl.int32)
     if reach > most:
         threshold = tl.full([], 0, tl.int32)
-        for turn in tl.static_range(8):
-            shift = 14 - 2 * turn
-            one = tl.zeros([N], tl.int32)
-            two = tl.zeros([N], tl.int32)
-            three = tl.zeros([N], tl.int32)
+        for turn in range(0, 8):
+            one = threshold | (1 << (14 - 2 * turn))
+            two = threshold | (2 << (14 - 2 * turn))
+            three = one | two
+            # Three counts of ten bits each: a step counts once.
+            counts = tl.zeros([N], tl.int32)
             for at in range(0, reach, N):
-                key = at + tl.arange(0, N)
-                rank = tl.load(RANKS + key, mask=key < reach, other=0.0)
-                level = _level(rank, key < reach)
-                one += (level >= threshold + (1 << shift)).to(tl.int32)
-                two += (level >= threshold + (2 << shift)).to(tl.int32)
-                three += (level >= threshold + (3 << shift)).to(tl.int32)
-            reached = (tl.sum(one, 0) >= most).to(tl.int32)
-            reached += (tl.sum(two, 0) >= most).to(tl.int32)
-            reached += (tl.sum(three, 0) >= most).to(tl.int32)
-            threshold += reached << shift
-        threshold = tl.maximum(threshold, 0x400)
-        more = tl.zeros([N], tl.int32)
-        for at in range(0, reach, N):
-            key = at + tl.arange(0, N)
-            rank = tl.load(RANKS + key, mask=key < reach, other=0.0)
-            more += (_level(rank, key < reach) > threshold).to(tl.int32)
-        above = tl.sum(more, 0)
+                level = _levels(RANKS, at, reach, width, N)
+                counts += (level >= one).to(tl.int32)
+                counts += (level >= two).to(tl.int32) << 10
+                counts += (level >= three).to(tl.int32) << 20
+            ones, twos = tl.sum(counts & 1023, 0), tl.sum((counts >> 10) & 1023, 0)
+            threes = tl.sum(counts >> 20, 0)
+            # As many lie above the threshold as reach the first trial that too few reach.
+            above = tl.where(threes < most, threes, above)
+            above = tl.where(twos < most, twos, above)
+            above = tl.where(ones < most, ones, above)
+            threshold = tl.where(ones < most, threshold, tl.where(twos < most, one, two))
+            threshold = tl.where(threes < most, threshold, three)
+        if threshold < 0x400:
+            threshold = tl.full([], 0x400, tl.int32)
+            above = tl.full([], 0, tl.int32)
     ties_left = most - above
     taken = tl.full([], 0, tl.int32)
     leading = tl.full([], 0, tl.int32)
     for at in range(0, reach, N):
         key = at + tl.arange(0, N)
-        rank = tl.load(RANKS + key, mask=key < reach, other=0.0)
-        level = _level(rank, key < reach)
+        level = _levels(RANKS, at, reach, width, N)
         tied = (level == threshold).to(tl.int32)
         chosen = (level > threshold) | ((tied != 0) & (tl.cumsum(tied, 0) <= ties_left))
         sink = (key < sinks) & (key < reach) & ((key < start) | (key >= end))
@@ -94,7 +95,7 @@ def pick_keys(
     tl.store(COUNT + 2 * z + 1, leading)
 
 
-@triton.jit(do_not_specialize=("slots", "budget", "count", "first", "blocks"))
+@triton.jit(do_not_specialize=("budget", "count", "first", "blocks"))
 def pick_tokens(RANKS, INDEX, COUNT, TOKENS, slots, budget, count, first, blocks, N: tl.constexpr):
     """Of a block's proposals the ``budget`` of the largest ranks, ascending."""
     z = tl.program_id(0)
@@ -103,15 +104,15 @@ def pick_tokens(RANKS, INDEX, COUNT, TOKENS, slots, budget, count, first, blocks
     at = z.to(tl.int64) * slots + slot
     rank = tl.load(RANKS + at, mask=slot < found, other=float("-inf"))
     bits = rank.to(tl.int32, bitcast=True)
-    # In the order of the numbers, from 0 on.
-    level = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 0x80000000
-    level = tl.where(rank > float("-inf"), level, 0)
-    threshold = tl.full([], 0, tl.int64)
-    for turn in tl.static_range(32):
-        trial = threshold + (1 << (31 - turn))
+    # Integers in the order of the numbers, the least of them for those that are hidden.
+    level = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    level = tl.where(rank > float("-inf"), level, -0x80000000)
+    threshold = tl.where(tl.sum((level >= 0).to(tl.int32), 0) >= budget, 0, -0x80000000)
+    for turn in range(0, 31):
+        trial = threshold | (1 << (30 - turn))
         reached = tl.sum((level >= trial).to(tl.int32), 0)
         threshold = tl.where(reached >= budget, trial, threshold)
-    threshold = tl.maximum(threshold, 1)
+    threshold = tl.maximum(threshold, -0x7FFFFFFF)
     tied = (level == threshold).to(tl.int32)
     ties_left = budget - tl.sum((level > threshold).to(tl.int32), 0)
     chosen = (level > threshold) | ((tied != 0) & (tl.cumsum(tied, 0) <= ties_left))
