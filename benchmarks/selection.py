@@ -146,6 +146,8 @@ def main() -> int:
     parser.add_argument("--length", default="32768")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto", help="that of the checkpoint by default")
     parser.add_argument("--only", help="labels, separated by semicolons")
     parser.add_argument("--json", type=Path, default=Path("results/selection.json"))
     parser.add_argument("--png", type=Path, help="draw the result")
@@ -158,6 +160,8 @@ def main() -> int:
             model=given.model,
             length=options.length(given.length),
             documents=given.documents,
+            device=given.device,
+            dtype=given.dtype,
             repeats=given.repeats,
         )
         if given.png:

@@ -43,7 +43,8 @@ class Reading:
         return float(torch.tensor(self.nll / max(1, self.tokens - 1), dtype=torch.float64).exp())
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Waits for what a device still computes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -173,10 +174,10 @@ def read(
     seconds = 0.0
     losses = []
     for start in range(0, len(ids), chunk):
-        _finish(tokens.device)
+        finish(tokens.device)
         begin = time.perf_counter()
         hidden = next(states)
-        _finish(tokens.device)
+        finish(tokens.device)
         seconds += time.perf_counter() - begin
         if score:
             losses.append(_score(model, hidden, tokens[start + 1 : start + 1 + hidden.shape[1]]))

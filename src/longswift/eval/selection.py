@@ -30,6 +30,7 @@ from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.judging import EndJudge, LayerJudge
 from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.progress import Bar, bar
+from longswift.eval.reading import finish
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, Rival
 from longswift.eval.walk import Walk, on_trial
@@ -60,6 +61,8 @@ class Study:
         model: ``tiny``, a directory or a name on the hub.
         file: Text; held-out Python documentation by default.
         seed: Chooses words, numbers and places.
+        device: Where the model is.
+        dtype: What it computes in; ``"auto"`` is that of the checkpoint.
     """
 
     mechanisms: dict[str, dict[str, Any]]
@@ -70,6 +73,8 @@ class Study:
     model: str = TINY
     file: str | None = None
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(
@@ -104,8 +109,10 @@ class _Clock:
         runs = {FULL: dense, **{rival.name: attend(rival) for rival in self._rivals}}
         for _ in range(self._repeats):
             for name, attention in runs.items():
+                finish(q.device)
                 begin = time.perf_counter()
                 attention()
+                finish(q.device)
                 times.setdefault(name, []).append(time.perf_counter() - begin)
         for name, of in times.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + statistics.median(of)
@@ -174,7 +181,7 @@ def run(study: Study, output: str | Path, *, fresh: bool = False, progress: bool
     from longswift.hf import check_length
 
     target = writable(output, kind=KIND)
-    loaded, text = load(study.model), source(study.file)
+    loaded, text = load(study.model, dtype=study.dtype, device=study.device), source(study.file)
     check_length(loaded.model, study.length + 64)
     found = exams(
         loaded,
