@@ -90,7 +90,8 @@ def attend(
         v: ``[B, Hkv, Lk, Dv]``.
         pattern: Which keys are seen.
         scale: Factor on the scores.
-        bands: The result of ``attend_bands``; it has no gradients and is not used with them.
+        bands: The result of ``attend_bands``, overwritten by the whole one where a kernel goes on
+            from it; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
@@ -98,8 +99,14 @@ def attend(
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
     q, k, v = checked(q, k, v, bias)
-    table = _tables(pattern, q, k)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not tracked and _rest_takes(q, k, v, pattern, bias):
+        from longswift.kernels.triton.rest import attend_rest
+
+        bands = bands or attend_bands(q, k, v, pattern, scale)
+        part = attend_rest(q, k, v, pattern, scale, bands, summary)
+        return Partial(part.out.to(q.dtype), part.lse)
+    table = _tables(pattern, q, k)
     if tracked or bias is not None and bias.requires_grad:
         values = None if bias is None else bias.values
         parts = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))]
@@ -122,6 +129,14 @@ def best_blocks(
     from longswift.kernels.triton import scoring
 
     return scoring.best_blocks(rows, keys, outside, skip, most)
+
+
+def _rest_takes(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, bias: ScoreBias | None
+) -> bool:
+    from longswift.kernels.triton.rest import takes
+
+    return takes(q, k, v, pattern, bias)
 
 
 def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:

@@ -1,0 +1,392 @@
+"""Kernels of what blocks of queries see outside their bands: gathered tokens and pooled columns.
+
+``fill_columns`` writes the mean keys and values of every block's columns to memory, with the binary
+logarithm of how many tokens each stands for. ``attend_outside`` takes the bands' result as the
+state of its online softmax, goes on over gathered tokens and columns, and overwrites it.
+A block's columns: pools left of its band, the last one up to the band, then pools right of it, the
+first one from the band's end.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Plain numbers to a kernel, or Triton would compile again for 1 and for multiples of 16.
+SIZES = ("q_len", "k_len", "offset", "block", "first", "blocks", "batch", "tiles", "slots")
+SIZES += ("pool", "grain", "width", "t_b", "t_h", "t_n")
+
+
+@triton.jit
+def _rows(X, row, stride, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows that exist of a matrix with unit stride along its ``D`` columns, then zeros."""
+    column = tl.arange(0, D_PAD)
+    at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if D == D_PAD:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(column < D)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _some_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
+    """The same, zeros where a row does not exist."""
+    column = tl.arange(0, D_PAD)
+    at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(at, mask=exists[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _place(tiles, batch, blocks, HKV: tl.constexpr):
+    """Tile, batch row times KV head, and block of a program.
+
+    Tiles of a block run side by side, blocks with many columns first.
+    """
+    program = tl.program_id(0)
+    pair = program // tiles
+    return program % tiles, pair % (batch * HKV), blocks - 1 - pair // (batch * HKV)
+
+
+@triton.jit
+def _band(BANDS, head, position, k_len):
+    """First and one-past-last key of the band of the block that begins at ``position``."""
+    tile = tl.load(BANDS + head * 3)
+    left = tl.load(BANDS + head * 3 + 1)
+    right = tl.load(BANDS + head * 3 + 2)
+    start = position // tile * tile
+    begin = tl.minimum(tl.maximum(start - left, 0), k_len)
+    return begin, tl.minimum(tl.maximum(start + tile + right, 0), k_len)
+
+
+@triton.jit
+def _sides(begin, end, k_len, pool, CAUSAL: tl.constexpr):
+    """Columns left and right of a band."""
+    left = tl.cdiv(begin, pool)
+    if CAUSAL:
+        right = left * 0
+    else:
+        right = tl.where(end < k_len, tl.cdiv(k_len, pool) - end // pool, 0)
+    return left, right
+
+
+@triton.jit
+def _with_cut(sums, here, X, first, last, stride, D: tl.constexpr, D_PAD: tl.constexpr):
+    """``sums`` with those of the grains ``[first, last)`` added to the column that is ``here``."""
+    total = tl.zeros([D_PAD], sums.dtype)
+    for start in range(first, last, 16):
+        grain = start + tl.arange(0, 16)
+        total += tl.sum(_some_rows(X, grain, grain < last, stride, D, D_PAD), 0)
+    return sums + tl.where(here[:, None], total[None, :], 0.0)
+
+
+@triton.jit
+def _sums(
+    SUMS,
+    GRAINS,
+    pools,
+    whole,
+    left_cut,
+    right_cut,
+    begin,
+    end,
+    k_len,
+    pool,
+    grain,
+    sums_l,
+    grains_l,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Sums over columns: of whole pools, or of the grains of a cut one outside the band."""
+    sums = _some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
+    if tl.max(left_cut.to(tl.int32), 0) > 0:
+        first = begin // pool * (pool // grain)
+        sums = _with_cut(sums, left_cut, GRAINS, first, begin // grain, grains_l, D, D_PAD)
+    if not CAUSAL:
+        if tl.max(right_cut.to(tl.int32), 0) > 0:
+            last = tl.minimum((end // pool + 1) * (pool // grain), tl.cdiv(k_len, grain))
+            sums = _with_cut(sums, right_cut, GRAINS, end // grain, last, grains_l, D, D_PAD)
+    return sums
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fill_columns(
+    K,
+    V,
+    TOKENS,
+    BANDS,
+    K_SUM,
+    V_SUM,
+    K_GRAIN,
+    V_GRAIN,
+    MEAN_K,
+    MEAN_V,
+    LOG,
+    k_len,
+    offset,
+    block,
+    first,
+    blocks,
+    batch,
+    tiles,
+    slots,
+    pool,
+    grain,
+    width,
+    t_b,
+    t_h,
+    t_n,
+    k_b,
+    k_h,
+    k_l,
+    v_b,
+    v_h,
+    v_l,
+    ks_b,
+    ks_h,
+    ks_l,
+    vs_b,
+    vs_h,
+    vs_l,
+    kg_b,
+    kg_h,
+    kg_l,
+    vg_b,
+    vg_h,
+    vg_l,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    tile, pair, index = _place(tiles, batch, blocks, HKV)
+    row = (pair // HKV).to(tl.int64)
+    head = pair % HKV
+    position = tl.maximum((offset // block + first + index) * block, offset)
+    begin, end = _band(BANDS, head, position, k_len)
+    left, right = _sides(begin, end, k_len, pool, CAUSAL)
+    # Columns are read ``N`` at a time: those behind the last one must be numbers.
+    if tile * W >= tl.cdiv(left + right, N) * N:
+        return
+    column = tile * W + tl.arange(0, W)
+    before = column < left
+    pools = tl.where(before, column, column - left - right + tl.cdiv(k_len, pool))
+    low, high = pools * pool, tl.minimum(pools * pool + pool, k_len)
+    since = tl.where(before, low, tl.maximum(low, end))
+    until = tl.where(before, tl.minimum(high, begin), high)
+    exists = column < left + right
+    whole = exists & (since == low) & (until == high)
+    since, until = tl.where(exists, since, 0), tl.where(exists, until, 0)
+    nearest, farthest = tl.min(tl.where(exists, since, k_len), 0), tl.max(until, 0)
+    head = head.to(tl.int64)
+    K += row * k_b + head * k_h
+    V += row * v_b + head * v_h
+    TOKENS += row * t_b + head * t_h + (first + index).to(tl.int64) * t_n
+    count = until - since
+    taken_k = tl.zeros([W, D_PAD], ACC)
+    taken_v = tl.zeros([W, DV_PAD], ACC)
+    for start in range(0, slots, C):
+        slot = start + tl.arange(0, C)
+        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
+        near = (token >= nearest) & (token < farthest)
+        if tl.max(near.to(tl.int32), 0) > 0:
+            taken = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
+            count -= tl.sum(taken.to(tl.int32), 1)
+            one = taken.to(K.dtype.element_ty)
+            k = _some_rows(K, token, near, k_l, D, D_PAD)
+            taken_k = tl.dot(one, k, taken_k, input_precision=EXACT, out_dtype=ACC)
+            v = _some_rows(V, token, near, v_l, DV, DV_PAD)
+            taken_v = tl.dot(one, v, taken_v, input_precision=EXACT, out_dtype=ACC)
+    share = tl.maximum(count, 1).to(ACC)[:, None]
+    left_cut = exists & ~whole & before
+    right_cut = exists & ~whole & ~before
+    at = (pair.to(tl.int64) * blocks + index) * width + column
+    K_SUM += row * ks_b + head * ks_h
+    K_GRAIN += row * kg_b + head * kg_h
+    sums = _sums(
+        K_SUM,
+        K_GRAIN,
+        pools,
+        whole,
+        left_cut,
+        right_cut,
+        begin,
+        end,
+        k_len,
+        pool,
+        grain,
+        ks_l,
+        kg_l,
+        D,
+        D_PAD,
+        CAUSAL,
+    )
+    means = ((sums - taken_k) / share).to(MEAN_K.dtype.element_ty)
+    tl.store(MEAN_K + at[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], means)
+    V_SUM += row * vs_b + head * vs_h
+    V_GRAIN += row * vg_b + head * vg_h
+    sums = _sums(
+        V_SUM,
+        V_GRAIN,
+        pools,
+        whole,
+        left_cut,
+        right_cut,
+        begin,
+        end,
+        k_len,
+        pool,
+        grain,
+        vs_l,
+        vg_l,
+        DV,
+        DV_PAD,
+        CAUSAL,
+    )
+    means = ((sums - taken_v) / share).to(MEAN_V.dtype.element_ty)
+    tl.store(MEAN_V + at[:, None] * DV_PAD + tl.arange(0, DV_PAD)[None, :], means)
+    log = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(ACC)), float("-inf"))
+    tl.store(LOG + at, log)
+
+
+@triton.jit
+def _accumulate(scores, v, top, mass, acc, ACC: tl.constexpr, EXACT: tl.constexpr):
+    """Online softmax over one more tile of keys, to the base of 2."""
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen nothing yet would subtract infinity from infinity.
+    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - pivot[:, None])
+    kept = tl.exp2(top - pivot)
+    mass = mass * kept + tl.sum(weights, 1)
+    acc = acc * kept[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=EXACT, out_dtype=ACC)
+    return new_top, mass, acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attend_outside(
+    Q,
+    K,
+    V,
+    OUT,
+    LSE,
+    TOKENS,
+    BANDS,
+    MEAN_K,
+    MEAN_V,
+    LOG,
+    scale,
+    q_len,
+    k_len,
+    block,
+    first,
+    blocks,
+    batch,
+    tiles,
+    slots,
+    pool,
+    width,
+    t_b,
+    t_h,
+    t_n,
+    q_b,
+    q_h,
+    q_l,
+    k_b,
+    k_h,
+    k_l,
+    v_b,
+    v_h,
+    v_l,
+    o_b,
+    o_h,
+    o_l,
+    l_b,
+    l_h,
+    l_l,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    COMPARED: tl.constexpr,
+    POOLED: tl.constexpr,
+    ACC: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    tile, pair, index = _place(tiles, batch, blocks, HKV)
+    offset = k_len - q_len
+    position = tl.maximum((offset // block + first + index) * block, offset)
+    last = tl.minimum((offset // block + first + index + 1) * block, k_len) - offset
+    # A first or last block may be cut and have fewer tiles.
+    if position - offset + tile * ROWS >= last:
+        return
+    line = tl.arange(0, M)
+    row = position - offset + tile * ROWS + line % ROWS
+    group = (line // ROWS).to(tl.int64)
+    exists = (row < last) & (group < G)
+    of_batch = (pair // HKV).to(tl.int64)
+    head = (pair % HKV).to(tl.int64)
+    Q += of_batch * q_b + head * G * q_h
+    K += of_batch * k_b + head * k_h
+    V += of_batch * v_b + head * v_h
+    TOKENS += of_batch * t_b + head * t_h + (first + index).to(tl.int64) * t_n
+    q = _some_rows(Q, group * q_h + row * q_l, exists, 1, D, D_PAD)
+    places = LSE + of_batch * l_b + head * G * l_h + group * l_h + row.to(tl.int64) * l_l
+    outs = OUT + of_batch * o_b + head * G * o_h
+    lines = group * o_h + row.to(tl.int64) * o_l
+    to_two = tl.full([1], 1.4426950408889634, ACC)
+    factor = (scale * to_two)[None, :]
+    lse = tl.load(places, mask=exists, other=float("-inf")).to(ACC)
+    top = lse * to_two
+    mass = tl.where(lse == float("-inf"), 0.0, 1.0).to(ACC)
+    acc = _some_rows(outs, lines, exists, 1, DV, DV_PAD).to(ACC)
+    for start in range(0, slots, N):
+        slot = start + tl.arange(0, N)
+        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
+        key = tl.maximum(token, 0)
+        k = _rows(K, key, k_l, D, D_PAD)
+        v = _rows(V, key, v_l, DV, DV_PAD)
+        scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * factor
+        scores += tl.where(token >= 0, 0.0, float("-inf"))[None, :]
+        if COMPARED:
+            seen = token[None, :] <= (row + offset)[:, None]
+            scores = tl.where(seen, scores, float("-inf"))
+        top, mass, acc = _accumulate(scores, v, top, mass, acc, ACC, EXACT)
+    if POOLED:
+        begin, end = _band(BANDS, pair % HKV, position, k_len)
+        left, right = _sides(begin, end, k_len, pool, CAUSAL)
+        base = (pair.to(tl.int64) * blocks + index) * width
+        MEAN_K += base * D_PAD
+        MEAN_V += base * DV_PAD
+        LOG += base
+        for start in range(0, left + right, N):
+            column = start + tl.arange(0, N)
+            k = _rows(MEAN_K, column, D_PAD, D_PAD, D_PAD)
+            v = _rows(MEAN_V, column, DV_PAD, DV_PAD, DV_PAD)
+            scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * factor
+            scores += tl.load(LOG + column)[None, :]
+            top, mass, acc = _accumulate(scores, v, top, mass, acc, ACC, EXACT)
+    nothing = mass == 0.0
+    mass = tl.where(nothing, 1.0, mass)
+    acc = acc / mass[:, None]
+    lse = tl.where(nothing, float("-inf"), (top + tl.log2(mass)) / to_two)
+    tl.store(places, lse, mask=exists)
+    column = tl.arange(0, DV_PAD)
+    inside = exists[:, None] & (column < DV)[None, :]
+    tl.store(outs + lines[:, None] + column[None, :], acc, mask=inside)
