@@ -1,8 +1,8 @@
 """Kernels of what blocks of queries see outside their bands: gathered tokens and pooled columns.
 
 ``fill_columns`` writes the mean keys and values of every block's columns to memory, with the binary
-logarithm of how many tokens each stands for. ``attend_outside`` takes the bands' result as the
-state of its online softmax, goes on over gathered tokens and columns, and overwrites it.
+logarithm of how many tokens each stands for. ``attend_outside`` goes over gathered tokens and
+columns, and overwrites the bands' result by its own merged with that.
 A block's columns: pools left of its band, the last one up to the band, then pools right of it, the
 first one from the band's end.
 """
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 # Plain numbers to a kernel, or Triton would compile again for 1 and for multiples of 16.
-SIZES = ("q_len", "k_len", "offset", "block", "first", "blocks", "batch", "tiles", "slots")
-SIZES += ("pool", "grain", "width", "t_b", "t_h", "t_n")
+SIZES = [*("q_len", "k_len", "offset", "block", "first", "blocks", "batch", "tiles", "slots")]
+SIZES += ["pool", "grain", "width", "t_b", "t_h", "t_n"]
 
 
 @triton.jit
@@ -23,11 +23,7 @@ def _rows(X, row, stride, D: tl.constexpr, D_PAD: tl.constexpr):
     """Rows that exist of a matrix with unit stride along its ``D`` columns, then zeros."""
     column = tl.arange(0, D_PAD)
     at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
-    if D == D_PAD:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(column < D)[None, :], other=0.0)
-    return x
+    return tl.load(at) if D == D_PAD else tl.load(at, mask=(column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -64,11 +60,8 @@ def _band(BANDS, head, position, k_len):
 def _sides(begin, end, k_len, pool, CAUSAL: tl.constexpr):
     """Columns left and right of a band."""
     left = tl.cdiv(begin, pool)
-    if CAUSAL:
-        right = left * 0
-    else:
-        right = tl.where(end < k_len, tl.cdiv(k_len, pool) - end // pool, 0)
-    return left, right
+    right = tl.where(end < k_len, tl.cdiv(k_len, pool) - end // pool, 0)
+    return left, (left * 0 if CAUSAL else right)
 
 
 @triton.jit
@@ -98,17 +91,15 @@ def _sums(
     grains_l,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
     """Sums over columns: of whole pools, or of the grains of a cut one outside the band."""
     sums = _some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
     if tl.max(left_cut.to(tl.int32), 0) > 0:
         first = begin // pool * (pool // grain)
         sums = _with_cut(sums, left_cut, GRAINS, first, begin // grain, grains_l, D, D_PAD)
-    if not CAUSAL:
-        if tl.max(right_cut.to(tl.int32), 0) > 0:
-            last = tl.minimum((end // pool + 1) * (pool // grain), tl.cdiv(k_len, grain))
-            sums = _with_cut(sums, right_cut, GRAINS, end // grain, last, grains_l, D, D_PAD)
+    if tl.max(right_cut.to(tl.int32), 0) > 0:
+        last = tl.minimum((end // pool + 1) * (pool // grain), tl.cdiv(k_len, grain))
+        sums = _with_cut(sums, right_cut, GRAINS, end // grain, last, grains_l, D, D_PAD)
     return sums
 
 
@@ -229,7 +220,6 @@ def fill_columns(
         kg_l,
         D,
         D_PAD,
-        CAUSAL,
     )
     means = ((sums - taken_k) / share).to(MEAN_K.dtype.element_ty)
     tl.store(MEAN_K + at[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], means)
@@ -251,7 +241,6 @@ def fill_columns(
         vg_l,
         DV,
         DV_PAD,
-        CAUSAL,
     )
     means = ((sums - taken_v) / share).to(MEAN_V.dtype.element_ty)
     tl.store(MEAN_V + at[:, None] * DV_PAD + tl.arange(0, DV_PAD)[None, :], means)
@@ -347,15 +336,11 @@ def attend_outside(
     V += of_batch * v_b + head * v_h
     TOKENS += of_batch * t_b + head * t_h + (first + index).to(tl.int64) * t_n
     q = _some_rows(Q, group * q_h + row * q_l, exists, 1, D, D_PAD)
-    places = LSE + of_batch * l_b + head * G * l_h + group * l_h + row.to(tl.int64) * l_l
-    outs = OUT + of_batch * o_b + head * G * o_h
-    lines = group * o_h + row.to(tl.int64) * o_l
     to_two = tl.full([1], 1.4426950408889634, ACC)
     factor = (scale * to_two)[None, :]
-    lse = tl.load(places, mask=exists, other=float("-inf")).to(ACC)
-    top = lse * to_two
-    mass = tl.where(lse == float("-inf"), 0.0, 1.0).to(ACC)
-    acc = _some_rows(outs, lines, exists, 1, DV, DV_PAD).to(ACC)
+    top = tl.full([M], float("-inf"), ACC)
+    mass = tl.zeros([M], ACC)
+    acc = tl.zeros([M, DV_PAD], ACC)
     for start in range(0, slots, N):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
@@ -382,11 +367,20 @@ def attend_outside(
             scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC) * factor
             scores += tl.load(LOG + column)[None, :]
             top, mass, acc = _accumulate(scores, v, top, mass, acc, ACC, EXACT)
+    # Only now, or the addresses would take registers during the loops.
+    places = LSE + of_batch * l_b + head * G * l_h + group * l_h + row.to(tl.int64) * l_l
+    lse = tl.load(places, mask=exists, other=float("-inf")).to(ACC) * to_two
+    new_top = tl.maximum(top, lse)
+    pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+    kept, share = tl.exp2(top - pivot), tl.exp2(lse - pivot)
+    mass = mass * kept + share
     nothing = mass == 0.0
     mass = tl.where(nothing, 1.0, mass)
-    acc = acc / mass[:, None]
-    lse = tl.where(nothing, float("-inf"), (top + tl.log2(mass)) / to_two)
-    tl.store(places, lse, mask=exists)
+    tl.store(places, tl.where(nothing, float("-inf"), (pivot + tl.log2(mass)) / to_two), exists)
     column = tl.arange(0, DV_PAD)
     inside = exists[:, None] & (column < DV)[None, :]
-    tl.store(outs + lines[:, None] + column[None, :], acc, mask=inside)
+    lines = group * o_h + row.to(tl.int64) * o_l
+    outs = OUT + of_batch * o_b + head * G * o_h + lines[:, None] + column[None, :]
+    out = tl.load(outs, mask=inside, other=0.0).to(ACC)
+    out = acc * (kept / mass)[:, None] + out * (share / mass)[:, None]
+    tl.store(outs, out, mask=inside)
