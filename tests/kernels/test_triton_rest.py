@@ -83,7 +83,7 @@ def test_runs_of_blocks(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns of few blocks at a time, tiles smaller than what they go over."""
     monkeypatch.setattr(rest, "ROOM", 1 << 16)
     monkeypatch.setattr(rest, "TILES", {4: {64: rest.Tile(16, 16, 4, 1)}})
-    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (16, 16)}})
+    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (16, 16, 4)}})
     check(small(causal=causal, pool=8, q_len=70 if causal else 96, slots=40))
 
 

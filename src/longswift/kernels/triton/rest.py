@@ -27,23 +27,32 @@ ROOM = 1 << 28
 
 
 class Tile(NamedTuple):
-    """Lines and keys of a tile of ``attend_outside``, warps and stages of its pipeline."""
+    """A tile of ``attend_outside``.
+
+    Attributes:
+        lines: Most query lines.
+        keys: Gathered tokens or columns of a step.
+        warps: Warps of a program with more than 64 lines.
+        stages: Of the pipeline over columns.
+        registers: Most of a thread, or None: two programs of 8 warps fit a multiprocessor with 128.
+    """
 
     lines: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # By bytes of a number, then by channels of a head.
 TILES = {
-    2: {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
+    2: {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 32, 8, 3, 128), 256: Tile(64, 32, 4, 2)},
     4: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
-# Columns and gathered tokens of a tile of ``fill_columns``, likewise.
+# Columns, gathered tokens and warps of a tile of ``fill_columns``, likewise.
 COLUMNS = {
-    2: {64: (64, 64), 128: (64, 64), 256: (64, 32)},
-    4: {64: (32, 32), 128: (32, 32), 256: (16, 16)},
+    2: {64: (64, 64, 4), 128: (64, 64, 4), 256: (64, 32, 8)},
+    4: {64: (32, 32, 4), 128: (32, 32, 4), 256: (16, 16, 4)},
 }
 
 
@@ -171,8 +180,10 @@ def attend_rest(
         "COMPARED": compared,
         "POOLED": columns is not None,
         "num_warps": tile.warps if lines > 64 else 4,
-        "num_stages": tile.stages,
+        "STAGES": tile.stages,
     }
+    if tile.registers is not None and lines > 64 and torch.version.hip is None:
+        options["maxnreg"] = tile.registers
     for first, count in _runs(where, columns):
         if columns is None:
             means: tuple[Any, ...] = (None, None, None, 0)
@@ -237,7 +248,7 @@ class Columns:
         ``[B * Hkv, count, width, D or Dv]``, padded, and ``[B * Hkv, count, width]``.
         """
         where, width = self._where, self.width(first + count)
-        wide, gathered = _choice(COLUMNS, self._k.dtype, max(self._dims))
+        wide, gathered, warps = _choice(COLUMNS, self._k.dtype, max(self._dims))
         tiles = triton.cdiv(width, wide)
         buffers = (*self._means, self._log)
         if not width:
@@ -269,7 +280,7 @@ class Columns:
             W=wide,
             C=gathered,
             N=self._keys,
-            num_warps=4,
+            num_warps=warps,
         )
         return *buffers, width
 

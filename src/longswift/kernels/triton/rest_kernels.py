@@ -75,24 +75,48 @@ def _with_cut(sums, here, X, first, last, stride, D: tl.constexpr, D_PAD: tl.con
 
 
 @triton.jit
-def _sums(
+def _means(
+    X,
+    TOKENS,
     SUMS,
     GRAINS,
+    MEANS,
+    at,
     pools,
+    since,
+    until,
     whole,
     left_cut,
     right_cut,
     begin,
     end,
     k_len,
+    slots,
     pool,
     grain,
+    x_l,
     sums_l,
     grains_l,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Sums over columns: of whole pools, or of the grains of a cut one outside the band."""
+    """Writes means over the tokens ``[since, until)`` not gathered, returns how many these are."""
+    count = until - since
+    nearest, farthest = tl.min(tl.where(count > 0, since, k_len), 0), tl.max(until, 0)
+    taken = tl.zeros([W, D_PAD], ACC)
+    for start in range(0, slots, C):
+        slot = start + tl.arange(0, C)
+        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
+        near = (token >= nearest) & (token < farthest)
+        if tl.max(near.to(tl.int32), 0) > 0:
+            inside = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
+            count -= tl.sum(inside.to(tl.int32), 1)
+            x = _some_rows(X, token, near, x_l, D, D_PAD)
+            taken = tl.dot(inside.to(x.dtype), x, taken, input_precision=EXACT, out_dtype=ACC)
     sums = _some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
     if tl.max(left_cut.to(tl.int32), 0) > 0:
         first = begin // pool * (pool // grain)
@@ -100,7 +124,9 @@ def _sums(
     if tl.max(right_cut.to(tl.int32), 0) > 0:
         last = tl.minimum((end // pool + 1) * (pool // grain), tl.cdiv(k_len, grain))
         sums = _with_cut(sums, right_cut, GRAINS, end // grain, last, grains_l, D, D_PAD)
-    return sums
+    means = (sums - taken) / tl.maximum(count, 1).to(ACC)[:, None]
+    tl.store(MEANS + at[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], means)
+    return count
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -178,72 +204,69 @@ def fill_columns(
     exists = column < left + right
     whole = exists & (since == low) & (until == high)
     since, until = tl.where(exists, since, 0), tl.where(exists, until, 0)
-    nearest, farthest = tl.min(tl.where(exists, since, k_len), 0), tl.max(until, 0)
-    head = head.to(tl.int64)
-    K += row * k_b + head * k_h
-    V += row * v_b + head * v_h
-    TOKENS += row * t_b + head * t_h + (first + index).to(tl.int64) * t_n
-    count = until - since
-    taken_k = tl.zeros([W, D_PAD], ACC)
-    taken_v = tl.zeros([W, DV_PAD], ACC)
-    for start in range(0, slots, C):
-        slot = start + tl.arange(0, C)
-        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
-        near = (token >= nearest) & (token < farthest)
-        if tl.max(near.to(tl.int32), 0) > 0:
-            taken = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
-            count -= tl.sum(taken.to(tl.int32), 1)
-            one = taken.to(K.dtype.element_ty)
-            k = _some_rows(K, token, near, k_l, D, D_PAD)
-            taken_k = tl.dot(one, k, taken_k, input_precision=EXACT, out_dtype=ACC)
-            v = _some_rows(V, token, near, v_l, DV, DV_PAD)
-            taken_v = tl.dot(one, v, taken_v, input_precision=EXACT, out_dtype=ACC)
-    share = tl.maximum(count, 1).to(ACC)[:, None]
     left_cut = exists & ~whole & before
     right_cut = exists & ~whole & ~before
+    head = head.to(tl.int64)
+    TOKENS += row * t_b + head * t_h + (first + index).to(tl.int64) * t_n
     at = (pair.to(tl.int64) * blocks + index) * width + column
-    K_SUM += row * ks_b + head * ks_h
-    K_GRAIN += row * kg_b + head * kg_h
-    sums = _sums(
-        K_SUM,
-        K_GRAIN,
+    _means(
+        K + row * k_b + head * k_h,
+        TOKENS,
+        K_SUM + row * ks_b + head * ks_h,
+        K_GRAIN + row * kg_b + head * kg_h,
+        MEAN_K,
+        at,
         pools,
+        since,
+        until,
         whole,
         left_cut,
         right_cut,
         begin,
         end,
         k_len,
+        slots,
         pool,
         grain,
+        k_l,
         ks_l,
         kg_l,
         D,
         D_PAD,
+        W,
+        C,
+        ACC,
+        EXACT,
     )
-    means = ((sums - taken_k) / share).to(MEAN_K.dtype.element_ty)
-    tl.store(MEAN_K + at[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], means)
-    V_SUM += row * vs_b + head * vs_h
-    V_GRAIN += row * vg_b + head * vg_h
-    sums = _sums(
-        V_SUM,
-        V_GRAIN,
+    count = _means(
+        V + row * v_b + head * v_h,
+        TOKENS,
+        V_SUM + row * vs_b + head * vs_h,
+        V_GRAIN + row * vg_b + head * vg_h,
+        MEAN_V,
+        at,
         pools,
+        since,
+        until,
         whole,
         left_cut,
         right_cut,
         begin,
         end,
         k_len,
+        slots,
         pool,
         grain,
+        v_l,
         vs_l,
         vg_l,
         DV,
         DV_PAD,
+        W,
+        C,
+        ACC,
+        EXACT,
     )
-    means = ((sums - taken_v) / share).to(MEAN_V.dtype.element_ty)
-    tl.store(MEAN_V + at[:, None] * DV_PAD + tl.arange(0, DV_PAD)[None, :], means)
     log = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(ACC)), float("-inf"))
     tl.store(LOG + at, log)
 
@@ -315,6 +338,7 @@ def attend_outside(
     CAUSAL: tl.constexpr,
     COMPARED: tl.constexpr,
     POOLED: tl.constexpr,
+    STAGES: tl.constexpr,
     ACC: tl.constexpr,
     EXACT: tl.constexpr,
 ):
@@ -341,7 +365,8 @@ def attend_outside(
     top = tl.full([M], float("-inf"), ACC)
     mass = tl.zeros([M], ACC)
     acc = tl.zeros([M, DV_PAD], ACC)
-    for start in range(0, slots, N):
+    # Positions are loaded a stage before what lies there.
+    for start in tl.range(0, slots, N, num_stages=STAGES + 1):
         slot = start + tl.arange(0, N)
         token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
         key = tl.maximum(token, 0)
@@ -360,7 +385,7 @@ def attend_outside(
         MEAN_K += base * D_PAD
         MEAN_V += base * DV_PAD
         LOG += base
-        for start in range(0, left + right, N):
+        for start in tl.range(0, left + right, N, num_stages=STAGES):
             column = start + tl.arange(0, N)
             k = _rows(MEAN_K, column, D_PAD, D_PAD, D_PAD)
             v = _rows(MEAN_V, column, DV_PAD, DV_PAD, DV_PAD)
