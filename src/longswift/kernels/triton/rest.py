@@ -17,9 +17,10 @@ from longswift.core.pools import Pools, build_pools
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
+from longswift.kernels.triton.column_kernels import fill_columns
 from longswift.kernels.triton.launch import accumulator, padded, precision, rows_of_tile
 from longswift.kernels.triton.limits import unit_stride
-from longswift.kernels.triton.rest_kernels import attend_outside, fill_columns
+from longswift.kernels.triton.rest_kernels import attend_outside
 
 _WIDEST = 256
 # Bytes of the columns that are written at once.
@@ -51,8 +52,8 @@ TILES = {
 }
 # Columns, gathered tokens and warps of a tile of ``fill_columns``, likewise.
 COLUMNS = {
-    2: {64: (64, 64, 4), 128: (64, 64, 4), 256: (64, 32, 8)},
-    4: {64: (32, 32, 4), 128: (32, 32, 4), 256: (16, 16, 4)},
+    2: {64: (32, 32, 4), 128: (32, 32, 4), 256: (32, 16, 4)},
+    4: {64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)},
 }
 
 
@@ -160,30 +161,14 @@ def attend_rest(
     """
     where = Geometry.of(q, k, pattern)
     batch, kv_heads = k.shape[:2]
-    groups, width = q.shape[1] // kv_heads, padded(max(q.shape[3], v.shape[3]))
-    tile = _choice(TILES, q.dtype, width)
     span = min(pattern.block, where.q_len)
-    rows = rows_of_tile(tile.lines, groups, span)
-    lines = rows * triton.next_power_of_2(groups)
-    tiles = triton.cdiv(span, rows)
+    options = outside_options(q, k, v, span, pattern.causal)
+    tiles = triton.cdiv(span, options["ROWS"])
     columns = None
     if pattern.pool is not None:
-        columns = Columns(k, v, where, build_pools(k, v, pattern, summary), tile.keys)
+        columns = Columns(k, v, where, build_pools(k, v, pattern, summary), options["N"])
     # Bands that hold all keys of their rows' tiles leave no token after a row.
     compared = pattern.causal and any(b.right < 0 or b.reach is not None for b in pattern.bands)
-    options = {
-        **_constants(k, v, pattern.causal),
-        "G": groups,
-        "ROWS": rows,
-        "M": lines,
-        "N": tile.keys,
-        "COMPARED": compared,
-        "POOLED": columns is not None,
-        "num_warps": tile.warps if lines > 64 else 4,
-        "STAGES": tile.stages,
-    }
-    if tile.registers is not None and lines > 64 and torch.version.hip is None:
-        options["maxnreg"] = tile.registers
     for first, count in _runs(where, columns):
         if columns is None:
             means: tuple[Any, ...] = (None, None, None, 0)
@@ -215,15 +200,60 @@ def attend_rest(
             *bands.out.stride()[:3],
             *bands.lse.stride(),
             **options,
+            COMPARED=compared,
+            POOLED=columns is not None,
         )
     return bands
+
+
+def outside_options(q: Tensor, k: Tensor, v: Tensor, span: int, causal: bool) -> dict[str, Any]:
+    """Options of ``attend_outside`` for blocks of ``span`` rows, but for what a pattern decides.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        span: Rows of a block.
+        causal: Whether nothing after the band is seen.
+    """
+    groups = q.shape[1] // k.shape[1]
+    tile = _choice(TILES, k, v)
+    rows = rows_of_tile(tile.lines, groups, span)
+    lines = rows * triton.next_power_of_2(groups)
+    options = {
+        **_constants(k, v, causal),
+        "G": groups,
+        "ROWS": rows,
+        "M": lines,
+        "N": tile.keys,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps if lines > 64 else 4,
+    }
+    if tile.registers is not None and lines > 64 and torch.version.hip is None:
+        options["maxnreg"] = tile.registers
+    return options
+
+
+def column_options(k: Tensor, v: Tensor, keys: int, causal: bool) -> dict[str, Any]:
+    """Options of ``fill_columns`` for ``attend_outside`` with so many keys to a step.
+
+    Args:
+        k: ``[B, Hkv, Lk, D]``.
+        v: ``[B, Hkv, Lk, Dv]``.
+        keys: Keys of a step.
+        causal: Whether nothing after the band is seen.
+    """
+    wide, gathered, warps = _choice(COLUMNS, k, v)
+    tile = {"W": wide, "C": gathered, "N": keys, "num_warps": warps}
+    return {**_constants(k, v, causal), **tile}
 
 
 class Columns:
     """Memory for the columns of some blocks, which each run of blocks fills again."""
 
     def __init__(self, k: Tensor, v: Tensor, where: Geometry, pools: Pools, keys: int) -> None:
-        self._k, self._v, self._where, self._keys = k, v, where, keys
+        self._k, self._v, self._where = k, v, where
+        self._options = column_options(k, v, keys, where.pattern.causal)
         self._sums = unit_stride(*pools[:4])
         self._grain = pools.grain
         self._dims = padded(k.shape[3]), padded(v.shape[3])
@@ -236,7 +266,8 @@ class Columns:
 
     def width(self, last: int) -> int:
         """Columns of a block before block ``last``, in whole tiles."""
-        return triton.cdiv(self._where.columns(last), self._keys) * self._keys
+        step = max(self._options["W"], self._options["N"])
+        return triton.cdiv(self._where.columns(last), step) * step
 
     def most(self, last: int) -> int:
         """How many blocks before block ``last`` there is room for."""
@@ -248,8 +279,7 @@ class Columns:
         ``[B * Hkv, count, width, D or Dv]``, padded, and ``[B * Hkv, count, width]``.
         """
         where, width = self._where, self.width(first + count)
-        wide, gathered, warps = _choice(COLUMNS, self._k.dtype, max(self._dims))
-        tiles = triton.cdiv(width, wide)
+        tiles = triton.cdiv(width, self._options["W"])
         buffers = (*self._means, self._log)
         if not width:
             return *buffers, 0
@@ -276,11 +306,7 @@ class Columns:
             *self._k.stride()[:3],
             *self._v.stride()[:3],
             *(stride for sums in self._sums for stride in sums.stride()[:3]),
-            **_constants(self._k, self._v, where.pattern.causal),
-            W=wide,
-            C=gathered,
-            N=self._keys,
-            num_warps=warps,
+            **self._options,
         )
         return *buffers, width
 
@@ -307,7 +333,7 @@ def _constants(k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
     }
 
 
-def _choice(table: dict[int, dict[int, Any]], dtype: torch.dtype, width: int) -> Any:
-    """The entry for a dtype and for heads of ``width`` channels, padded."""
-    sizes = table[min(4, dtype.itemsize)]
-    return next(sizes[most] for most in sizes if width <= most)
+def _choice(table: dict[int, dict[int, Any]], k: Tensor, v: Tensor) -> Any:
+    """The entry for the dtype and the channels of a head."""
+    sizes = table[min(4, k.dtype.itemsize)]
+    return next(sizes[most] for most in sizes if max(k.shape[3], v.shape[3]) <= most)

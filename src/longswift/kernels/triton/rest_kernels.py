@@ -1,9 +1,7 @@
-"""Kernels of what blocks of queries see outside their bands: gathered tokens and pooled columns.
+"""Kernel of what blocks of queries see outside their bands: gathered tokens and pooled columns.
 
-``fill_columns`` writes the mean keys and values of every block's columns to memory, with the binary
-logarithm of how many tokens each stands for. ``attend_outside`` goes over gathered tokens and
-columns, and overwrites the bands' result by its own merged with that.
-A block's columns: pools left of its band, the last one up to the band, then pools right of it, the
+It overwrites the bands' result by its own merged with that. Columns are those ``fill_columns``
+writes: pools left of the block's band, the last one up to the band, then pools right of it, the
 first one from the band's end.
 """
 
@@ -27,7 +25,7 @@ def _rows(X, row, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _some_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
+def some_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
     """The same, zeros where a row does not exist."""
     column = tl.arange(0, D_PAD)
     at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -35,7 +33,7 @@ def _some_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
 
 
 @triton.jit
-def _place(tiles, batch, blocks, HKV: tl.constexpr):
+def place(tiles, batch, blocks, HKV: tl.constexpr):
     """Tile, batch row times KV head, and block of a program.
 
     Tiles of a block run side by side, blocks with many columns first.
@@ -46,7 +44,7 @@ def _place(tiles, batch, blocks, HKV: tl.constexpr):
 
 
 @triton.jit
-def _band(BANDS, head, position, k_len):
+def band_keys(BANDS, head, position, k_len):
     """First and one-past-last key of the band of the block that begins at ``position``."""
     tile = tl.load(BANDS + head * 3)
     left = tl.load(BANDS + head * 3 + 1)
@@ -57,218 +55,11 @@ def _band(BANDS, head, position, k_len):
 
 
 @triton.jit
-def _sides(begin, end, k_len, pool, CAUSAL: tl.constexpr):
+def sides(begin, end, k_len, pool, CAUSAL: tl.constexpr):
     """Columns left and right of a band."""
     left = tl.cdiv(begin, pool)
     right = tl.where(end < k_len, tl.cdiv(k_len, pool) - end // pool, 0)
     return left, (left * 0 if CAUSAL else right)
-
-
-@triton.jit
-def _with_cut(sums, here, X, first, last, stride, D: tl.constexpr, D_PAD: tl.constexpr):
-    """``sums`` with those of the grains ``[first, last)`` added to the column that is ``here``."""
-    total = tl.zeros([D_PAD], sums.dtype)
-    for start in range(first, last, 16):
-        grain = start + tl.arange(0, 16)
-        total += tl.sum(_some_rows(X, grain, grain < last, stride, D, D_PAD), 0)
-    return sums + tl.where(here[:, None], total[None, :], 0.0)
-
-
-@triton.jit
-def _means(
-    X,
-    TOKENS,
-    SUMS,
-    GRAINS,
-    MEANS,
-    at,
-    pools,
-    since,
-    until,
-    whole,
-    left_cut,
-    right_cut,
-    begin,
-    end,
-    k_len,
-    slots,
-    pool,
-    grain,
-    x_l,
-    sums_l,
-    grains_l,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    ACC: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Writes means over the tokens ``[since, until)`` not gathered, returns how many these are."""
-    count = until - since
-    nearest, farthest = tl.min(tl.where(count > 0, since, k_len), 0), tl.max(until, 0)
-    taken = tl.zeros([W, D_PAD], ACC)
-    for start in range(0, slots, C):
-        slot = start + tl.arange(0, C)
-        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
-        near = (token >= nearest) & (token < farthest)
-        if tl.max(near.to(tl.int32), 0) > 0:
-            inside = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
-            count -= tl.sum(inside.to(tl.int32), 1)
-            x = _some_rows(X, token, near, x_l, D, D_PAD)
-            taken = tl.dot(inside.to(x.dtype), x, taken, input_precision=EXACT, out_dtype=ACC)
-    sums = _some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
-    if tl.max(left_cut.to(tl.int32), 0) > 0:
-        first = begin // pool * (pool // grain)
-        sums = _with_cut(sums, left_cut, GRAINS, first, begin // grain, grains_l, D, D_PAD)
-    if tl.max(right_cut.to(tl.int32), 0) > 0:
-        last = tl.minimum((end // pool + 1) * (pool // grain), tl.cdiv(k_len, grain))
-        sums = _with_cut(sums, right_cut, GRAINS, end // grain, last, grains_l, D, D_PAD)
-    means = (sums - taken) / tl.maximum(count, 1).to(ACC)[:, None]
-    tl.store(MEANS + at[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], means)
-    return count
-
-
-@triton.jit(do_not_specialize=SIZES)
-def fill_columns(
-    K,
-    V,
-    TOKENS,
-    BANDS,
-    K_SUM,
-    V_SUM,
-    K_GRAIN,
-    V_GRAIN,
-    MEAN_K,
-    MEAN_V,
-    LOG,
-    k_len,
-    offset,
-    block,
-    first,
-    blocks,
-    batch,
-    tiles,
-    slots,
-    pool,
-    grain,
-    width,
-    t_b,
-    t_h,
-    t_n,
-    k_b,
-    k_h,
-    k_l,
-    v_b,
-    v_h,
-    v_l,
-    ks_b,
-    ks_h,
-    ks_l,
-    vs_b,
-    vs_h,
-    vs_l,
-    kg_b,
-    kg_h,
-    kg_l,
-    vg_b,
-    vg_h,
-    vg_l,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ACC: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    tile, pair, index = _place(tiles, batch, blocks, HKV)
-    row = (pair // HKV).to(tl.int64)
-    head = pair % HKV
-    position = tl.maximum((offset // block + first + index) * block, offset)
-    begin, end = _band(BANDS, head, position, k_len)
-    left, right = _sides(begin, end, k_len, pool, CAUSAL)
-    # Columns are read ``N`` at a time: those behind the last one must be numbers.
-    if tile * W >= tl.cdiv(left + right, N) * N:
-        return
-    column = tile * W + tl.arange(0, W)
-    before = column < left
-    pools = tl.where(before, column, column - left - right + tl.cdiv(k_len, pool))
-    low, high = pools * pool, tl.minimum(pools * pool + pool, k_len)
-    since = tl.where(before, low, tl.maximum(low, end))
-    until = tl.where(before, tl.minimum(high, begin), high)
-    exists = column < left + right
-    whole = exists & (since == low) & (until == high)
-    since, until = tl.where(exists, since, 0), tl.where(exists, until, 0)
-    left_cut = exists & ~whole & before
-    right_cut = exists & ~whole & ~before
-    head = head.to(tl.int64)
-    TOKENS += row * t_b + head * t_h + (first + index).to(tl.int64) * t_n
-    at = (pair.to(tl.int64) * blocks + index) * width + column
-    _means(
-        K + row * k_b + head * k_h,
-        TOKENS,
-        K_SUM + row * ks_b + head * ks_h,
-        K_GRAIN + row * kg_b + head * kg_h,
-        MEAN_K,
-        at,
-        pools,
-        since,
-        until,
-        whole,
-        left_cut,
-        right_cut,
-        begin,
-        end,
-        k_len,
-        slots,
-        pool,
-        grain,
-        k_l,
-        ks_l,
-        kg_l,
-        D,
-        D_PAD,
-        W,
-        C,
-        ACC,
-        EXACT,
-    )
-    count = _means(
-        V + row * v_b + head * v_h,
-        TOKENS,
-        V_SUM + row * vs_b + head * vs_h,
-        V_GRAIN + row * vg_b + head * vg_h,
-        MEAN_V,
-        at,
-        pools,
-        since,
-        until,
-        whole,
-        left_cut,
-        right_cut,
-        begin,
-        end,
-        k_len,
-        slots,
-        pool,
-        grain,
-        v_l,
-        vs_l,
-        vg_l,
-        DV,
-        DV_PAD,
-        W,
-        C,
-        ACC,
-        EXACT,
-    )
-    log = tl.where(count > 0, tl.log2(tl.maximum(count, 1).to(ACC)), float("-inf"))
-    tl.store(LOG + at, log)
 
 
 @triton.jit
@@ -342,7 +133,7 @@ def attend_outside(
     ACC: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    tile, pair, index = _place(tiles, batch, blocks, HKV)
+    tile, pair, index = place(tiles, batch, blocks, HKV)
     offset = k_len - q_len
     position = tl.maximum((offset // block + first + index) * block, offset)
     last = tl.minimum((offset // block + first + index + 1) * block, k_len) - offset
@@ -359,7 +150,7 @@ def attend_outside(
     K += of_batch * k_b + head * k_h
     V += of_batch * v_b + head * v_h
     TOKENS += of_batch * t_b + head * t_h + (first + index).to(tl.int64) * t_n
-    q = _some_rows(Q, group * q_h + row * q_l, exists, 1, D, D_PAD)
+    q = some_rows(Q, group * q_h + row * q_l, exists, 1, D, D_PAD)
     to_two = tl.full([1], 1.4426950408889634, ACC)
     factor = (scale * to_two)[None, :]
     top = tl.full([M], float("-inf"), ACC)
@@ -379,8 +170,8 @@ def attend_outside(
             scores = tl.where(seen, scores, float("-inf"))
         top, mass, acc = _accumulate(scores, v, top, mass, acc, ACC, EXACT)
     if POOLED:
-        begin, end = _band(BANDS, pair % HKV, position, k_len)
-        left, right = _sides(begin, end, k_len, pool, CAUSAL)
+        begin, end = band_keys(BANDS, pair % HKV, position, k_len)
+        left, right = sides(begin, end, k_len, pool, CAUSAL)
         base = (pair.to(tl.int64) * blocks + index) * width
         MEAN_K += base * D_PAD
         MEAN_V += base * DV_PAD
