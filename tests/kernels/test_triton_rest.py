@@ -79,11 +79,14 @@ def small(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_runs_of_blocks(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("keys", "wide"), [(16, 16), (16, 64), (64, 16)])
+def test_runs_of_blocks(
+    causal: bool, keys: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Columns of few blocks at a time, tiles smaller than what they go over."""
     monkeypatch.setattr(rest, "ROOM", 1 << 16)
-    monkeypatch.setattr(rest, "TILES", {4: {64: rest.Tile(16, 16, 4, 1)}})
-    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (16, 16, 4)}})
+    monkeypatch.setattr(rest, "TILES", {4: {64: rest.Tile(16, keys, 4, 1)}})
+    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (wide, 16, 4)}})
     check(small(causal=causal, pool=8, q_len=70 if causal else 96, slots=40))
 
 

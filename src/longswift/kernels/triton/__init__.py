@@ -1,8 +1,10 @@
-"""Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
+"""Attention by Triton kernels of this project, on any GPU.
 
-``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
-is computed by torch and merged. ``scoring`` holds the selection's first stage, ``linear`` and
-``sums`` linear attention. On a CPU the kernels run in Triton's interpreter, for tests.
+``forward`` and ``backward`` hold kernels for bands and gathered tokens in one pass, which take a
+pattern as integer tables; the remainder is computed by torch and merged. Without gradients, where
+whole blocks share their lists, ``rest`` computes gathered tokens and remainder. ``scoring`` holds
+the selection's first stage, ``linear`` and ``sums`` linear attention. On a CPU the kernels run in
+Triton's interpreter, for tests.
 Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
 """
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 # Plain numbers to a kernel, or Triton would compile again for 1 and for multiples of 16.
 SIZES = [*("q_len", "k_len", "offset", "block", "first", "blocks", "batch", "tiles", "slots")]
-SIZES += ["pool", "grain", "width", "t_b", "t_h", "t_n"]
+SIZES += ["pool", "grain", "width", "t_b", "t_h", "t_n", "l_b", "l_h"]
 
 
 @triton.jit
