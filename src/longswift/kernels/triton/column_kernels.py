@@ -34,13 +34,16 @@ def _means(
     pools,
     since,
     until,
+    nearest,
+    farthest,
+    lowest,
+    highest,
     whole,
     left_cut,
     right_cut,
     begin,
     end,
     k_len,
-    slots,
     pool,
     grain,
     x_l,
@@ -55,17 +58,15 @@ def _means(
 ):
     """Writes means over the tokens ``[since, until)`` not gathered, returns how many these are."""
     count = until - since
-    nearest, farthest = tl.min(tl.where(count > 0, since, k_len), 0), tl.max(until, 0)
     taken = tl.zeros([W, D_PAD], ACC)
-    for start in range(0, slots, C):
+    for start in range(lowest, highest, C):
         slot = start + tl.arange(0, C)
-        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
+        token = tl.load(TOKENS + slot, mask=slot < highest, other=-1)
         near = (token >= nearest) & (token < farthest)
-        if tl.max(near.to(tl.int32), 0) > 0:
-            inside = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
-            count -= tl.sum(inside.to(tl.int32), 1)
-            x = some_rows(X, token, near, x_l, D, D_PAD)
-            taken = tl.dot(inside.to(x.dtype), x, taken, input_precision=EXACT, out_dtype=ACC)
+        inside = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
+        count -= tl.sum(inside.to(tl.int32), 1)
+        x = some_rows(X, token, near, x_l, D, D_PAD)
+        taken = tl.dot(inside.to(x.dtype), x, taken, input_precision=EXACT, out_dtype=ACC)
     sums = some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
     if tl.max(left_cut.to(tl.int32), 0) > 0:
         first = begin // pool * (pool // grain)
@@ -130,6 +131,7 @@ def fill_columns(
     DV_PAD: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
+    S: tl.constexpr,
     N: tl.constexpr,
     CAUSAL: tl.constexpr,
     ACC: tl.constexpr,
@@ -157,6 +159,15 @@ def fill_columns(
     right_cut = exists & ~whole & ~before
     head = head.to(tl.int64)
     TOKENS += row * t_b + head * t_h + (first + index).to(tl.int64) * t_n
+    # Lists in order have what lies in these columns side by side.
+    nearest, farthest = tl.min(tl.where(exists, since, k_len), 0), tl.max(until, 0)
+    lowest, highest = slots, slots * 0
+    for start in range(0, slots, S):
+        slot = start + tl.arange(0, S)
+        token = tl.load(TOKENS + slot, mask=slot < slots, other=-1)
+        near = (token >= nearest) & (token < farthest)
+        lowest = tl.minimum(lowest, tl.min(tl.where(near, slot, slots), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(near, slot + 1, 0), 0))
     at = (pair.to(tl.int64) * blocks + index) * width + column
     _means(
         K + row * k_b + head * k_h,
@@ -168,13 +179,16 @@ def fill_columns(
         pools,
         since,
         until,
+        nearest,
+        farthest,
+        lowest,
+        highest,
         whole,
         left_cut,
         right_cut,
         begin,
         end,
         k_len,
-        slots,
         pool,
         grain,
         k_l,
@@ -197,13 +211,16 @@ def fill_columns(
         pools,
         since,
         until,
+        nearest,
+        farthest,
+        lowest,
+        highest,
         whole,
         left_cut,
         right_cut,
         begin,
         end,
         k_len,
-        slots,
         pool,
         grain,
         v_l,

@@ -55,6 +55,8 @@ COLUMNS = {
     2: {64: (32, 32, 4), 128: (32, 32, 4), 256: (32, 16, 4)},
     4: {64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)},
 }
+# Gathered tokens that are searched at once for those of a tile of columns.
+SEARCHED = 512
 
 
 class Geometry(NamedTuple):
@@ -244,7 +246,7 @@ def column_options(k: Tensor, v: Tensor, keys: int, causal: bool) -> dict[str, A
         causal: Whether nothing after the band is seen.
     """
     wide, gathered, warps = _choice(COLUMNS, k, v)
-    tile = {"W": wide, "C": gathered, "N": keys, "num_warps": warps}
+    tile = {"W": wide, "C": gathered, "S": SEARCHED, "N": keys, "num_warps": warps}
     return {**_constants(k, v, causal), **tile}
 
 
