@@ -86,7 +86,7 @@ def test_runs_of_blocks(
     """Columns of few blocks at a time, tiles smaller than what they go over."""
     monkeypatch.setattr(rest, "ROOM", 1 << 16)
     monkeypatch.setattr(rest, "TILES", {4: {64: rest.Tile(16, keys, 4, 1)}})
-    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (wide, 16, 4)}})
+    monkeypatch.setattr(rest, "COLUMNS", {4: {64: (wide, 16, 4, None)}})
     check(small(causal=causal, pool=8, q_len=70 if causal else 96, slots=40))
 
 

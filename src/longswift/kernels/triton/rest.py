@@ -51,9 +51,9 @@ TILES = {
     4: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
 # Columns, gathered tokens and warps of a tile of ``fill_columns``, likewise.
-COLUMNS = {
-    2: {64: (32, 32, 4), 128: (32, 32, 4), 256: (32, 16, 4)},
-    4: {64: (32, 32, 4), 128: (16, 32, 4), 256: (16, 16, 4)},
+COLUMNS: dict[int, dict[int, tuple[int, int, int, int | None]]] = {
+    2: {64: (32, 32, 4, 128), 128: (32, 32, 4, 168), 256: (32, 16, 4, None)},
+    4: {64: (32, 32, 4, None), 128: (16, 32, 4, None), 256: (16, 16, 4, None)},
 }
 # Gathered tokens that are searched at once for those of a tile of columns.
 SEARCHED = 512
@@ -222,8 +222,9 @@ def outside_options(q: Tensor, k: Tensor, v: Tensor, span: int, causal: bool) ->
     tile = _choice(TILES, k, v)
     rows = rows_of_tile(tile.lines, groups, span)
     lines = rows * triton.next_power_of_2(groups)
-    options = {
+    return {
         **_constants(k, v, causal),
+        **_at_most(tile.registers if lines > 64 else None),
         "G": groups,
         "ROWS": rows,
         "M": lines,
@@ -231,9 +232,6 @@ def outside_options(q: Tensor, k: Tensor, v: Tensor, span: int, causal: bool) ->
         "STAGES": tile.stages,
         "num_warps": tile.warps if lines > 64 else 4,
     }
-    if tile.registers is not None and lines > 64 and torch.version.hip is None:
-        options["maxnreg"] = tile.registers
-    return options
 
 
 def column_options(k: Tensor, v: Tensor, keys: int, causal: bool) -> dict[str, Any]:
@@ -245,9 +243,9 @@ def column_options(k: Tensor, v: Tensor, keys: int, causal: bool) -> dict[str, A
         keys: Keys of a step.
         causal: Whether nothing after the band is seen.
     """
-    wide, gathered, warps = _choice(COLUMNS, k, v)
+    wide, gathered, warps, registers = _choice(COLUMNS, k, v)
     tile = {"W": wide, "C": gathered, "S": SEARCHED, "N": keys, "num_warps": warps}
-    return {**_constants(k, v, causal), **tile}
+    return {**_constants(k, v, causal), **tile, **_at_most(registers)}
 
 
 class Columns:
@@ -333,6 +331,11 @@ def _constants(k: Tensor, v: Tensor, causal: bool) -> dict[str, Any]:
         "ACC": accumulator(k.dtype),
         "EXACT": precision(),
     }
+
+
+def _at_most(registers: int | None) -> dict[str, int]:
+    """The option that bounds registers of a thread, which AMD's compiler does not know."""
+    return {} if registers is None or torch.version.hip else {"maxnreg": registers}
 
 
 def _choice(table: dict[int, dict[int, Any]], k: Tensor, v: Tensor) -> Any:
