@@ -14,8 +14,11 @@ from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels.triton import (
     backward_kernels,
+    column_kernels,
     forward,
     linear_kernels,
+    rest,
+    rest_kernels,
     scoring,
     shares,
     sums,
@@ -24,9 +27,11 @@ from longswift.kernels.triton.launch import Shape, bias_options, precision, rows
 from longswift.kernels.triton.tables import tables
 
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
-FLOATS |= {"EXTRA", "STATES", "NORM", "BIAS", "D_BIAS"}
+FLOATS |= {"EXTRA", "STATES", "NORM", "BIAS", "D_BIAS", "LOG"}
+FLOATS |= {"K_SUM", "V_SUM", "K_GRAIN", "V_GRAIN"}
+INPUTS = {"Q", "K", "V", "D_OUT", "X", "Y", "U", "MEAN_K", "MEAN_V"}
 TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
-TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT"}
+TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT", "BANDS"}
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 
 
@@ -36,11 +41,13 @@ def compile_for(kernel: Any, constants: dict[str, Any], inputs: str, warps: int,
     options = {"num_warps": warps}
     if "num_stages" in constants:
         options["num_stages"] = constants.pop("num_stages")
+    if "maxnreg" in constants:
+        options["maxnreg"] = constants.pop("maxnreg")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("Q", "K", "V", "D_OUT", "X", "Y", "U"):
+        elif name in INPUTS:
             signature[name] = "*" + inputs
         elif name in FLOATS:
             signature[name] = "*fp32"
@@ -61,6 +68,21 @@ def attention(dtype: torch.dtype, dim: int, groups: int) -> tuple[dict[str, Any]
     q, k = (torch.empty(1, h, 512, dim, dtype=dtype, device="meta") for h in (2 * groups, 2))
     shape = Shape.of(q, k, k, tables(pattern, 1, 512, 512, tokens.device))
     return shape.constants(), shape.warps
+
+
+def outside(dtype: torch.dtype, dim: int, groups: int) -> list[tuple[Any, dict[str, Any], int]]:
+    """Kernels of what lies outside bands, with their constants and warps."""
+    q, k = (torch.empty(1, h, 512, dim, dtype=dtype, device="meta") for h in (2 * groups, 2))
+    seen = rest.outside_options(q, k, k, 128, True)
+    filled = rest.column_options(k, k, seen["N"], True)
+    seen |= {"COMPARED": True, "POOLED": True}
+    return [
+        (kernel, values, values.pop("num_warps"))
+        for kernel, values in (
+            (rest_kernels.attend_outside, seen),
+            (column_kernels.fill_columns, filled),
+        )
+    ]
 
 
 def linear(dim: int, groups: int) -> list[tuple[Any, dict[str, Any]]]:
@@ -103,6 +125,15 @@ def main() -> None:
     constants, warps = attention(torch.float32, 32, 1)
     values = {**constants, "BAND": True, **plain}
     print("_forward", "fp32", 32, 80, compile_for(forward._forward, values, "fp32", warps, 80))
+    for name, dim, groups, sm in (
+        ("bfloat16", 128, 4, 90),
+        ("bfloat16", 256, 1, 80),
+        ("float32", 256, 1, 80),
+    ):
+        for kernel, values, warps in outside(getattr(torch, name), dim, groups):
+            inputs = "bf16" if name == "bfloat16" else "fp32"
+            shared = compile_for(kernel, values, inputs, warps, sm)
+            print(kernel.__name__, inputs, dim, sm, shared)
     rank = {"HKV": 2, "F": 192, "BF": scoring._FEATURES, "R": scoring._ROWS, "N": scoring._BLOCKS}
     best = {"BITS": scoring._BITS, "N": scoring._CANDIDATES}
     for kernel, values in ((scoring._rank, {**rank, "EXACT": precision()}), (scoring._best, best)):

@@ -1,8 +1,10 @@
-"""Attention by Triton kernels of this project: bands and gathered tokens in one pass, any GPU.
+"""Attention by Triton kernels of this project, on any GPU.
 
-``forward`` and ``backward`` hold the kernels, which take a pattern as integer tables; the remainder
-is computed by torch and merged. ``scoring`` holds the selection's first stage, ``linear`` and
-``sums`` linear attention. On a CPU the kernels run in Triton's interpreter, for tests.
+``forward`` and ``backward`` hold kernels for bands and gathered tokens in one pass, which take a
+pattern as integer tables; the remainder is computed by torch and merged. Without gradients, where
+whole blocks share their lists, ``rest`` computes gathered tokens and remainder. ``scoring`` holds
+the selection's first stage, ``linear`` and ``sums`` linear attention. On a CPU the kernels run in
+Triton's interpreter, for tests.
 Triton: Tillet et al., 2019. Tiling and recomputation: Dao, 2023, arXiv 2307.08691.
 """
 
@@ -91,7 +93,8 @@ def attend(
         v: ``[B, Hkv, Lk, Dv]``.
         pattern: Which keys are seen.
         scale: Factor on the scores.
-        bands: The result of ``attend_bands``; it has no gradients and is not used with them.
+        bands: The result of ``attend_bands``, overwritten by the whole one where a kernel goes on
+            from it; it has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
@@ -99,8 +102,14 @@ def attend(
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
     q, k, v = checked(q, k, v, bias)
-    table = _tables(pattern, q, k)
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if not tracked and _rest_takes(q, k, v, pattern, bias):
+        from longswift.kernels.triton.rest import attend_rest
+
+        bands = bands or attend_bands(q, k, v, pattern, scale)
+        part = attend_rest(q, k, v, pattern, scale, bands, summary)
+        return Partial(part.out.to(q.dtype), part.lse)
+    table = _tables(pattern, q, k)
     if tracked or bias is not None and bias.requires_grad:
         values = None if bias is None else bias.values
         parts = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))]
@@ -132,6 +141,14 @@ def choose_by_bounds(
     from longswift.kernels.triton import choosing
 
     return choosing.choose_by_bounds(q, k, band_lse, pattern, tokens, **options)
+
+
+def _rest_takes(
+    q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, bias: ScoreBias | None
+) -> bool:
+    from longswift.kernels.triton.rest import takes
+
+    return takes(q, k, v, pattern, bias)
 
 
 def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:
