@@ -14,6 +14,8 @@ from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels.triton import (
     backward_kernels,
+    band_kernels,
+    bands,
     forward,
     linear_kernels,
     scoring,
@@ -26,7 +28,7 @@ from longswift.kernels.triton.tables import tables
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
 FLOATS |= {"EXTRA", "STATES", "NORM", "BIAS", "D_BIAS"}
 TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
-TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT"}
+TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT", "HEADS"}
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 
 
@@ -34,12 +36,16 @@ def compile_for(kernel: Any, constants: dict[str, Any], inputs: str, warps: int,
     """Bytes of shared memory of the compiled kernel."""
     constants = dict(constants)
     options = {"num_warps": warps}
-    if "num_stages" in constants:
-        options["num_stages"] = constants.pop("num_stages")
+    for name in ("num_stages", "maxnreg"):
+        if name in constants:
+            options[name] = constants.pop(name)
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in ("K", "V") and constants.get("DESCRIBED"):
+            width = constants["D_PAD" if name == "K" else "DV_PAD"]
+            signature[name] = f"tensordesc<{inputs}[1,1,{constants['N']},{width}]>"
         elif name in ("Q", "K", "V", "D_OUT", "X", "Y", "U"):
             signature[name] = "*" + inputs
         elif name in FLOATS:
@@ -61,6 +67,16 @@ def attention(dtype: torch.dtype, dim: int, groups: int) -> tuple[dict[str, Any]
     q, k = (torch.empty(1, h, 512, dim, dtype=dtype, device="meta") for h in (2 * groups, 2))
     shape = Shape.of(q, k, k, tables(pattern, 1, 512, 512, tokens.device))
     return shape.constants(), shape.warps
+
+
+def lean(dtype: torch.dtype, dim: int, groups: int, described: bool) -> tuple[dict[str, Any], int]:
+    """Constants and warps of the kernel of bands alone, the heaviest variant."""
+    cut = bands.cut_of(dtype, dim, dim)
+    rows = rows_of_tile(cut.lines, groups, 512)
+    constants = bands.constants(dtype, groups, dim, dim, rows, cut)
+    options = {name: value for name, value in cut.options().items() if name != "num_warps"}
+    variant = {"CAUSAL": True, "STRADDLES": True, "DESCRIBED": described and cut.described}
+    return {**constants, **options, **variant}, cut.warps
 
 
 def linear(dim: int, groups: int) -> list[tuple[Any, dict[str, Any]]]:
@@ -103,6 +119,16 @@ def main() -> None:
     constants, warps = attention(torch.float32, 32, 1)
     values = {**constants, "BAND": True, **plain}
     print("_forward", "fp32", 32, 80, compile_for(forward._forward, values, "fp32", warps, 80))
+    for dtype, name, dim, groups, sm, described in (
+        (torch.bfloat16, "bf16", 128, 4, 90, True),
+        (torch.bfloat16, "bf16", 64, 3, 90, True),
+        (torch.bfloat16, "bf16", 128, 1, 80, False),
+        (torch.bfloat16, "bf16", 256, 1, 80, False),
+        (torch.float32, "fp32", 128, 1, 80, False),
+        (torch.float32, "fp32", 256, 1, 80, False),
+    ):
+        values, warps = lean(dtype, dim, groups, described)
+        print("bands", name, dim, sm, compile_for(band_kernels.bands, values, name, warps, sm))
     rank = {"HKV": 2, "F": 192, "BF": scoring._FEATURES, "R": scoring._ROWS, "N": scoring._BLOCKS}
     best = {"BITS": scoring._BITS, "N": scoring._CANDIDATES}
     for kernel, values in ((scoring._rank, {**rank, "EXACT": precision()}), (scoring._best, best)):
