@@ -70,12 +70,12 @@ def attention(dtype: torch.dtype, dim: int, groups: int) -> tuple[dict[str, Any]
 
 
 def lean(dtype: torch.dtype, dim: int, groups: int, described: bool) -> tuple[dict[str, Any], int]:
-    """Constants and warps of the kernel of bands alone, the heaviest variant."""
+    """Constants and warps of the kernel of bands alone."""
     cut = bands.cut_of(dtype, dim, dim)
     rows = rows_of_tile(cut.lines, groups, 512)
     constants = bands.constants(dtype, groups, dim, dim, rows, cut)
     options = {name: value for name, value in cut.options().items() if name != "num_warps"}
-    variant = {"CAUSAL": True, "STRADDLES": True, "DESCRIBED": described and cut.described}
+    variant = {"CAUSAL": True, "DESCRIBED": described and cut.described}
     return {**constants, **options, **variant}, cut.warps
 
 

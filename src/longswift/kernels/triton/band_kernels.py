@@ -1,8 +1,8 @@
 """Kernel of bands alone: edges from a few numbers per head, masks only where keys are hidden.
 
-A tile holds the same rows of every query head of a GQA group. Keys that every row of the tile sees
-whole are taken without a mask; those at the edges of the band, with one. Scores are kept in powers
-of two, ``exp2`` being what a GPU computes.
+A tile holds the same rows of every query head of a GQA group. Only steps at the edges of the band
+hide keys: those between, every row of the tile sees whole. Scores are kept in powers of two,
+``exp2`` being what a GPU computes.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -44,79 +44,18 @@ def load_keys(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     N: tl.constexpr,
-    MASKED: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
-    """Keys ``[start, start + N)``, zeros from ``end`` on if ``MASKED``."""
+    """Keys ``[start, start + N)``, unless ``DESCRIBED`` with zeros from ``end`` on."""
     if DESCRIBED:
         keys = X.load([batch, head, start, 0]).reshape(N, D_PAD)
     else:
         line = tl.arange(0, N)
         column = tl.arange(0, D_PAD)
         at = X + tl.cast(start, tl.int64) * stride + line[:, None] * stride + column[None, :]
-        inside = (column < D)[None, :]
-        if MASKED:
-            keys = tl.load(at, mask=inside & (line < end - start)[:, None], other=0.0)
-        elif D == D_PAD:
-            keys = tl.load(at)
-        else:
-            keys = tl.load(at, mask=inside, other=0.0)
+        inside = (line < end - start)[:, None] & (column < D)[None, :]
+        keys = tl.load(at, mask=inside, other=0.0)
     return keys
-
-
-@triton.jit
-def walk(
-    q,
-    K,
-    V,
-    batch,
-    head,
-    start,
-    stop,
-    limit,
-    first,
-    end,
-    factor,
-    top,
-    mass,
-    acc,
-    k_l,
-    v_l,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    N: tl.constexpr,
-    ACC: tl.constexpr,
-    EXACT: tl.constexpr,
-    MASKED: tl.constexpr,
-    DESCRIBED: tl.constexpr,
-):
-    """Online softmax over keys from ``start``, ``N`` at a time until ``stop``.
-
-    With ``MASKED``, rows see their keys of ``[first, end)`` alone, and none beyond ``limit`` is
-    read.
-    """
-    for key in tl.range(start, stop, N):
-        k = load_keys(K, batch, head, key, limit, k_l, D, D_PAD, N, MASKED, DESCRIBED)
-        scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC)
-        if MASKED:
-            at = key + tl.arange(0, N)
-            seen = (at[None, :] >= first[:, None]) & (at[None, :] < end[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        pivot = new_top
-        if MASKED:
-            # A row that has seen nothing yet would subtract infinity from infinity.
-            pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores * factor - pivot[:, None])
-        kept = tl.exp2(top - pivot)
-        mass = mass * kept + tl.sum(weights, 1)
-        v = load_keys(V, batch, head, key, limit, v_l, DV, DV_PAD, N, MASKED, DESCRIBED)
-        acc = acc * kept[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=EXACT, out_dtype=ACC)
-        top = new_top
-    return top, mass, acc
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -160,14 +99,13 @@ def bands(
     ACC: tl.constexpr,
     EXACT: tl.constexpr,
     CAUSAL: tl.constexpr,
-    STRADDLES: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
     """A tile of rows over its band.
 
     ``HEADS [Hkv, 4]`` names heads in the order they are taken, with tile, left and right; without
-    it all have those of the arguments. Unless it ``STRADDLES`` their borders, a tile of rows lies
-    within one tile of every band.
+    it all have those of the arguments. Keys and values are ``DESCRIBED`` by tensor descriptors of
+    blocks of ``N`` keys, or pointers.
     """
     # The last rows see most, and a GPU that starts with them ends with short programs.
     index = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -189,6 +127,7 @@ def bands(
     lowest = tl.maximum(row_zero, 0)
     highest = tl.minimum(row_zero + ROWS, q_len) - 1
     position = offset + tl.minimum(tl.maximum(row, lowest), highest)
+    # Every row sees the keys of [inner_start, inner_end), none one outside [start, stop).
     start, inner_end = edges(offset + lowest, tile, left, right, k_len, CAUSAL)
     inner_start, stop = edges(offset + highest, tile, left, right, k_len, CAUSAL)
     first, end = edges(position, tile, left, right, k_len, CAUSAL)
@@ -204,23 +143,23 @@ def bands(
     top = tl.full([M], float("-inf"), ACC)
     mass = tl.zeros([M], ACC)
     acc = tl.zeros([M, DV_PAD], ACC)
-    at = start
-    if STRADDLES:
-        steps = tl.cdiv(tl.maximum(tl.minimum(inner_start, stop) - start, 0), N)
-        at = start + steps * N
-        top, mass, acc = walk(
-            q, K, V, batch, head, start, at, stop, first, end, factor, top, mass, acc, k_l, v_l,
-            D, DV, D_PAD, DV_PAD, N, ACC, EXACT, True, DESCRIBED,
-        )  # fmt: skip
-    whole = at + tl.maximum(inner_end - at, 0) // N * N
-    top, mass, acc = walk(
-        q, K, V, batch, head, at, whole, stop, first, end, factor, top, mass, acc, k_l, v_l,
-        D, DV, D_PAD, DV_PAD, N, ACC, EXACT, False, DESCRIBED,
-    )  # fmt: skip
-    top, mass, acc = walk(
-        q, K, V, batch, head, whole, stop, stop, first, end, factor, top, mass, acc, k_l, v_l,
-        D, DV, D_PAD, DV_PAD, N, ACC, EXACT, True, DESCRIBED,
-    )  # fmt: skip
+    for key in tl.range(start, stop, N):
+        k = load_keys(K, batch, head, key, stop, k_l, D, D_PAD, N, DESCRIBED)
+        scores = tl.dot(q, tl.trans(k), input_precision=EXACT, out_dtype=ACC)
+        if (key < inner_start) | (key + N > inner_end):
+            at = key + tl.arange(0, N)
+            seen = (at[None, :] >= first[:, None]) & (at[None, :] < end[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        # A row that has seen nothing yet would subtract infinity from infinity.
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores * factor - pivot[:, None])
+        kept = tl.exp2(top - pivot)
+        mass = mass * kept + tl.sum(weights, 1)
+        v = load_keys(V, batch, head, key, stop, v_l, DV, DV_PAD, N, DESCRIBED)
+        acc = acc * kept[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=EXACT, out_dtype=ACC)
+        top = new_top
     nothing = mass == 0.0
     mass = tl.where(nothing, 1.0, mass)
     acc = acc / mass[:, None]

@@ -116,7 +116,6 @@ def attend(
         *lse.stride()[:2],
         **constants(q.dtype, heads // kv_heads, dim, v_dim, rows, cut),
         CAUSAL=causal,
-        STRADDLES=any(_straddles(band, rows, k_len - q_len, k_len - 1) for band in set(bands)),
         DESCRIBED=described,
         **cut.options(),
     )
@@ -145,11 +144,6 @@ def constants(
         "ACC": accumulator(dtype),
         "EXACT": precision(),
     }
-
-
-def _straddles(band: Band, rows: int, first: int, last: int) -> bool:
-    """Whether a border of the band's tiles may lie within a tile of rows."""
-    return band.tile % rows != 0 and first // band.tile < last // band.tile
 
 
 def _numbers(band: Band) -> tuple[int, int, int]:
