@@ -159,7 +159,7 @@ def objection(name: str, heads: Heads) -> str | None:
 
 def _fits(x: Tensor) -> bool:
     """Whether every operator can read a tensor: 16 bytes at a time."""
-    aligned = x.data_ptr() % 16 == 0 and all(s % _GRAIN == 0 for s in x.stride()[:3])
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % _GRAIN == 0 for s in x.stride()[:3])
     small = 0 < x.shape[3] <= _WIDEST and x.shape[3] % _GRAIN == 0
     return aligned and small and x.stride(3) == 1 and x.numel() > 0
 
