@@ -14,9 +14,15 @@ from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.kernels.triton import (
     backward_kernels,
+    band_kernels,
+    bands,
+    centroid_kernels,
+    choosing,
     column_kernels,
+    exact_kernels,
     forward,
     linear_kernels,
+    picking_kernels,
     rest,
     rest_kernels,
     scoring,
@@ -28,10 +34,18 @@ from longswift.kernels.triton.tables import tables
 
 FLOATS = {"OUT", "LSE", "DELTA", "D_Q", "D_K", "D_V", "SHARES", "TARGET", "ROWS", "KEYS", "RANK"}
 FLOATS |= {"EXTRA", "STATES", "NORM", "BIAS", "D_BIAS", "LOG"}
-FLOATS |= {"K_SUM", "V_SUM", "K_GRAIN", "V_GRAIN"}
-INPUTS = {"Q", "K", "V", "D_OUT", "X", "Y", "U", "MEAN_K", "MEAN_V"}
+FLOATS |= {"SUMS", "TOTALS", "BAND_LSE", "K_SUM", "V_SUM", "K_GRAIN", "V_GRAIN"}
+INPUTS = {"MEANS", "Q", "K", "V", "D_OUT", "X", "Y", "U", "MEAN_K", "MEAN_V"}
 TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
-TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT", "BANDS"}
+TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT", "BANDS", "HEADS"}
+TABLES |= {"HALVES", "EDGES"}
+CHOSEN = {
+    "rank_keys": {"RANKS": "fp16"},
+    "pick_keys": {"RANKS": "fp16", "INDEX": "i32"},
+    "row_totals": {"INDEX": "i32"},
+    "key_shares": {"RANKS": "fp32", "INDEX": "i32"},
+    "pick_tokens": {"RANKS": "fp32", "INDEX": "i32"},
+}
 SPECIAL = {"scale": "fp32", "OUTSIDE": "*i8", "INDEX": "*i64"}
 
 
@@ -39,16 +53,20 @@ def compile_for(kernel: Any, constants: dict[str, Any], inputs: str, warps: int,
     """Bytes of shared memory of the compiled kernel."""
     constants = dict(constants)
     options = {"num_warps": warps}
-    if "num_stages" in constants:
-        options["num_stages"] = constants.pop("num_stages")
-    if "maxnreg" in constants:
-        options["maxnreg"] = constants.pop("maxnreg")
+    for name in ("num_stages", "maxnreg"):
+        if name in constants:
+            options[name] = constants.pop(name)
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif name in ("K", "V") and constants.get("DESCRIBED"):
+            width = constants["D_PAD" if name == "K" else "DV_PAD"]
+            signature[name] = f"tensordesc<{inputs}[1,1,{constants['N']},{width}]>"
         elif name in INPUTS:
             signature[name] = "*" + inputs
+        elif name in CHOSEN.get(kernel.__name__, ()):
+            signature[name] = "*" + CHOSEN[kernel.__name__][name]
         elif name in FLOATS:
             signature[name] = "*fp32"
         elif name in TABLES:
@@ -83,6 +101,36 @@ def outside(dtype: torch.dtype, dim: int, groups: int) -> list[tuple[Any, dict[s
             (column_kernels.fill_columns, filled),
         )
     ]
+
+
+def chosen(dim: int, groups: int, tier: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Kernels of the choice by centroids, with their constants."""
+    width = {"D": dim, "D_PAD": dim, "HKV": 2}
+    heads, causal = {**width, "G": groups}, {"CAUSAL": True, "EXACT": "tf32"}
+    tiles = {name: of[tier].options() for name, of in choosing._TILES.items()}
+    halved = {"MEMBERS": 128, "PAD": 128, "AT_ONCE": 1, "STEP": choosing._HALVED // dim}
+    sample = {"MANY": 4096, "EVERY": 8, "FIRST": 4, "TOGETHER": 16}
+    exact = {"EXACT": precision()}
+    return [
+        (centroid_kernels.halve, {**heads, **halved, "WHOLE": False, "SPARE": 16, "num_warps": 8}),
+        (centroid_kernels.average, {**heads, "MEMBERS": 4, "AT_ONCE": 32, "num_warps": 4}),
+        (centroid_kernels.log_sums, {**width, **causal, **sample, **tiles["log_sums"]}),
+        (centroid_kernels.rank_keys, {**width, **causal, "GROUPS": 32, **tiles["rank_keys"]}),
+        (picking_kernels.pick_keys, {"HKV": 2, "N": 8192, "CAUSAL": False, "num_warps": 8}),
+        (exact_kernels.row_totals, {**heads, **exact, "TOGETHER": 16, **tiles["row_totals"]}),
+        (exact_kernels.key_shares, {**heads, **exact, **tiles["key_shares"]}),
+        (picking_kernels.pick_tokens, {"N": 4096, "num_warps": 8}),
+    ]
+
+
+def lean(dtype: torch.dtype, dim: int, groups: int, described: bool) -> tuple[dict[str, Any], int]:
+    """Constants and warps of the kernel of bands alone."""
+    cut = bands.cut_of(dtype, dim, dim)
+    rows = rows_of_tile(cut.lines, groups, 512)
+    constants = bands.constants(dtype, groups, dim, dim, rows, cut)
+    options = {name: value for name, value in cut.options().items() if name != "num_warps"}
+    variant = {"CAUSAL": True, "DESCRIBED": described and cut.described}
+    return {**constants, **options, **variant}, cut.warps
 
 
 def linear(dim: int, groups: int) -> list[tuple[Any, dict[str, Any]]]:
@@ -134,6 +182,21 @@ def main() -> None:
             inputs = "bf16" if name == "bfloat16" else "fp32"
             shared = compile_for(kernel, values, inputs, warps, sm)
             print(kernel.__name__, inputs, dim, sm, shared)
+    for dtype, name, dim, groups, sm, described in (
+        (torch.bfloat16, "bf16", 128, 4, 90, True),
+        (torch.bfloat16, "bf16", 64, 3, 90, True),
+        (torch.bfloat16, "bf16", 128, 1, 80, False),
+        (torch.bfloat16, "bf16", 256, 1, 80, False),
+        (torch.float32, "fp32", 128, 1, 80, False),
+        (torch.float32, "fp32", 256, 1, 80, False),
+    ):
+        values, warps = lean(dtype, dim, groups, described)
+        print("bands", name, dim, sm, compile_for(band_kernels.bands, values, name, warps, sm))
+    for inputs, dim, tier, sm in (("bf16", 128, 0, 90), ("fp32", 128, 1, 80), ("fp32", 256, 2, 80)):
+        for kernel, values in chosen(dim, 4, tier):
+            shared = compile_for(kernel, values, inputs, values.pop("num_warps"), sm)
+            # The first of the tiles are for GPUs that have more.
+            print(kernel.__name__, inputs, dim, sm, shared if tier else shared * 99 // 117)
     rank = {"HKV": 2, "F": 192, "BF": scoring._FEATURES, "R": scoring._ROWS, "N": scoring._BLOCKS}
     best = {"BITS": scoring._BITS, "N": scoring._CANDIDATES}
     for kernel, values in ((scoring._rank, {**rank, "EXACT": precision()}), (scoring._best, best)):

@@ -111,7 +111,7 @@ def test_a_sample_stands_for_many_keys() -> None:
 
 def test_more_centroids_than_a_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = choosing.Tile(16, 16, 4, 2)
-    monkeypatch.setitem(choosing._TILES, "rank_keys", (tile, tile))
+    monkeypatch.setitem(choosing._TILES, "rank_keys", (tile, tile, tile))
     agree(selector(1), asked(torch.randn(1, 2, 64, 16), 2 * torch.randn(1, 1, 100, 16)), 0.97)
 
 

@@ -93,16 +93,16 @@ class BlockPattern:
         not lie after its first key sees nothing.
         """
         position = torch.arange(k_len - q_len, k_len, device=device)
-        firsts, ends = [], []
-        for band in self.bands:
+        found: dict[Band, tuple[Tensor, Tensor]] = {}
+        for band in set(self.bands):
             first, end = band.bounds(position, k_len)
             if band.reach is not None:
                 first = torch.maximum(first, position - band.reach[0])
                 end = torch.minimum(end, position + band.reach[1] + 1)
             if self.causal:
                 end = torch.minimum(end, position + 1)
-            firsts.append(first)
-            ends.append(end.clamp(min=0))
+            found[band] = first, end.clamp(min=0)
+        firsts, ends = zip(*(found[band] for band in self.bands), strict=True)
         return torch.stack(firsts).int(), torch.stack(ends).int()
 
     @property
@@ -157,5 +157,7 @@ class BlockPattern:
 
 def as_int32(x: Tensor) -> Tensor:
     """Positions as int32; "for ever", which lies beyond every position, stays beyond them."""
+    if x.dtype == torch.int32:
+        return x
     limits = torch.iinfo(torch.int32)
     return x.clamp(limits.min, limits.max).to(torch.int32)

@@ -19,16 +19,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
+from longswift.core.inputs import tracked
 from longswift.core.pattern import BlockPattern
 from longswift.core.remainder import attend_remainder
-from longswift.core.softmax import merge
+from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
 from longswift.kernels.triton.limits import checked, refusal
 from longswift.kernels.triton.linear import attend_linear
 from longswift.kernels.triton.tables import Tables, tables
+from longswift.kernels.triton.whole import attend as attend_whole
+from longswift.kernels.triton.whole import is_whole
 
 __all__ = [
+    "WRITES_INTO",
     "attend",
     "attend_bands",
     "attend_linear",
@@ -37,6 +41,9 @@ __all__ = [
     "refusal",
     "verify",
 ]
+
+# `attend_bands` takes the memory of its result, and `attend` leaves its own there.
+WRITES_INTO = True
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -67,11 +74,16 @@ def attend_bands(
     pattern: BlockPattern,
     scale: float,
     bias: ScoreBias | None = None,
+    into: Partial | None = None,
 ) -> Partial:
-    """Attention over the pattern's bands alone, without gradients."""
+    """Attention over the pattern's bands alone, without gradients, in the memory of ``into``."""
     q, k, v = checked(q, k, v, bias)
-    bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
-    return _forward(q, k, v, _tables(bare, q, k), scale, bias)
+    found = None
+    if bias is None and q.is_cuda and scale > 0.0 and is_whole(pattern, q.shape[2], k.shape[2]):
+        found = attend_whole(q, k, v, pattern.causal, scale)
+    if found is None:
+        found = _bands(q, k, v, pattern, scale, bias, into)
+    return found if into is None or found is into else _copied(found, into)
 
 
 def attend(
@@ -93,8 +105,8 @@ def attend(
         v: ``[B, Hkv, Lk, Dv]``.
         pattern: Which keys are seen.
         scale: Factor on the scores.
-        bands: The result of ``attend_bands``, overwritten by the whole one where a kernel goes on
-            from it; it has no gradients and is not used with them.
+        bands: The result of ``attend_bands``, overwritten by the result if that has its dtype; it
+            has no gradients and is not used with them.
         summary: Page summaries of ``k`` and ``v``, used for the remainder.
         bias: Additions to the scaled scores; a remainder column gets the mean over its tokens.
 
@@ -102,27 +114,30 @@ def attend(
         UnsupportedError: The kernels cannot compute these inputs; see ``refusal``.
     """
     q, k, v = checked(q, k, v, bias)
-    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if not tracked and _rest_takes(q, k, v, pattern, bias):
+    given, parts = bands, []
+    if tracked(q, k, v) or bias is not None and bias.requires_grad:
+        values = None if bias is None else bias.values
+        table = _tables(pattern, q, k)
+        parts, given = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))], None
+    elif _rest_takes(q, k, v, pattern, bias):
         from longswift.kernels.triton.rest import attend_rest
 
         bands = bands or attend_bands(q, k, v, pattern, scale)
         part = attend_rest(q, k, v, pattern, scale, bands, summary)
         return Partial(part.out.to(q.dtype), part.lse)
-    table = _tables(pattern, q, k)
-    if tracked or bias is not None and bias.requires_grad:
-        values = None if bias is None else bias.values
-        parts = [Partial(*_Attend.apply(q, k, v, values, table, scale, bias))]
-    elif bands is None:
-        parts = [_forward(q, k, v, table, scale, bias)]
+    elif bands is None and bias is not None:
+        parts = [_forward(q, k, v, _tables(pattern, q, k), scale, bias)]
     else:
-        parts = [bands]
-        if table.tokens.shape[3]:
+        parts = [attend_bands(q, k, v, pattern, scale, bias) if bands is None else bands]
+        if pattern.tokens is not None and pattern.tokens.shape[3]:
+            table = _tables(pattern, q, k, band=False)
             parts.append(_forward(q, k, v, table, scale, bias, band=False))
     if pattern.pool is not None:
         parts.append(attend_remainder(q, k, v, pattern, scale, summary, bias))
-    out, lse = merge(*parts)
-    return Partial(out.to(q.dtype), lse)
+    found = merge(*parts)
+    if given is not None and given.out.dtype == q.dtype:
+        return given if len(parts) == 1 else _copied(found, given)
+    return Partial(found.out.to(q.dtype), found.lse)
 
 
 def best_blocks(
@@ -151,8 +166,39 @@ def _rest_takes(
     return takes(q, k, v, pattern, bias)
 
 
-def _tables(pattern: BlockPattern, q: Tensor, k: Tensor) -> Tables:
-    return tables(pattern, q.shape[0], q.shape[2], k.shape[2], q.device)
+def _bands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: BlockPattern,
+    scale: float,
+    bias: ScoreBias | None,
+    into: Partial | None,
+) -> Partial:
+    """``attend_bands`` by this project's kernels, in ``into`` where they can write there."""
+    from longswift.kernels.triton import bands
+
+    if bias is not None or not bands.takes(pattern.bands, scale, q.shape[2], k.shape[2]):
+        bare = BlockPattern(causal=pattern.causal, bands=pattern.bands, block=pattern.block)
+        return _forward(q, k, v, _tables(bare, q, k), scale, bias)
+    place = into
+    if place is None or place.out.stride(3) != 1 or place.lse.stride(2) != 1:
+        acc = accumulator_dtype(q.dtype)
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=acc, device=q.device)
+        place = Partial(out, torch.empty(q.shape[:3], dtype=acc, device=q.device))
+    bands.attend(q, k, v, pattern.bands, pattern.causal, scale, *place)
+    return place
+
+
+def _copied(found: Partial, into: Partial) -> Partial:
+    """``into`` with the values of ``found``."""
+    for place, value in zip(into, found, strict=True):
+        place.copy_(value)
+    return into
+
+
+def _tables(pattern: BlockPattern, q: Tensor, k: Tensor, *, band: bool = True) -> Tables:
+    return tables(pattern, q.shape[0], q.shape[2], k.shape[2], q.device, band=band)
 
 
 def _forward(

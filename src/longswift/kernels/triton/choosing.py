@@ -11,6 +11,7 @@ near ties of proposals only. The second look is as exact as attention is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ _MOST = 16384
 _MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
 # Rows of tables are multiples of this, so that threads load several numbers at once.
 _ALIGNED = 64
+# Bytes of shared memory the larger tiles take.
+_ROOM = 120_000
 # Keys a program ranks.
 _CHUNK = 4096
 # Numbers looked at in a step of a search.
@@ -59,13 +62,22 @@ class Tile(NamedTuple):
         return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# Of each kernel: for 16-bit heads up to 128, and for the others.
+# Of each kernel: for rows of 256 bytes where shared memory allows, of 512, and wider ones.
 _TILES = {
-    "log_sums": (Tile(128, _TILE, 8, 3), Tile(64, _TILE, 4, 2)),
-    "rank_keys": (Tile(64, 256, 4, 3), Tile(64, 64, 4, 2)),
-    "row_totals": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2)),
-    "key_shares": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2)),
+    "log_sums": (Tile(128, _TILE, 8, 3), Tile(64, _TILE, 4, 2), Tile(32, _TILE, 4, 1)),
+    "rank_keys": (Tile(64, 256, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)),
+    "row_totals": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 16, 4, 2)),
+    "key_shares": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 16, 4, 2)),
 }
+
+
+@functools.cache
+def _is_roomy(device: torch.device) -> bool:
+    """Whether a program gets the shared memory that the larger tiles take."""
+    if device.type == "cpu":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= _ROOM
 
 
 def choose_by_bounds(
@@ -171,8 +183,8 @@ class _Call:
         return {"D": self.q.shape[3], "D_PAD": padded(self.q.shape[3])}
 
     def _tile(self, kernel: str) -> Tile:
-        narrow = self.q.dtype.itemsize == 2 and self._dims["D_PAD"] <= 128
-        return _TILES[kernel][0 if narrow else 1]
+        row = self._dims["D_PAD"] * self.q.dtype.itemsize
+        return _TILES[kernel][0 if row <= 256 and _is_roomy(self.q.device) else 1 + (row > 512)]
 
     @property
     def _q_strides(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ class Tables(NamedTuple):
     """int32 tables of one pattern over one batch.
 
     Attributes:
-        first: ``[Hkv, Lq]``, first key of each row's band.
+        first: ``[Hkv, Lq]``, first key of each row's band; ``[Hkv, 0]`` where bands are not read.
         end: ``[Hkv, Lq]``, one past its last.
         tokens: ``[B, Hkv, N, C]``, gathered positions, empty slots at 0.
         since: Like ``tokens``, first position that sees the slot.
@@ -37,10 +37,18 @@ class Tables(NamedTuple):
 
 
 def tables(
-    pattern: BlockPattern, batch: int, q_len: int, k_len: int, device: torch.device
+    pattern: BlockPattern,
+    batch: int,
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    *,
+    band: bool = True,
 ) -> Tables:
-    """Tables for ``q_len`` queries; O(Hkv * Lq + slots)."""
-    first, end = pattern.intervals(q_len, k_len, device)
+    """Tables for ``q_len`` queries; O(Hkv * Lq + slots). Without ``band``, those of slots alone."""
+    first = end = torch.empty(len(pattern.bands), 0, dtype=torch.int32, device=device)
+    if band:
+        first, end = pattern.intervals(q_len, k_len, device)
     before = (k_len - q_len) % pattern.block
     blocks = -(-(before + q_len) // pattern.block)
     if pattern.tokens is None:
