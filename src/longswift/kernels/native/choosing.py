@@ -43,8 +43,8 @@ def choose_by_bounds(
     centroid_rows: int | None = None,
     far: int = 1,
     candidates: int = 0,
-) -> None:
-    """Chooses what ``Bounds`` or ``Centroids`` describes for every block of queries.
+) -> bool:
+    """Chooses what ``Bounds`` or ``Centroids`` describes for every block of queries; returns True.
 
     Args:
         q: ``[B, Hq, Lq, D]``.
@@ -94,7 +94,7 @@ def choose_by_bounds(
     runs = list(block_runs(q.shape[2], k.shape[2], pattern.block, q.shape[2]))
     if since is not None:
         choice.in_turn(runs, since)
-        return
+        return True
     # Blocks of fewer rows are chosen for row by row.
     fewest = 2 if centroid_rows is not None else max(2, pattern.block)
     for run in (run for run in runs if run.rows >= fewest):
@@ -105,6 +105,7 @@ def choose_by_bounds(
     cut = [run for run in runs if run.rows < fewest]
     if cut:
         choice.for_few(cut, *extremes())
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

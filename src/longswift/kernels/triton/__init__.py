@@ -33,6 +33,7 @@ __all__ = [
     "attend_bands",
     "attend_linear",
     "best_blocks",
+    "choose_by_bounds",
     "refusal",
     "verify",
 ]
@@ -131,6 +132,15 @@ def best_blocks(
     from longswift.kernels.triton import scoring
 
     return scoring.best_blocks(rows, keys, outside, skip, most)
+
+
+def choose_by_bounds(
+    q: Tensor, k: Tensor, band_lse: Tensor, pattern: BlockPattern, tokens: Tensor, **options: Any
+) -> bool:
+    """Key tokens by centroids; see ``choosing.choose_by_bounds``."""
+    from longswift.kernels.triton import choosing
+
+    return choosing.choose_by_bounds(q, k, band_lse, pattern, tokens, **options)
 
 
 def _rest_takes(

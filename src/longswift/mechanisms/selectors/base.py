@@ -44,8 +44,8 @@ class Request:
         summary: Page summaries of ``k``, or None.
         best_blocks: The backend's kernel for scoring key blocks by bounds and keeping the best, or
             None; ``kernels.triton.scoring`` says what it takes.
-        choose_by_bounds: The backend's kernel that makes the whole choice of ``Bounds`` at once,
-            or None; ``kernels.native.choosing`` says what it takes.
+        choose_by_bounds: The backend's kernel that makes the whole choice of ``Bounds`` at once and
+            says whether it did, or None; ``kernels.native.choosing`` says what it takes.
         bias: Additions to the scaled scores, part of ``band_lse``, or None.
     """
 
@@ -61,7 +61,7 @@ class Request:
     strict: bool
     summary: KeySummary | None = None
     best_blocks: Callable[..., tuple[Tensor, Tensor]] | None = None
-    choose_by_bounds: Callable[..., None] | None = None
+    choose_by_bounds: Callable[..., bool] | None = None
     bias: ScoreBias | None = None
 
     @property

@@ -149,7 +149,7 @@ class Bounds(Selector):
         plain = request.coverage is None and request.bias is None and request.scale > 0.0
         if request.choose_by_bounds is None or not plain or (self.tree or 0) > _WIDEST:
             return self._select(request)
-        return self._select_at_once(request, request.choose_by_bounds)
+        return self._select_at_once(request, request.choose_by_bounds) or self._select(request)
 
     def _select(self, request: Request) -> Selection:
         return BoundsPass(self, request).run()
@@ -168,13 +168,13 @@ class Bounds(Selector):
         levels = partial(levels_above, branch=self.tree, kept=opened)
         return {**options, "branch": self.tree, "opened": opened, "levels": levels}
 
-    def _select_at_once(self, request: Request, choose: Callable[..., None]) -> Selection:
-        """The same by the backend's kernel."""
+    def _select_at_once(self, request: Request, choose: Callable[..., bool]) -> Selection | None:
+        """The same by the backend's kernel, if it makes such choices."""
         batch, kv_heads = request.k.shape[:2]
         shape = (batch, kv_heads, request.edges.shape[1], request.budget)
         tokens = torch.full(shape, EMPTY, dtype=torch.int32, device=request.k.device)
         since = torch.zeros_like(tokens) if request.strict else None
-        choose(
+        chosen = choose(
             request.q,
             request.k,
             request.band_lse,
@@ -188,7 +188,7 @@ class Bounds(Selector):
             since=since,
             **self._options(request),
         )
-        return Selection(tokens, since)
+        return Selection(tokens, since) if chosen else None
 
     def radius_of_keys(self, request: Request) -> float:
         """Share of the radius of a request's key blocks that counts."""

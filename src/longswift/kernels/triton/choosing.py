@@ -1,0 +1,315 @@
+"""Key tokens by centroids, on the GPU: what ``mechanisms.selectors.centroids`` describes.
+
+For runs of blocks whose ranks fit a buffer: groups of similar rows and their means (``halve``,
+``average``), what each mean's softmax sums to (``log_sums``), the largest share of every key
+(``rank_keys``), the keys proposed (``pick_keys``); then every row's sum over proposals
+(``row_totals``), every proposal's largest share (``key_shares``) and the tokens (``pick_tokens``).
+
+Ranks of keys are 16 bits wide, and fp32 inputs are multiplied as TF32 for them: they decide between
+near ties of proposals only. The second look is as exact as attention is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from longswift.core.blocks import BlockRun, block_runs
+from longswift.core.pattern import BlockPattern
+from longswift.core.pools import block_edges
+from longswift.kernels.triton import centroid_kernels, exact_kernels, picking_kernels
+from longswift.kernels.triton.launch import padded, precision
+from longswift.kernels.triton.limits import unit_stride
+
+# Bytes of the ranks of a run of blocks.
+_RANKS = 1 << 28
+# Most proposals of a block: the last choice among them is made in registers.
+_MOST = 16384
+# Of many candidates every 8th tile of 64 keys, the first of them the fifth, stands for all in sums
+# that only weigh centroids against each other, and the best of every 16 keys in it.
+_MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
+# Keys a program ranks.
+_CHUNK = 4096
+# Numbers looked at in a step of a search.
+_SEARCHED = 2048
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a product, warps, and steps ahead that are loaded."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """What a kernel is launched with."""
+        sizes = {"M": self.rows, "N": self.columns}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# Of each kernel: for 16-bit heads up to 128, and for the others.
+_TILES = {
+    "log_sums": (Tile(128, _TILE, 4, 3), Tile(64, _TILE, 4, 2)),
+    "rank_keys": (Tile(128, 256, 8, 3), Tile(64, 64, 4, 2)),
+    "row_totals": (Tile(128, 64, 4, 3), Tile(64, 32, 4, 2)),
+    "key_shares": (Tile(128, 128, 8, 3), Tile(64, 32, 4, 2)),
+}
+
+
+def choose_by_bounds(
+    q: Tensor,
+    k: Tensor,
+    band_lse: Tensor,
+    pattern: BlockPattern,
+    tokens: Tensor,
+    *,
+    scale: float,
+    sinks: int,
+    since: Tensor | None = None,
+    centroid_rows: int | None = None,
+    far: int = 1,
+    candidates: int = 0,
+    **bounds: Any,
+) -> bool:
+    """Chooses what ``Centroids`` describes for every block of queries.
+
+    Args:
+        q: ``[B, Hq, Lq, D]``.
+        k: ``[B, Hkv, Lk, D]``.
+        band_lse: ``[B, Hq, Lq]``.
+        pattern: Bands and blocks.
+        tokens: int32 ``[B, Hkv, N, budget]`` filled with -1, written to.
+        scale: Factor on the scores, positive.
+        sinks: Leading tokens never chosen.
+        since: Not None for a strictly causal choice.
+        centroid_rows: Most rows of a complete block that are scored as one, or None.
+        far: Position from which on a centroid stands for twice as many rows; and again whenever
+            it doubles.
+        candidates: Keys proposed by centroids.
+        bounds: What choosing by boxes takes.
+
+    Returns:
+        Whether the choice was made: not if it is strict, of a single query, or by boxes.
+    """
+    fits = 0 < candidates <= _MOST and max(q.shape[3], k.shape[3]) <= 256
+    if centroid_rows is None or since is not None or q.shape[2] == 1 or not fits:
+        return False
+    if q.dtype == torch.float64:
+        q, k = q.float(), k.float()
+    q, k = unit_stride(q, k)
+    call = _Call(
+        q=q,
+        k=k,
+        band_lse=band_lse.float().contiguous(),
+        edges=block_edges(pattern, q.shape[2], k.shape[2]).to(q.device, torch.int32),
+        tokens=tokens,
+        pattern=pattern,
+        scale=scale,
+        sinks=sinks,
+        candidates=candidates,
+    )
+    for run in block_runs(q.shape[2], k.shape[2], pattern.block, q.shape[2]):
+        for part, rows in _equal_rows(run, pattern, k.shape[2], centroid_rows, far):
+            call.choose(part, -(-rows * run.rows // pattern.block))
+    return True
+
+
+def _equal_rows(
+    run: BlockRun, pattern: BlockPattern, k_len: int, rows: int, far: int
+) -> Iterator[tuple[BlockRun, int]]:
+    """Parts of a run whose centroids stand for equally many rows, and how many."""
+    index = 0
+    while index < run.count:
+        position = run.position + index * run.rows if pattern.causal else k_len
+        doubled = max(0, -(-position // far) - 1).bit_length()
+        count = run.count - index
+        if pattern.causal:
+            # The last position of as many rows lies at a multiple of `far`.
+            count = min(count, ((far << doubled) - position) // run.rows + 1)
+        row = run.row + index * run.rows
+        yield run._replace(first=run.first + index, count=count, row=row), rows << doubled
+        index += count
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call of ``choose_by_bounds``; ``edges`` int32 ``[Hkv, N, 2]`` on the device."""
+
+    q: Tensor
+    k: Tensor
+    band_lse: Tensor
+    edges: Tensor
+    tokens: Tensor
+    pattern: BlockPattern
+    scale: float
+    sinks: int
+    candidates: int
+
+    @property
+    def _problems(self) -> int:
+        return self.k.shape[0] * self.k.shape[1]
+
+    @property
+    def _heads(self) -> dict[str, int]:
+        kv_heads = self.k.shape[1]
+        return {"HKV": kv_heads, "G": self.q.shape[1] // kv_heads}
+
+    @property
+    def _dims(self) -> dict[str, int]:
+        return {"D": self.q.shape[3], "D_PAD": padded(self.q.shape[3])}
+
+    def _tile(self, kernel: str) -> Tile:
+        narrow = self.q.dtype.itemsize == 2 and self._dims["D_PAD"] <= 128
+        return _TILES[kernel][0 if narrow else 1]
+
+    @property
+    def _q_strides(self) -> tuple[int, ...]:
+        return self.q.stride()[:3]
+
+    @property
+    def _k_strides(self) -> tuple[int, ...]:
+        return self.k.stride()[:3]
+
+    def choose(self, run: BlockRun, most: int) -> None:
+        """Tokens for blocks whose centroids are of at most ``most`` rows."""
+        edges = block_edges(self.pattern, self.q.shape[2], self.k.shape[2])
+        starts = edges[:, run.first : run.first + run.count, 0].amax(0)
+        k_len, causal = self.k.shape[2], self.pattern.causal
+        width = int(starts.max()) if causal else k_len
+        if width == 0 and causal:
+            return
+        together = max(1, _RANKS // (2 * self._problems * width))
+        for index in range(0, run.count, together):
+            count = min(together, run.count - index)
+            part = run._replace(
+                first=run.first + index, count=count, row=run.row + index * run.rows
+            )
+            width = int(starts[index : index + count].max()) if causal else k_len
+            # A block without candidates keeps its empty slots.
+            if width > 0:
+                self._choose(part, most, width)
+
+    def _choose(self, run: BlockRun, most: int, width: int) -> None:
+        means, groups = self._means(run, most)
+        ranks = self._ranks(run, means, groups, width)
+        problems = self._problems * run.count
+        proposed = min(self.candidates, width)
+        slots = proposed + self.sinks
+        index = torch.empty(problems, slots, dtype=torch.int32, device=self.q.device)
+        count = torch.empty(problems, 2, dtype=torch.int32, device=self.q.device)
+        picking_kernels.pick_keys[(problems,)](
+            *(ranks, self.edges, index, count, width, *self._blocks(run)),
+            *(proposed, self.sinks, slots),
+            HKV=self.k.shape[1],
+            N=min(_SEARCHED, triton.next_power_of_2(width)),
+            CAUSAL=self.pattern.causal,
+            num_warps=8,
+        )
+        self._second_look(run, index, count, proposed)
+
+    def _blocks(self, run: BlockRun) -> tuple[int, int, int]:
+        return run.count, run.first, self.edges.shape[1]
+
+    def _means(self, run: BlockRun, most: int) -> tuple[Tensor, int]:
+        """Scaled means ``[B * Hkv * count * groups, D]`` of similar rows, and ``groups``."""
+        problems, members = self._problems * run.count, self._heads["G"] * run.rows
+        order = torch.arange(members, dtype=torch.int32, device=self.q.device)
+        order, groups = order.repeat(problems), 1
+        places = run.count, run.row, run.rows
+        while members > most:
+            half = (members + 1) // 2
+            pad = triton.next_power_of_2(2 * half)
+            at_once = max(1, 32 // pad)
+            halves = order.new_empty(problems * groups * 2 * half)
+            centroid_kernels.halve[(problems * triton.cdiv(groups, at_once),)](
+                *(self.q, order, halves, groups, *places, *self._q_strides),
+                **self._heads,
+                **self._dims,
+                MEMBERS=members,
+                PAD=pad,
+                AT_ONCE=at_once,
+                STEP=min(32, pad),
+                num_warps=8 if pad > 128 else 4,
+            )
+            order, members, groups = halves, half, 2 * groups
+        total = problems * groups
+        means = self.q.new_empty(total, self.q.shape[3])
+        centroid_kernels.average[(triton.cdiv(total, 32),)](
+            *(self.q, order, means, total, groups, *places),
+            # Scores in units of log 2.
+            *(self.scale * 1.4426950408889634, *self._q_strides),
+            **self._heads,
+            **self._dims,
+            MEMBERS=members,
+            AT_ONCE=32,
+        )
+        return means, groups
+
+    def _ranks(self, run: BlockRun, means: Tensor, groups: int, width: int) -> Tensor:
+        """What keys are worth to blocks, fp16 ``[B * Hkv * count, width]``."""
+        sums = torch.empty(len(means), dtype=torch.float32, device=means.device)
+        place = run.first, self.edges.shape[1]
+        k_len, lines = self.k.shape[2], run.count * groups
+        common = {"HKV": self.k.shape[1], "CAUSAL": self.pattern.causal, "EXACT": "tf32"}
+        tile = self._tile("log_sums")
+        centroid_kernels.log_sums[(triton.cdiv(lines, tile.rows), self._problems)](
+            *(means, self.k, self.edges, sums, k_len, groups, run.count, *place),
+            *self._k_strides,
+            **common,
+            **self._dims,
+            **tile.options(),
+            MANY=_MANY,
+            EVERY=_EVERY,
+            FIRST=_FIRST,
+            TOGETHER=_TOGETHER,
+        )
+        shape = self._problems * run.count, width
+        ranks = torch.empty(shape, dtype=torch.float16, device=means.device)
+        tile = self._tile("rank_keys")
+        tiles = triton.cdiv(run.count, max(1, tile.columns // groups))
+        centroid_kernels.rank_keys[(tiles * triton.cdiv(width, _CHUNK), self._problems)](
+            *(means, sums, self.k, self.edges, ranks, k_len, width, run.count, *place),
+            *(self.sinks, _CHUNK, *self._k_strides),
+            **common,
+            **self._dims,
+            GROUPS=groups,
+            **tile.options(),
+        )
+        return ranks
+
+    def _second_look(self, run: BlockRun, index: Tensor, count: Tensor, proposed: int) -> None:
+        """The tokens that any row of a block wants most, of ``proposed`` at most."""
+        problems, slots = index.shape
+        members = self._heads["G"] * run.rows
+        totals = torch.empty(problems, members, dtype=torch.float32, device=index.device)
+        tile = self._tile("row_totals")
+        options: dict[str, Any] = {**self._heads, **self._dims, "EXACT": precision()}
+        lines = triton.cdiv(members, tile.rows)
+        exact_kernels.row_totals[(problems * lines,)](
+            *(self.q, self.k, index, count, self.band_lse, totals, self.scale),
+            *(self.q.shape[2], slots, run.count, run.row, run.rows),
+            *(*self._q_strides, *self._k_strides),
+            **options,
+            **tile.options(),
+            TOGETHER=_TOGETHER,
+        )
+        ranks = torch.empty(problems, slots, dtype=torch.float32, device=index.device)
+        tile = self._tile("key_shares")
+        exact_kernels.key_shares[(problems * triton.cdiv(slots, tile.rows),)](
+            *(self.q, self.k, index, count, totals, ranks, self.scale),
+            *(slots, run.count, run.row, run.rows, *self._q_strides, *self._k_strides),
+            **options,
+            **tile.options(),
+        )
+        picking_kernels.pick_tokens[(problems,)](
+            *(ranks, index, count, self.tokens, slots, self.tokens.shape[3]),
+            *self._blocks(run),
+            N=triton.next_power_of_2(proposed),
+            num_warps=8,
+        )
