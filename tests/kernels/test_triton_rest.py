@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
@@ -142,3 +143,16 @@ def test_given_bands_are_overwritten() -> None:
     bands = triton.attend_bands(*problem.tensors, problem.pattern, problem.scale)
     part = triton.attend(*problem.tensors, problem.pattern, problem.scale, bands=bands)
     assert part.out is bands.out and part.lse is bands.lse
+
+
+def test_what_it_leaves_to_others() -> None:
+    """Biases, lists that rows do not share, nothing outside the bands, heads that fit no tile."""
+    problem = small(causal=True, pool=16)
+    tensors, pattern = problem.tensors, problem.pattern
+    assert rest.takes(*tensors, pattern)
+    assert not rest.takes(*tensors, replace(pattern, visible_from=pattern.tokens))
+    assert not rest.takes(*tensors, replace(pattern, tokens=None, pool=None))
+    bias = ScoreBias(values=torch.zeros(6, 165, dtype=torch.float64), zero=95)
+    assert not rest.takes(*tensors, pattern, bias)
+    wide = [x.new_zeros(*x.shape[:3], 300) for x in tensors]
+    assert not rest.takes(*wide, pattern)
