@@ -57,7 +57,16 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     rows, keys = q.shape[2], k.shape[2]
     # One query sees everything.
     mask = _causal_blocks(rows, keys, str(q.device)) if causal and rows > 1 else None
-    out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    # The template it takes for few queries has no tile for some numbers of them.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if 1 < rows < _BLOCK else None
+    out: Tensor = _compiled_flex()(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )
     return out
 
 
