@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longswift.core.summary import KeySummary
+from longswift.core.summary import KeySummary, group_sums
 from longswift.memory.paged_kv import PagedKV
 
 FIELDS = ("k_min", "k_max", "k_sum", "v_sum")
@@ -74,3 +74,10 @@ def test_sums_are_fp32(dtype: torch.dtype) -> None:
     assert summary.k_min.dtype == dtype
     assert summary.k_sum.dtype == torch.float32
     assert summary.k_sum[0, 0, 0, 0] == 4096 * 30
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_have_gradients(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 37, 8).to(dtype).requires_grad_()
+    group_sums(x, 4).sum().backward()
+    assert x.grad is not None and x.grad[:, :, :36].eq(1).all() and not x.grad[:, :, 36:].any()

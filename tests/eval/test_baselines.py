@@ -26,6 +26,21 @@ def test_equals_full_attention(
     torch.testing.assert_close(baselines.get(name).attend(q, k, v, causal), expected)
 
 
+@pytest.mark.parametrize("rows,keys", [(5, 40), (128, 128), (200, 328), (256, 384), (700, 700)])
+def test_blocks_are_those_of_create_block_mask(rows: int, keys: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    found = baselines._causal_blocks(rows, keys, "cpu")
+    expected = create_block_mask(found.mask_mod, None, None, rows, keys, device="cpu")
+    assert found.shape == expected.shape
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = (getattr(found, f"{kind}_{x}") for x in ("num_blocks", "indices"))
+        assert torch.equal(counts, getattr(expected, f"{kind}_num_blocks"))
+        for row, count in enumerate(counts.flatten().tolist()):
+            right = getattr(expected, f"{kind}_indices")[0, 0, row, :count]
+            assert indices[0, 0, row, :count].tolist() == right.tolist()
+
+
 def test_one_that_does_not_run_names_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Tensor) -> Tensor:
         try:

@@ -115,6 +115,24 @@ def test_one_compilation_for_every_length_and_selection(monkeypatch: pytest.Monk
     torch._dynamo.reset()
 
 
+def test_any_number_of_head_shapes_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a variant, and there may be more of them than Dynamo allows by default."""
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(flex._call, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(flex, "_dense", flex._fused)
+    pattern = BlockPattern(causal=True, bands=(Band(tile=16, left=16),) * 2)
+    for index in range(10):
+        scale = 0.1 + index // 5
+        for length in (150, 200):
+            q, k, v = (torch.randn(1, h, length, 8 + index) for h in (2 * (index % 4 + 1), 2, 2))
+            fast, slow = (x.attend(q, k, v, pattern, scale) for x in (flex, reference))
+            torch.testing.assert_close(fast.out, slow.out)
+    assert counter.frame_count == 10 > torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "mechanism",
     [

@@ -26,7 +26,8 @@ def group_sums(x: Tensor, size: int) -> Tensor:
     batch, heads, length, dim = x.shape
     acc, groups = accumulator_dtype(x.dtype), length // size
     whole = x[:, :, : groups * size]
-    if x.dtype == acc or x.device.type != "cpu":
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    if x.dtype == acc or x.device.type != "cpu" or tracked:
         return whole.unflatten(2, (groups, size)).sum(3, dtype=acc)
     out = torch.empty(batch, heads, groups, dim, dtype=acc, device=x.device)
     step = max(1, _WIDENED // size)

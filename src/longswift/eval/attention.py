@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
@@ -17,6 +16,7 @@ from longswift.core.mechanism import check_positive
 from longswift.eval import baselines, cases, memory, options, roofline
 from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, carried, rivals
 from longswift.eval.attention_table import AttentionRow, series, summarise
+from longswift.eval.normal import normal
 from longswift.eval.progress import Bar
 from longswift.eval.results import Result
 from longswift.eval.timing import Seconds, alternate, check_budget, fit_exponent
@@ -98,18 +98,16 @@ class AttentionBench:
 
 def inputs(bench: AttentionBench, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random q ``[B, H, n, D]`` and k, v ``[B, Hkv, n, D]`` of one length."""
-    generator = torch.Generator().manual_seed(bench.seed)
+    drawn = normal(bench.seed, bench.device, options.dtype(bench.dtype))
 
     def draw(heads: int) -> Tensor:
-        shape = (bench.batch, heads, length, bench.head_dim)
-        x = torch.randn(shape, generator=generator).to(bench.device, options.dtype(bench.dtype))
-        return x.requires_grad_(bench.backward)
+        return drawn(bench.batch, heads, length, bench.head_dim).requires_grad_(bench.backward)
 
     return draw(bench.heads), draw(bench.kv_heads), draw(bench.kv_heads)
 
 
 def working_memory(bench: dict[str, Any], rival: str, length: int) -> dict[str, int | None]:
-    """Bytes that one call needs and leaves behind; run it in a fresh process.
+    """Bytes that one call needs and leaves behind; see ``memory.measured``.
 
     Args:
         bench: ``AttentionBench.to_dict``.
@@ -184,9 +182,10 @@ def _sizes(
 
     def measure(rival: Rival) -> dict[str, int | None]:
         step(1, f"{length} tokens: memory of {rival.name}")
-        found: dict[str, int | None] = memory.in_fresh_process(
+        found: dict[str, int | None] = memory.measured(
             "longswift.eval.attention:working_memory",
             {"bench": bench.to_dict(), "rival": rival.name, "length": length},
+            bench.device,
         )
         return found
 

@@ -21,7 +21,8 @@ _NOTES = {
     "sparse if there are two, over all of them otherwise; `growth` names the range, and the slope "
     "of the time between its two longest lengths",
     "memory": "rise of the resident high-water mark during one call in a fresh process, after a "
-    "call of 64 tokens, less the output (and, with backward, the gradients)",
+    "call of 64 tokens, less the output (and, with backward, the gradients); on a GPU the rise of "
+    "what PyTorch's allocator has handed out",
     "footprint": "the memory that is fitted: q, k, v, output and working memory",
     "state": "bytes allocated for what decoding behind the text needs: sums, a memory's state, or "
     "the buffers of a cache",
@@ -185,10 +186,7 @@ def _ceilings(result: Result) -> str | None:
 def table(result: Result) -> text.Table:
     """The result for people."""
     exponents, config = result.summary["exponents"], result.config
-    title = (
-        f"attention only, {config['dtype']}, {result.environment.threads} thread(s), "
-        f"{config['device']}"
-    )
+    title = f"attention only, {config['dtype']}, {result.environment.place(config['device'])}"
     apart = any(row.get("backward_seconds") is not None for row in result.rows)
     cells = [
         (

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
 
+# FlexAttention's own default.
+_BLOCK = 128
+
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
@@ -54,7 +57,16 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     rows, keys = q.shape[2], k.shape[2]
     # One query sees everything.
     mask = _causal_blocks(rows, keys, str(q.device)) if causal and rows > 1 else None
-    out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    # The template it takes for few queries has no tile for some numbers of them.
+    options = {"FORCE_USE_FLEX_ATTENTION": True} if 1 < rows < _BLOCK else None
+    out: Tensor = _compiled_flex()(
+        q,
+        k,
+        v,
+        block_mask=mask,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )
     return out
 
 
@@ -68,14 +80,30 @@ def _compiled_flex() -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _causal_blocks(rows: int, keys: int, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """What ``create_block_mask`` makes, without its booleans of every row and key."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     offset = keys - rows
 
     def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return row + offset >= key
 
-    return create_block_mask(seen, None, None, rows, keys, device=device)
+    block = torch.arange(-(-keys // _BLOCK), dtype=torch.int32, device=device)
+    top = torch.arange(0, rows, _BLOCK, dtype=torch.int32, device=device) + offset
+    touched = (top + _BLOCK).clamp(max=keys).add(_BLOCK - 1) // _BLOCK
+    # Rows that do not exist see nothing.
+    whole = ((top + 1) // _BLOCK).where(top + _BLOCK <= keys, 0)
+    partial = (whole[:, None] + block).clamp(max=len(block) - 1)
+    every = block.expand_as(partial).contiguous()
+    return BlockMask.from_kv_blocks(
+        (touched - whole)[None, None],
+        partial[None, None],
+        whole[None, None],
+        every[None, None],
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(rows, keys),
+    )
 
 
 _TABLE = {

@@ -138,7 +138,7 @@ def plot_attention(result: Result, path: str | Path) -> Path:
     fig.suptitle(
         f"Attention only, {direction}, {work}, {config['dtype']}, batch {config['batch']}, "
         f"{config['heads']} heads ({config['kv_heads']} KV) of {config['head_dim']}, "
-        f"{result.environment.threads} thread(s), {config['device']}",
+        f"{result.environment.place(config['device'])}",
         fontsize=11,
     )
     return save(fig, path)

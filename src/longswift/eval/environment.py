@@ -11,7 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy")
+_PACKAGES = (
+    *("torch", "triton", "transformers", "tokenizers"),
+    *("safetensors", "peft", "accelerate", "numpy"),
+)
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 
 
@@ -20,7 +23,8 @@ class Environment:
     """What a reader needs to judge or repeat a figure.
 
     Attributes:
-        versions: Version of longswift, Python and every package that matters and is installed.
+        versions: Version of longswift, Python and every package that matters and is installed;
+            where torch was built for a GPU, also of its CUDA (or ROCm) and cuDNN.
         system: Operating system and architecture.
         cpu: Model name of the processor.
         cpu_features: Instruction sets of the processor that matter for attention.
@@ -46,9 +50,17 @@ class Environment:
         """Plain dictionary, ready for JSON."""
         return asdict(self)
 
+    def place(self, device: str) -> str:
+        """Where something ran, in words: the name of the GPU, or the number of threads."""
+        if device.startswith("cuda") and self.accelerator is not None:
+            return self.accelerator
+        return f"{self.threads} thread(s), {device}"
+
 
 def versions() -> dict[str, str]:
-    """Versions of longswift, Python and the installed packages that matter."""
+    """Versions of longswift, Python, the installed packages that matter and a GPU's libraries."""
+    import torch
+
     from longswift import __version__
 
     found = {"longswift": __version__, "python": platform.python_version()}
@@ -57,6 +69,11 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    for name, version in (("cuda", torch.version.cuda), ("rocm", torch.version.hip)):
+        if version is not None:
+            found[name] = version
+    if torch.version.cuda is not None and torch.backends.cudnn.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 

@@ -23,7 +23,8 @@ _NOTES = {
     "read in chunks into a SwiftCache, and the first token; train: loss of the next tokens and "
     "gradients of all weights, without an optimiser; the baseline is Transformers' own",
     "memory": "rise of the resident high-water mark during one run in a fresh process above the "
-    "loaded model: cache, activations and gradients included",
+    "loaded model: cache, activations and gradients included; on a GPU the rise of what PyTorch's "
+    "allocator has handed out",
     "keys": "keys scored per query in the layers a mechanism replaces",
 }
 
@@ -75,8 +76,8 @@ def heading(result: Result) -> str:
         "train": "a training step" + ", layers recomputed" * config["checkpointing"],
     }[result.kind]
     return (
-        f"{work}: {config['model']}, {config['dtype']}, {result.environment.threads} thread(s), "
-        f"{config['device']}"
+        f"{work}: {config['model']}, {config['dtype']}, "
+        f"{result.environment.place(config['device'])}"
     )
 
 

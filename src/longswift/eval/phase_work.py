@@ -13,6 +13,7 @@ from longswift.core.mechanism import Mechanism
 from longswift.eval import baselines, options
 from longswift.eval.cost import Scored, count_keys
 from longswift.eval.models import Loaded, load
+from longswift.eval.normal import normal
 from longswift.eval.reading import hidden_states, next_token_logits
 
 if TYPE_CHECKING:
@@ -216,14 +217,7 @@ class Work:
         return ids.to(self.bench.device)
 
     def _numbers(self) -> Callable[..., Tensor]:
-        """A source of standard normal numbers, the same from each start."""
-        generator = torch.Generator().manual_seed(self.bench.seed)
-        kind = options.dtype(self.bench.dtype)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.bench.device, kind)
-
-        return draw
+        return normal(self.bench.seed, self.bench.device, options.dtype(self.bench.dtype))
 
     def _wait(self) -> None:
         if self.loaded.model.device.type == "cuda":

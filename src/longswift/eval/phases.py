@@ -42,8 +42,8 @@ class PhaseBench:
         device: Where it runs.
         repeats: Samples of a fast case; slow ones get fewer.
         budget_seconds: Time spent on one rival in one case before it is run no more.
-        memory: Also measure peak memory, in a fresh process per rival and case; not for
-            ``decode``, whose memory is the cache.
+        memory: Also measure peak memory, per rival and case; not for ``decode``, whose memory is
+            the cache.
         seed: Seed of texts, caches and random weights.
     """
 
@@ -162,9 +162,10 @@ def _measure(
         peak = None
         if measured:
             step(1, f"{where}: memory of {name}")
-            peak = memory.in_fresh_process(
+            peak = memory.measured(
                 "longswift.eval.phases:peak",
                 {"bench": bench.to_dict(), "place": list(place), "rival": name},
+                bench.device,
             )
         rows.append(_row(bench, place, name, times, job, peak))
     return rows
@@ -204,7 +205,7 @@ def _row(
 
 
 def peak(bench: dict[str, Any], place: list[Any], rival: str) -> int | None:
-    """Bytes by which one run raises memory; run it in a fresh process.
+    """Bytes by which one run raises memory; see ``memory.measured``.
 
     Args:
         bench: ``PhaseBench.to_dict``.

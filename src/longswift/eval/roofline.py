@@ -20,8 +20,9 @@ from longswift.core.products import factor_dtype, mm
 # Sizes of the square products tried; the larger ones only where the smaller took a moment.
 _SIZES = (512, 1024, 2048, 4096, 8192)
 _ENOUGH_SECONDS = 0.2
-_COPIED_BYTES = 1 << 28
-_RUNS = 3
+# A GPU copies in no time, and reaches its clock after some runs.
+_COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+_RUNS = {"cpu": 3, "cuda": 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,12 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     flops = 0.0
     for kind in {dtype, factor_dtype(torch.empty(0, dtype=dtype, device=place))}:
         flops = max(flops, _product_rate(kind, place))
-    size = _COPIED_BYTES // dtype.itemsize
+    copied = _COPIED_BYTES.get(place.type, _COPIED_BYTES["cpu"])
+    size = copied // dtype.itemsize
     source = torch.ones(size, dtype=dtype, device=place)
     target = torch.empty_like(source)
     seconds = _fastest(lambda: target.copy_(source), place)
-    return Ceilings(flops=flops, bytes=2 * _COPIED_BYTES / seconds)
+    return Ceilings(flops=flops, bytes=2 * copied / seconds)
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -124,7 +126,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of some runs, the first not counted."""
     best = float("inf")
-    for turn in range(_RUNS + 1):
+    for turn in range(_RUNS.get(device.type, _RUNS["cpu"]) + 1):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":

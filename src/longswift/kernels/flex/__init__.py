@@ -5,6 +5,7 @@ second one over copies of their keys and values, each block of queries a problem
 remainder is a third part. The parts merge by log-sum-exp, and gradients are FlexAttention's own.
 
 One compiled function serves every length and selection: shapes are dynamic, masks read tensors.
+Head counts, head dimensions, dtypes and scales are compiled in.
 FlexAttention: Dong et al., 2024, arXiv 2412.05496.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -163,9 +165,17 @@ def _gathered(q: Tensor, k: Tensor, v: Tensor, pattern: BlockPattern, scale: flo
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Partial:
     """One call, its output in the accumulator dtype."""
-    call = _dense if q.device.type == "cpu" else _compiled()
+    call = _dense if q.device.type == "cpu" else _fused
     out, lse = call(q, k, v, mask, scale)
     return Partial(out.to(accumulator_dtype(q.dtype)), lse)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    # Dynamo fails at its ninth variant: here every shape of heads is one, and every scale.
+    with torch._dynamo.config.patch(
+        recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize, specialize_float=True
+    ):
+        return _compiled()(q, k, v, mask, scale)
 
 
 @functools.cache
@@ -183,6 +193,8 @@ def _call(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> tuple[Ten
         block_mask=mask,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
+        # Its template for short queries has no tile for some numbers of rows, such as 70.
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         return_aux=AuxRequest(lse=True),
     )
     assert aux.lse is not None
