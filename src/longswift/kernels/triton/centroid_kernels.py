@@ -25,11 +25,12 @@ def line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV: tl.constexp
 @triton.jit
 def _members(ORDER, lists, member, exists, MEMBERS: tl.constexpr, WHOLE: tl.constexpr):
     """Lines of members ``[groups, N]``; the last of an odd number of members comes twice."""
+    index = tl.minimum(member, MEMBERS - 1)[None, :]
     if WHOLE:
-        return tl.minimum(member, MEMBERS - 1)[None, :] + tl.zeros_like(lists).to(tl.int32)[:, None]
-    return tl.load(
-        ORDER + lists[:, None] + tl.minimum(member, MEMBERS - 1)[None, :], mask=exists, other=0
-    )
+        line = index + tl.zeros_like(lists).to(tl.int32)[:, None]
+    else:
+        line = tl.load(ORDER + lists[:, None] + index, mask=exists, other=0)
+    return line
 
 
 @triton.jit(do_not_specialize=("groups", "count", "first_row", "rows"))
