@@ -14,8 +14,8 @@ from tests.kernels.test_patterns import Problem, gathered
 DEVICE = torch.device("cuda")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-# Of the norm of the right answer: what may be added to twice the error of plain torch.
-FLOORS = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
+# Of the norm of the right answer: what may be added to the error of plain torch.
+FLOORS = {torch.float32: 2e-6, torch.float16: 1e-4, torch.bfloat16: 8e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +129,17 @@ def on_device(problem: Problem, dtype: torch.dtype) -> Problem:
     return replace(problem, pattern=replace(problem.pattern, **lists), **tensors)
 
 
-def check(found: Tensor, usual: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    """``found`` errs at most twice as much as ``usual``, plain torch's answer in ``dtype``.
+def check(
+    found: Tensor, usual: Tensor, right: Tensor, dtype: torch.dtype, times: float = 2.0
+) -> None:
+    """``found`` errs at most twice as much as ``usual``, plain torch's answer to the same inputs.
 
     Args:
         found: What is tested.
         usual: Like it.
         right: The answer in fp64, on the CPU.
         dtype: Of the inputs.
+        times: Instead of twice.
     """
     found, usual = (x.detach().double().cpu() for x in (found, usual))
     finite = right.isfinite()
@@ -144,6 +147,6 @@ def check(found: Tensor, usual: Tensor, right: Tensor, dtype: torch.dtype) -> No
     found, usual, right = (x.where(finite, 0.0) for x in (found, usual, right))
     wrong, fair = found - right, usual - right
     floor = FLOORS[dtype] * right.square().mean().sqrt()
-    assert wrong.square().mean().sqrt() <= 2 * fair.square().mean().sqrt() + floor
-    # Single numbers have more luck than all of them together.
-    assert wrong.abs().max() <= 4 * fair.abs().max() + 10 * floor
+    assert wrong.square().mean().sqrt() <= times * fair.square().mean().sqrt() + floor
+    # A single number may be unlucky; one that is wrong errs by more than that.
+    assert wrong.abs().max() <= 4 * times * fair.abs().max() + 30 * floor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longswift.kernels import dispatch, eager, reference, triton
+from longswift.kernels import dispatch, reference, triton
 from tests.gpu.common import DEVICE, LAYOUTS, Heads, Layout, check, gpu, on_device
 from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import Problem
@@ -32,7 +32,7 @@ def test_forward(layout: Layout, heads: Heads) -> None:
     problem = layout.problem(heads)
     right = reference.attend(*problem.tensors, problem.pattern, problem.scale)
     here = on_device(problem, heads.dtype)
-    usual, found = (x.attend(*here.tensors, here.pattern, here.scale) for x in (eager, triton))
+    usual, found = (x.attend(*here.tensors, here.pattern, here.scale) for x in (reference, triton))
     assert found.out.dtype == heads.dtype and found.lse.dtype == torch.float32
     for got, plain, exact in zip(found, usual, right, strict=True):
         check(got, plain, exact, heads.dtype)
@@ -43,7 +43,7 @@ def test_bands_that_are_given(layout: Layout) -> None:
     problem = layout.problem(HEADS[2])
     right = reference.attend(*problem.tensors, problem.pattern, problem.scale)
     here = on_device(problem, HEADS[2].dtype)
-    usual = eager.attend(*here.tensors, here.pattern, here.scale)
+    usual = reference.attend(*here.tensors, here.pattern, here.scale)
     bands = triton.attend_bands(*here.tensors, here.pattern, here.scale)
     found = triton.attend(*here.tensors, here.pattern, here.scale, bands=bands)
     for got, plain, exact in zip(found, usual, right, strict=True):
@@ -75,8 +75,8 @@ def test_it_is_trusted(asked: str) -> None:
 def trained(
     problem: Problem, dtype: torch.dtype, backend: ModuleType
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Outputs and gradients: in fp64 on the CPU, eager and by ``backend`` on the GPU."""
+    """Outputs and gradients: in fp64 on the CPU, by plain torch and by ``backend`` on the GPU."""
     weights = torch.randn(*problem.q.shape[:3], problem.v.shape[3]).to(dtype).double()
     right = gradients(reference, problem, weights)
     here, moved = on_device(problem, dtype), weights.to(DEVICE, dtype)
-    return right, gradients(eager, here, moved), gradients(backend, here, moved)
+    return right, gradients(reference, here, moved), gradients(backend, here, moved)

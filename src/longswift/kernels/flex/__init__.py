@@ -171,10 +171,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Partial:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.fx.experimental import _config as shapes
+
     # Dynamo fails at its ninth variant: here every shape of heads is one, and every scale.
-    with torch._dynamo.config.patch(
+    dynamo = torch._dynamo.config.patch(
         recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize, specialize_float=True
-    ):
+    )
+    # Lengths that happen to equal a number of heads are no constants.
+    with dynamo, shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return _compiled()(q, k, v, mask, scale)
 
 

@@ -38,8 +38,10 @@ def band_blocks(
     key_block = torch.arange(k_blocks, dtype=torch.int32, device=device)
     by_key = _listed(_crossed(touched, key_block), _crossed(whole, key_block), q_blocks, span)
 
+    kv_head = _kv_heads(first.shape[0], groups, device)
+
     def inside(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        head = h // groups
+        head = kv_head[h]
         return (k_index >= first[head, q_index]) & (k_index < end[head, q_index])
 
     repeats = groups if touched[0].shape[0] > 1 else 1
@@ -59,8 +61,10 @@ def gathered_blocks(since: Tensor, until: Tensor, rows: int, groups: int) -> Blo
     keys = since.shape[2]
     q_blocks, k_blocks = -(-rows // BLOCK), -(-keys // BLOCK)
 
+    kv_head = _kv_heads(since.shape[1], groups, since.device)
+
     def shown(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        head = h // groups
+        head = kv_head[h]
         return (since[b, head, k_index] <= q_index) & (q_index < until[b, head, k_index])
 
     tensors = []
@@ -71,6 +75,11 @@ def gathered_blocks(since: Tensor, until: Tensor, rows: int, groups: int) -> Blo
         # FlexAttention compiles another kernel where it is given no list of whole blocks.
         tensors += [count, index, torch.zeros_like(count), index]
     return _assemble(tensors, (rows, keys), shown)
+
+
+def _kv_heads(kv_heads: int, groups: int, device: torch.device) -> Tensor:
+    """KV head of each query head, int32 ``[Hq]``: a number in a mask would be a variable, too."""
+    return torch.arange(kv_heads * groups, dtype=torch.int32, device=device) // groups
 
 
 def _assemble(tensors: list[Tensor], lengths: tuple[int, int], mask_mod: MaskMod) -> BlockMask:
