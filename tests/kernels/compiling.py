@@ -40,8 +40,8 @@ TABLES = {"FIRST", "END", "TOKENS", "SINCE", "UNTIL", "ROW_FIRST", "ROW_END"}
 TABLES |= {"ORDER", "STARTS", "COUNT", "LIMIT", "BANDS", "HEADS"}
 TABLES |= {"HALVES", "EDGES"}
 CHOSEN = {
-    "rank_keys": {"RANKS": "fp16"},
-    "pick_keys": {"RANKS": "fp16", "INDEX": "i32"},
+    "rank_keys": {"RANKS": "i16"},
+    "pick_keys": {"RANKS": "i16", "INDEX": "i32"},
     "row_totals": {"INDEX": "i32"},
     "key_shares": {"RANKS": "fp32", "INDEX": "i32"},
     "pick_tokens": {"RANKS": "fp32", "INDEX": "i32"},
@@ -116,7 +116,10 @@ def chosen(dim: int, groups: int, tier: int) -> list[tuple[Any, dict[str, Any]]]
         (centroid_kernels.average, {**heads, "MEMBERS": 4, "AT_ONCE": 32, "num_warps": 4}),
         (centroid_kernels.log_sums, {**width, **causal, **sample, **tiles["log_sums"]}),
         (centroid_kernels.rank_keys, {**width, **causal, "GROUPS": 32, **tiles["rank_keys"]}),
-        (picking_kernels.pick_keys, {"HKV": 2, "N": 8192, "CAUSAL": False, "num_warps": 8}),
+        (
+            picking_kernels.pick_keys,
+            {"HKV": 2, "N": 2048, "TILE": 64, "CAUSAL": False, "num_warps": 8},
+        ),
         (exact_kernels.row_totals, {**heads, **exact, "TOGETHER": 16, **tiles["row_totals"]}),
         (exact_kernels.key_shares, {**heads, **exact, **tiles["key_shares"]}),
         (picking_kernels.pick_tokens, {"N": 4096, "num_warps": 8}),

@@ -51,3 +51,12 @@ def _cpu_vendor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith("vendor_id")), "")
+
+
+# Measured with the default configuration, see docs/performance.md.
+_CROSSOVERS = {"cpu": 4096, "cuda": 12288}
+
+
+def crossover(device: torch.device | str) -> int:
+    """Positions up to which full attention is cheaper on a device than MS-SWIFT is."""
+    return _CROSSOVERS.get(torch.device(device).type, _CROSSOVERS["cpu"])

@@ -57,6 +57,8 @@ class BlockPattern:
             when every row of the block sees it.
         visible_until: integers like ``tokens``: first query position that no longer sees the slot,
             or None. A token may fill two slots of a block if no row sees both.
+        listed: integers ``[Hkv, N]`` on CPU, how many tokens each block gathers, where that is
+            known without reading ``tokens``; for statistics.
         pool: Size of the remainder's pools, or None. A pool stands for its tokens outside the
             band and not gathered by the row (or its block), through their mean key and value
             plus the log of their count. Band edges lie on multiples of ``pool_grain``.
@@ -69,6 +71,7 @@ class BlockPattern:
     tokens: Tensor | None = None
     visible_from: Tensor | None = None
     visible_until: Tensor | None = None
+    listed: Tensor | None = None
     pool: int | None = None
     pool_grain: int = 1
 

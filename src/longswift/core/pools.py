@@ -143,6 +143,15 @@ def block_edges(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
+def edges_on(
+    bands: tuple[Band, ...], block: int, q_len: int, k_len: int, device: torch.device
+) -> Tensor:
+    """``block_edges`` as int32 on a device; copied there once, as a copy waits for a GPU."""
+    with torch.inference_mode(False):
+        return _edges(bands, block, q_len, k_len).to(device, torch.int32).contiguous()
+
+
+@functools.lru_cache(maxsize=4)
 def _edges(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> Tensor:
     offset = k_len - q_len
     with torch.inference_mode(False):

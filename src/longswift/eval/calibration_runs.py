@@ -150,7 +150,7 @@ class _Calibrator:
             part=part,
             number=number,
             documents=len(self._documents),
-            first=-(-self.base.dense_below // block),
+            first=-(-self.base.crossover(self.asked.device) // block),
             end=-(-len(ids) // block),
             count=self.asked.blocks,
             seed=self.asked.seed,
@@ -214,7 +214,7 @@ def run(
     )
     loaded.extend(asked.max_length, asked.rope)
     # Earlier rows are exact; each half needs a stretch of the rest.
-    least = base.dense_below + 2 * STRETCH * base.block
+    least = base.crossover(asked.device) + 2 * STRETCH * base.block
     count = asked.documents
     text = samples(
         loaded,

@@ -46,9 +46,9 @@ from torch import Tensor
 
 from longswift.core.bias import PositionBias
 from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.hardware import crossover
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
-from longswift.core.pools import block_edges
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import attend_by_head, head_groups, visible_by_head
@@ -59,7 +59,8 @@ from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.parts import joined, room_for
 from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
 from longswift.mechanisms.selectors import make_selector
-from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector
+from longswift.mechanisms.selectors.base import Request, Selection, Selector
+from longswift.mechanisms.sinks import sink_slots, tokens_listed
 from longswift.mechanisms.stretches import attend_by_stretch
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class MSSwift(Mechanism):
             before a token moves. ``"auto"``: strict while training, shared otherwise.
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly, because that is
-            cheaper there; bidirectional inputs shorter than this are dense.
+            cheaper there; bidirectional inputs shorter than this are dense. None for where that
+            ends to be cheaper on the device: 4,096 on a CPU, 12,288 on a GPU.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
@@ -116,7 +118,7 @@ class MSSwift(Mechanism):
     block: int = 128
     scale_of_head: tuple[int, ...] | None = None
     causality: str = "auto"
-    dense_below: int = 4096
+    dense_below: int | None = None
     dense_heads: tuple[int, ...] = ()
     min_coverage: float | None = None
     delta: int | None = None
@@ -205,15 +207,20 @@ class MSSwift(Mechanism):
             bands.append(Band(tile=tile, left=beyond, right=0 if causal else beyond))
         return tuple(bands)
 
-    def _exact_rows(self, q_len: int, k_len: int, kv_heads: int, causal: bool) -> int:
+    def crossover(self, device: torch.device | str) -> int:
+        """``dense_below`` on a device."""
+        return crossover(device) if self.dense_below is None else self.dense_below
+
+    def _exact_rows(self, q: Tensor, k: Tensor, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
-        below = -(-self.dense_below // self.block) * self.block
+        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self.crossover(q.device)
+        below = -(-dense_below // self.block) * self.block
         if causal and k_len <= below and self.scale_of_head is None:
             return q_len
         bands = self.bands(q_len, kv_heads, causal)
         if not causal:
             reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self._budget
-            return q_len if k_len < self.dense_below or k_len <= reach else 0
+            return q_len if k_len < dense_below or k_len <= reach else 0
         covered = min(
             ((self.sinks + self._budget + band.left) // band.tile + 1) * band.tile for band in bands
         )
@@ -236,7 +243,7 @@ class MSSwift(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
     ) -> AttentionResult | None:
         # Below the crossover; what needs bands to be seen to be dense takes the long way.
-        below = causal and k.shape[2] <= self.dense_below and self.scale_of_head is None
+        below = causal and k.shape[2] <= self.crossover(q.device) and self.scale_of_head is None
         if not below or self._heads_differ or self.collect:
             return None
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
@@ -246,7 +253,7 @@ class MSSwift(Mechanism):
             return attend_by_head(self.name, head_groups(self, k.shape[1]), q, k, v, call)
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
-        exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
+        exact_rows = self._exact_rows(q, k, call.causal)
         room = room_for(backend, q, k, v, call) if 0 < exact_rows < q_len else None
         parts: list[Partial] = []
         if exact_rows:
@@ -339,7 +346,8 @@ class MSSwift(Mechanism):
             pool_grain=self._pool_grain(asked, bands),
         )
         strict = self._strict(call)
-        sinks = self._sink_slots(pattern, q.shape[2], k)
+        lengths = q.shape[2], k.shape[2]
+        sinks = sink_slots(pattern, *lengths, self.sinks, k.device).expand(k.shape[0], -1, -1, -1)
         if self.key_tokens == 0:
             return replace(pattern, tokens=sinks), None
         place = {} if into is None else {"into": into}
@@ -364,22 +372,19 @@ class MSSwift(Mechanism):
         since = found.visible_from
         if since is not None:
             since = torch.cat([torch.zeros_like(sinks), since], 3)
+        listed = None
+        if not q.is_cpu and since is None and self.coverage is None and self._selector.fills_budget:
+            # Statistics that read the tokens would wait for the device.
+            listed = tokens_listed(pattern, *lengths, self.sinks, self._budget)
         tokens = torch.cat([sinks, found.tokens], 3)
-        return replace(pattern, tokens=tokens, visible_from=since), band_part
-
-    def _sink_slots(self, pattern: BlockPattern, q_len: int, k: Tensor) -> Tensor:
-        """Sinks outside each block's band, int32 ``[B, Hkv, N, sinks]``."""
-        k_len = k.shape[2]
-        start, end = block_edges(pattern, q_len, k_len)[..., None].unbind(-2)
-        token = torch.arange(min(self.sinks, k_len), dtype=torch.int32, device="cpu")
-        slots = torch.where((token < start) | (token >= end), token, EMPTY).to(torch.int32)
-        return slots.to(k.device).expand(k.shape[0], -1, -1, -1)
+        pattern = replace(pattern, tokens=tokens, visible_from=since, listed=listed)
+        return pattern, band_part
 
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         if self._heads_differ:
             return visible_by_head(head_groups(self, k.shape[1]), q, k, call)
         q_len, k_len, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-        exact_rows = self._exact_rows(q_len, k_len, k.shape[1], call.causal)
+        exact_rows = self._exact_rows(q, k, call.causal)
         seen = full_pattern(k_len, k.shape[1], call.causal).visible(q_len, k_len, groups, q.device)
         if exact_rows == q_len:
             return seen

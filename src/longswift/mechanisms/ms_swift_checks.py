@@ -22,8 +22,13 @@ def check_ms_swift(config: MSSwift) -> None:
 
     assert isinstance(config.selector, Selector)
     check_positive("MSSwift", block=config.block)
-    for name in ("sinks", "dense_below"):
-        require(_is_count(getattr(config, name)), name, "an integer >= 0", "Use 0 to turn it off.")
+    require(_is_count(config.sinks), "sinks", "an integer >= 0", "Use 0 to turn it off.")
+    require(
+        config.dense_below is None or _is_count(config.dense_below),
+        "dense_below",
+        "an integer >= 0, or None for what suits the device",
+        "Use 0 to turn it off.",
+    )
     require(
         _is_count(config.key_tokens)
         or isinstance(config.key_tokens, tuple)

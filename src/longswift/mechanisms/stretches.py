@@ -79,6 +79,7 @@ def _stretch(pattern: BlockPattern, pool: int, rows: slice, keys: int, offset: i
         tokens=own(pattern.tokens),
         visible_from=own(pattern.visible_from),
         visible_until=own(pattern.visible_until),
+        listed=None if pattern.listed is None else pattern.listed[:, blocks],
         pool=pool,
     )
     return Stretch(rows, keys, part)

@@ -266,7 +266,9 @@ def rank_keys(
     CAUSAL: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Largest share of each key among the centroids of a block, its logarithm, ``[Z, width]``.
+    """Largest share of each key among the centroids of a block, ``[Z, width]``.
+
+    Its logarithm as fp16, whose bits are stored as int16 in the order of the numbers.
 
     Keys are the rows of a product, the centroids of one or several blocks its columns. Hidden are
     keys in the band and the first ``skip``.
@@ -305,6 +307,7 @@ def rank_keys(
                 best = tl.maximum(best, tl.max(scores, 1)[:, None])
         shown = tl.trans(_outside(key, start, end, k_len, CAUSAL)) & (key >= skip)[:, None]
         best = tl.where(shown & (best == best), best, float("-inf"))
+        bits = best.to(tl.float16).to(tl.int16, bitcast=True)
         stored = (key < width)[:, None] & (block < count)[None, :]
-        place = RANKS[None, :] + key[:, None]
-        tl.store(place, best.to(RANKS.dtype.element_ty), mask=stored)
+        # Integers in the order of the numbers.
+        tl.store(RANKS[None, :] + key[:, None], bits ^ ((bits >> 15) & 0x7FFF), mask=stored)

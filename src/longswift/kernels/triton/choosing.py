@@ -21,8 +21,8 @@ import triton
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun, block_runs
-from longswift.core.pattern import BlockPattern
-from longswift.core.pools import block_edges
+from longswift.core.pattern import Band, BlockPattern
+from longswift.core.pools import block_edges, edges_on
 from longswift.kernels.triton import centroid_kernels, exact_kernels, picking_kernels
 from longswift.kernels.triton.launch import padded, precision
 from longswift.kernels.triton.limits import unit_stride
@@ -41,7 +41,7 @@ _ROOM = 120_000
 # Keys a program ranks.
 _CHUNK = 4096
 # Numbers looked at in a step of a search.
-_SEARCHED = 8192
+_SEARCHED = 4096
 # Numbers of rows looked at in a step, when groups are halved.
 _HALVED = 16384
 # Low bits of fp32 that tell nothing of numbers that were narrower.
@@ -69,6 +69,14 @@ _TILES = {
     "row_totals": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 16, 4, 2)),
     "key_shares": (Tile(256, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 16, 4, 2)),
 }
+
+
+@functools.lru_cache(maxsize=4)
+def _starts(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> list[int]:
+    """Keys before the band of each block, the most of any head."""
+    pattern = BlockPattern(causal=True, bands=bands, block=block)
+    starts: list[int] = block_edges(pattern, q_len, k_len)[..., 0].amax(0).tolist()
+    return starts
 
 
 @functools.cache
@@ -124,8 +132,8 @@ def choose_by_bounds(
     call = _Call(
         q=q,
         k=k,
-        band_lse=band_lse.float().contiguous(),
-        edges=block_edges(pattern, q.shape[2], k.shape[2]).to(q.device, torch.int32),
+        band_lse=band_lse.float(),
+        edges=edges_on(pattern.bands, pattern.block, q.shape[2], k.shape[2], q.device),
         tokens=tokens,
         pattern=pattern,
         scale=scale,
@@ -196,11 +204,11 @@ class _Call:
 
     def choose(self, run: BlockRun, most: int) -> None:
         """Tokens for blocks whose centroids are of at most ``most`` rows."""
-        edges = block_edges(self.pattern, self.q.shape[2], self.k.shape[2])
-        starts = edges[:, run.first : run.first + run.count, 0].amax(0)
         k_len, causal = self.k.shape[2], self.pattern.causal
-        width = int(starts.max()) if causal else k_len
-        if width == 0 and causal:
+        starts = _starts(self.pattern.bands, self.pattern.block, self.q.shape[2], k_len)
+        # Later blocks have no fewer candidates.
+        width = starts[run.first + run.count - 1] if causal else k_len
+        if width == 0:
             return
         together = max(1, _RANKS // (2 * self._problems * width))
         for index in range(0, run.count, together):
@@ -208,7 +216,7 @@ class _Call:
             part = run._replace(
                 first=run.first + index, count=count, row=run.row + index * run.rows
             )
-            width = int(starts[index : index + count].max()) if causal else k_len
+            width = starts[part.first + count - 1] if causal else k_len
             # A block without candidates keeps its empty slots.
             if width > 0:
                 self._choose(part, most, -(-width // _ALIGNED) * _ALIGNED)
@@ -226,6 +234,7 @@ class _Call:
             *(proposed, self.sinks, slots),
             HKV=self.k.shape[1],
             N=min(_SEARCHED, triton.next_power_of_2(width)),
+            TILE=min(self._tile("rank_keys").rows, _ALIGNED),
             CAUSAL=self.pattern.causal,
             num_warps=8,
         )
@@ -276,7 +285,7 @@ class _Call:
         return means, groups
 
     def _ranks(self, run: BlockRun, means: Tensor, groups: int, width: int) -> Tensor:
-        """What keys are worth to blocks, fp16 ``[B * Hkv * count, width]``."""
+        """What keys are worth to blocks, int16 ``[B * Hkv * count, width]``."""
         sums = torch.empty(len(means), dtype=torch.float32, device=means.device)
         place = run.first, self.edges.shape[1]
         k_len, lines = self.k.shape[2], run.count * groups
@@ -294,7 +303,7 @@ class _Call:
             TOGETHER=_TOGETHER,
         )
         shape = self._problems * run.count, width
-        ranks = torch.empty(shape, dtype=torch.float16, device=means.device)
+        ranks = torch.empty(shape, dtype=torch.int16, device=means.device)
         tile = self._tile("rank_keys")
         tiles = triton.cdiv(run.count, max(1, tile.columns // groups))
         centroid_kernels.rank_keys[(tiles * triton.cdiv(width, _CHUNK), self._problems)](
@@ -317,8 +326,8 @@ class _Call:
         lines = triton.cdiv(members, tile.rows)
         exact_kernels.row_totals[(problems * lines,)](
             *(self.q, self.k, index, count, self.band_lse, totals, self.scale),
-            *(self.q.shape[2], slots, run.count, run.row, run.rows),
-            *(*self._q_strides, *self._k_strides),
+            *(slots, run.count, run.row, run.rows, *self._q_strides, *self._k_strides),
+            *self.band_lse.stride(),
             **options,
             **tile.options(),
             TOGETHER=_TOGETHER,

@@ -21,7 +21,7 @@ def _queries(Q, place, exists, D: tl.constexpr, D_PAD: tl.constexpr):
     return tl.load(Q + place[:, None] + column[None, :], mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=("q_len", "slots", "count", "first_row", "rows"))
+@triton.jit(do_not_specialize=("count", "first_row", "rows", "lse_b", "lse_h", "lse_l"))
 def row_totals(
     Q,
     K,
@@ -30,7 +30,6 @@ def row_totals(
     BAND_LSE,
     TOTALS,
     scale,
-    q_len,
     slots,
     count,
     first_row,
@@ -41,6 +40,9 @@ def row_totals(
     k_b,
     k_h,
     k_l,
+    lse_b,
+    lse_h,
+    lse_l,
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -75,8 +77,8 @@ def row_totals(
         scores = tl.dot(q, tl.trans(k), input_precision=EXACT) * scale
         scores = tl.where((slot < found)[None, :], scores, float("-inf"))
         top, mass = add_to_sum(best_of_each(scores, M, N, TOGETHER), top, mass)
-    line_of_lse = line_places(z, line, count, first_row, rows, HKV * G * q_len, q_len, 1, HKV, G)
-    band = tl.load(BAND_LSE + line_of_lse, mask=exists, other=0.0) * 1.4426950408889634
+    of_line = line_places(z, line, count, first_row, rows, lse_b, lse_h, lse_l, HKV, G)
+    band = tl.load(BAND_LSE + of_line, mask=exists, other=0.0) * 1.4426950408889634
     pivot = tl.maximum(band, top)
     pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
     mass = mass * tl.exp2(top - pivot) + tl.exp2(band - pivot)
@@ -84,7 +86,7 @@ def row_totals(
     tl.store(TOTALS + z.to(tl.int64) * (G * rows) + line, total, mask=exists)
 
 
-@triton.jit(do_not_specialize=("slots", "count", "first_row", "rows"))
+@triton.jit(do_not_specialize=("count", "first_row", "rows"))
 def key_shares(
     Q,
     K,

@@ -11,14 +11,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _levels(RANKS, at, reach, width, N: tl.constexpr):
-    """Ranks of 16 bits as integers in the same order; hidden and missing ones lie below 1,024."""
+def _levels(RANKS, at, padded, N: tl.constexpr):
+    """Ranks as integers; what is hidden or missing lies below those of numbers."""
     key = at + tl.arange(0, N)
-    # Only a width that is a multiple of 16 lets a thread load several at once.
-    rank = tl.load(RANKS + key, mask=key < width, other=0.0)
-    bits = rank.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    level = tl.where(bits >= 0x8000, 0xFFFF - bits, bits | 0x8000)
-    return tl.where(key < reach, level, 0)
+    return tl.load(RANKS + key, mask=key < padded, other=-32768).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=("count", "first", "blocks", "most", "sinks"))
@@ -36,6 +32,7 @@ def pick_keys(
     slots,
     HKV: tl.constexpr,
     N: tl.constexpr,
+    TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """The sinks outside the band and the ``most`` keys of the largest ranks, all ascending.
@@ -47,21 +44,23 @@ def pick_keys(
     edge = (head * blocks + first + block) * 2
     start, end = tl.load(EDGES + edge), tl.load(EDGES + edge + 1)
     reach = tl.minimum(start, width) if CAUSAL else width
+    # As far as ranks are written; a multiple, so that a thread loads several at once.
+    padded = tl.minimum(tl.cdiv(reach, TILE) * TILE, width)
     RANKS += z.to(tl.int64) * width
     INDEX += z.to(tl.int64) * slots
-    # The least level of a number; what lies below is hidden.
-    threshold = tl.full([], 0x400, tl.int32)
+    # -65504, the least of all numbers; what lies below is hidden.
+    threshold = tl.full([], -0x7C00, tl.int32)
     above = tl.full([], 0, tl.int32)
     if reach > most:
-        threshold = tl.full([], 0, tl.int32)
+        threshold = tl.full([], -32768, tl.int32)
         for turn in range(0, 8):
-            one = threshold | (1 << (14 - 2 * turn))
-            two = threshold | (2 << (14 - 2 * turn))
-            three = one | two
+            one = threshold + (1 << (14 - 2 * turn))
+            two = threshold + (2 << (14 - 2 * turn))
+            three = threshold + (3 << (14 - 2 * turn))
             # Three counts of ten bits each: a step counts once.
             counts = tl.zeros([N], tl.int32)
             for at in range(0, reach, N):
-                level = _levels(RANKS, at, reach, width, N)
+                level = _levels(RANKS, at, padded, N)
                 counts += (level >= one).to(tl.int32)
                 counts += (level >= two).to(tl.int32) << 10
                 counts += (level >= three).to(tl.int32) << 20
@@ -73,23 +72,28 @@ def pick_keys(
             above = tl.where(ones < most, ones, above)
             threshold = tl.where(ones < most, threshold, tl.where(twos < most, one, two))
             threshold = tl.where(threes < most, threshold, three)
-        if threshold < 0x400:
-            threshold = tl.full([], 0x400, tl.int32)
+        if threshold < -0x7C00:
+            threshold = tl.full([], -0x7C00, tl.int32)
             above = tl.full([], 0, tl.int32)
     ties_left = most - above
     taken = tl.full([], 0, tl.int32)
     leading = tl.full([], 0, tl.int32)
     for at in range(0, reach, N):
         key = at + tl.arange(0, N)
-        level = _levels(RANKS, at, reach, width, N)
-        tied = (level == threshold).to(tl.int32)
-        chosen = (level > threshold) | ((tied != 0) & (tl.cumsum(tied, 0) <= ties_left))
+        level = _levels(RANKS, at, padded, N)
         sink = (key < sinks) & (key < reach) & ((key < start) | (key >= end))
-        chosen |= sink
-        place = taken + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(INDEX + place, key, mask=chosen)
-        ties_left -= tl.sum(tied, 0)
-        taken += tl.sum(chosen.to(tl.int32), 0)
+        sure = (level > threshold) | sink
+        tied = level == threshold
+        # Two counts in one.
+        flags = sure.to(tl.int32) + (tied.to(tl.int32) << 16)
+        counts = tl.cumsum(flags, 0)
+        ties = tl.minimum(counts >> 16, ties_left)
+        chosen = sure | (tied & ((counts >> 16) <= ties_left))
+        tl.store(INDEX + taken + (counts & 0xFFFF) + ties - 1, key, mask=chosen)
+        total = tl.sum(flags, 0)
+        more = tl.minimum(total >> 16, ties_left)
+        ties_left -= more
+        taken += (total & 0xFFFF) + more
         leading += tl.sum(sink.to(tl.int32), 0)
     tl.store(COUNT + 2 * z, taken)
     tl.store(COUNT + 2 * z + 1, leading)

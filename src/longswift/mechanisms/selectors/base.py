@@ -102,6 +102,8 @@ class Selector(ABC):
     """
 
     name: ClassVar[str]
+    # Whether every block gets as many tokens as its budget allows, if there are so many.
+    fills_budget: ClassVar[bool] = False
     supports_bias: ClassVar[bool] = False
 
     key_block: int = 16

@@ -83,6 +83,7 @@ class Bounds(Selector):
 
     name: ClassVar[str] = "bounds"
     supports_bias: ClassVar[bool] = True
+    fills_budget: ClassVar[bool] = True
 
     key_block: int = 4
     row_group: int = 32
