@@ -113,7 +113,10 @@ def chosen(dim: int, groups: int, tier: int) -> list[tuple[Any, dict[str, Any]]]
     exact = {"EXACT": precision()}
     return [
         (centroid_kernels.halve, {**heads, **halved, "WHOLE": False, "SPARE": 16, "num_warps": 8}),
-        (centroid_kernels.average, {**heads, "MEMBERS": 4, "AT_ONCE": 32, "num_warps": 4}),
+        (
+            centroid_kernels.average,
+            {**heads, "MEMBERS": 4, "AT_ONCE": 32, "LARGEST": 3e38, "num_warps": 4},
+        ),
         (centroid_kernels.log_sums, {**width, **causal, **sample, **tiles["log_sums"]}),
         (centroid_kernels.rank_keys, {**width, **causal, "GROUPS": 32, **tiles["rank_keys"]}),
         (
@@ -200,6 +203,9 @@ def main() -> None:
             shared = compile_for(kernel, values, inputs, values.pop("num_warps"), sm)
             # The first of the tiles are for GPUs that have more.
             print(kernel.__name__, inputs, dim, sm, shared if tier else shared * 99 // 117)
+    for kernel, values in chosen(128, 4, 0)[2:4]:
+        shared = compile_for(kernel, values, "fp8e4nv", values.pop("num_warps"), 90)
+        print(kernel.__name__, "fp8", 128, 90, shared)
     rank = {"HKV": 2, "F": 192, "BF": scoring._FEATURES, "R": scoring._ROWS, "N": scoring._BLOCKS}
     best = {"BITS": scoring._BITS, "N": scoring._CANDIDATES}
     for kernel, values in ((scoring._rank, {**rank, "EXACT": precision()}), (scoring._best, best)):

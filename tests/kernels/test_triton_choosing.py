@@ -109,6 +109,17 @@ def test_a_sample_stands_for_many_keys() -> None:
     agree(selector(), asked(q, k), 0.9)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_ranks_of_eight_bits(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """A channel far larger than the others does not drown what they say."""
+    monkeypatch.setattr(choosing, "_ranks_in_fp8", lambda device: True)
+    q, k = torch.randn(1, 2, 80, 32), torch.randn(1, 1, 400, 32)
+    k[..., 3] += 60.0
+    q = q if causal else torch.randn(1, 2, 400, 32)
+    request = asked(q.half(), k.half(), block=64, causal=causal, budget=32)
+    agree(selector(), request, 0.85)
+
+
 def test_more_centroids_than_a_tile_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = choosing.Tile(16, 16, 4, 2)
     monkeypatch.setitem(choosing._TILES, "rank_keys", (tile, tile, tile))

@@ -124,7 +124,7 @@ def attend(
 
         bands = bands or attend_bands(q, k, v, pattern, scale)
         part = attend_rest(q, k, v, pattern, scale, bands, summary)
-        return Partial(part.out.to(q.dtype), part.lse)
+        return part if part.out.dtype == q.dtype else Partial(part.out.to(q.dtype), part.lse)
     elif bands is None and bias is not None:
         parts = [_forward(q, k, v, _tables(pattern, q, k), scale, bias)]
     else:

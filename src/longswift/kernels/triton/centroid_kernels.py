@@ -1,6 +1,7 @@
 """Kernels of the choice by centroids: groups of similar rows, their means, and what keys are worth.
 
-``choosing`` says what they are for. Scores and their log-sums are in units of log 2.
+``choosing`` says what they are for. Scores and their log-sums are in units of log 2, and so is the
+``scale`` of scores.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -115,7 +116,6 @@ def average(
     count,
     first_row,
     rows,
-    scale,
     q_b,
     q_h,
     q_l,
@@ -125,8 +125,9 @@ def average(
     D_PAD: tl.constexpr,
     MEMBERS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """Scaled means of groups of rows, ``[Z * groups, D]``."""
+    """Means of groups of rows, ``[Z * groups, D]``; ``LARGEST`` is what their dtype holds."""
     group = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
     column = tl.arange(0, D_PAD)
     inside = (group < total)[:, None] & (column < D)[None, :]
@@ -137,7 +138,7 @@ def average(
         place = line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV, G)
         x = tl.load(Q + place[:, None] + column[None, :], mask=inside, other=0.0)
         mean += x.to(tl.float32)
-    mean *= scale / MEMBERS
+    mean = tl.minimum(tl.maximum(mean / MEMBERS, -LARGEST), LARGEST)
     tl.store(MEANS + group[:, None] * D + column[None, :], mean, mask=inside)
 
 
@@ -180,6 +181,7 @@ def log_sums(
     K,
     EDGES,
     SUMS,
+    scale,
     k_len,
     groups,
     count,
@@ -221,14 +223,14 @@ def log_sums(
         for begin in range(FIRST * N, reach, EVERY * N):
             key = begin + tl.arange(0, N)
             k = load_rows(K, key, key < k_len, k_l, D, D_PAD)
-            scores = tl.dot(means, tl.trans(k), input_precision=EXACT)
+            scores = tl.dot(means, tl.trans(k), input_precision=EXACT) * scale
             scores = tl.where(_outside(key, start, end, k_len, CAUSAL), scores, float("-inf"))
             top, mass = add_to_sum(best_of_each(scores, M, N, TOGETHER), top, mass)
     else:
         for begin in range(0, reach, N):
             key = begin + tl.arange(0, N)
             k = load_rows(K, key, key < k_len, k_l, D, D_PAD)
-            scores = tl.dot(means, tl.trans(k), input_precision=EXACT)
+            scores = tl.dot(means, tl.trans(k), input_precision=EXACT) * scale
             # Blocks with many candidates keep to their sample.
             counted = few[:, None] & _outside(key, start, end, k_len, CAUSAL)
             in_sample = (begin // N % EVERY == FIRST) & (few == 0)
@@ -247,6 +249,7 @@ def rank_keys(
     K,
     EDGES,
     RANKS,
+    scale,
     k_len,
     width,
     count,
@@ -295,7 +298,7 @@ def rank_keys(
         key = at + tl.arange(0, M)
         k = load_rows(K, key, key < k_len, k_l, D, D_PAD)
         if N >= GROUPS:
-            scores = tl.dot(k, tl.trans(means), input_precision=EXACT) - sums[None, :]
+            scores = tl.dot(k, tl.trans(means), input_precision=EXACT) * scale - sums[None, :]
             best = tl.max(tl.reshape(scores, [M, BLOCKS, GROUPS]), 2)
         else:
             best = tl.full([M, 1], float("-inf"), tl.float32)
@@ -303,7 +306,7 @@ def rank_keys(
                 line = offset + tl.arange(0, N)
                 means = load_rows(MEANS + lines * D, line, line < left, D, D, D_PAD)
                 sums = tl.load(SUMS + lines + line, mask=line < left, other=0.0)
-                scores = tl.dot(k, tl.trans(means), input_precision=EXACT) - sums[None, :]
+                scores = tl.dot(k, tl.trans(means), input_precision=EXACT) * scale - sums[None, :]
                 best = tl.maximum(best, tl.max(scores, 1)[:, None])
         shown = tl.trans(_outside(key, start, end, k_len, CAUSAL)) & (key >= skip)[:, None]
         best = tl.where(shown & (best == best), best, float("-inf"))

@@ -5,8 +5,9 @@ For runs of blocks whose ranks fit a buffer: groups of similar rows and their me
 (``rank_keys``), the keys proposed (``pick_keys``); then every row's sum over proposals
 (``row_totals``), every proposal's largest share (``key_shares``) and the tokens (``pick_tokens``).
 
-Ranks of keys are 16 bits wide, and fp32 inputs are multiplied as TF32 for them: they decide between
-near ties of proposals only. The second look is as exact as attention is.
+Ranks of keys are 16 bits wide, fp32 inputs are multiplied as TF32 for them and 16-bit inputs, where
+the GPU can, as fp8 (e4m3), keys less the mean of the first of them, which moves all scores of a row
+alike: they decide between near ties of proposals only. The second look is as exact as attention is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,8 @@ _ALIGNED = 64
 _ROOM = 120_000
 # Keys a program ranks.
 _CHUNK = 4096
+# Keys whose mean is taken off where keys become fp8; blocks before their end do without.
+_CENTRE = 256
 # Numbers looked at in a step of a search.
 _SEARCHED = 4096
 # Numbers of rows looked at in a step, when groups are halved.
@@ -77,6 +81,14 @@ def _starts(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> list
     pattern = BlockPattern(causal=True, bands=bands, block=block)
     starts: list[int] = block_edges(pattern, q_len, k_len)[..., 0].amax(0).tolist()
     return starts
+
+
+@functools.cache
+def _ranks_in_fp8(device: torch.device) -> bool:
+    """Whether products of fp8 are faster there than those of 16 bits."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @functools.cache
@@ -158,6 +170,8 @@ def _equal_rows(
         if pattern.causal:
             # The last position of as many rows lies at a multiple of `far`.
             count = min(count, ((far << doubled) - position) // run.rows + 1)
+            if position < _CENTRE:
+                count = min(count, -(-(_CENTRE - position) // run.rows))
         row = run.row + index * run.rows
         yield run._replace(first=run.first + index, count=count, row=row), rows << doubled
         index += count
@@ -189,6 +203,22 @@ class _Call:
     @property
     def _dims(self) -> dict[str, int]:
         return {"D": self.q.shape[3], "D_PAD": padded(self.q.shape[3])}
+
+    @cached_property
+    def _centred(self) -> Tensor:
+        """Keys less a mean, as fp8."""
+        mean = self.k[:, :, :_CENTRE].mean(2, keepdim=True, dtype=torch.float32)
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        centred = self.k - mean.to(self.k.dtype)
+        return centred.clamp_(-largest, largest).to(torch.float8_e4m3fn)
+
+    def _ranked(self, run: BlockRun) -> Tensor:
+        """The keys that centroids of a run are multiplied with."""
+        late = not self.pattern.causal or run.position >= _CENTRE
+        # Products of fp8 are 32 channels deep at least.
+        fits = self.k.shape[2] >= _CENTRE and self._dims["D_PAD"] >= 32
+        narrow = self.q.dtype.itemsize == 2 and fits and late
+        return self._centred if narrow and _ranks_in_fp8(self.q.device) else self.k
 
     def _tile(self, kernel: str) -> Tile:
         row = self._dims["D_PAD"] * self.q.dtype.itemsize
@@ -222,8 +252,9 @@ class _Call:
                 self._choose(part, most, -(-width // _ALIGNED) * _ALIGNED)
 
     def _choose(self, run: BlockRun, most: int, width: int) -> None:
-        means, groups = self._means(run, most)
-        ranks = self._ranks(run, means, groups, width)
+        keys = self._ranked(run)
+        means, groups = self._means(run, most, keys.dtype)
+        ranks = self._ranks(run, keys, means, groups, width)
         problems = self._problems * run.count
         proposed = min(self.candidates, width)
         slots = -(-(proposed + self.sinks) // _ALIGNED) * _ALIGNED
@@ -243,8 +274,8 @@ class _Call:
     def _blocks(self, run: BlockRun) -> tuple[int, int, int]:
         return run.count, run.first, self.edges.shape[1]
 
-    def _means(self, run: BlockRun, most: int) -> tuple[Tensor, int]:
-        """Scaled means ``[B * Hkv * count * groups, D]`` of similar rows, and ``groups``."""
+    def _means(self, run: BlockRun, most: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """Means ``[B * Hkv * count * groups, D]`` of similar rows, and ``groups``."""
         problems, members = self._problems * run.count, self._heads["G"] * run.rows
         order, groups = None, 1
         places = run.count, run.row, run.rows
@@ -272,28 +303,29 @@ class _Call:
         if order is None:
             order = torch.arange(members, dtype=torch.int32, device=self.q.device).repeat(problems)
         total = problems * groups
-        means = self.q.new_empty(total, self.q.shape[3])
+        means = torch.empty(total, self.q.shape[3], dtype=dtype, device=self.q.device)
         centroid_kernels.average[(triton.cdiv(total, 32),)](
-            *(self.q, order, means, total, groups, *places),
-            # Scores in units of log 2.
-            *(self.scale * 1.4426950408889634, *self._q_strides),
+            *(self.q, order, means, total, groups, *places, *self._q_strides),
             **self._heads,
             **self._dims,
             MEMBERS=members,
             AT_ONCE=32,
+            LARGEST=torch.finfo(dtype).max,
         )
         return means, groups
 
-    def _ranks(self, run: BlockRun, means: Tensor, groups: int, width: int) -> Tensor:
+    def _ranks(self, run: BlockRun, keys: Tensor, means: Tensor, groups: int, width: int) -> Tensor:
         """What keys are worth to blocks, int16 ``[B * Hkv * count, width]``."""
         sums = torch.empty(len(means), dtype=torch.float32, device=means.device)
         place = run.first, self.edges.shape[1]
         k_len, lines = self.k.shape[2], run.count * groups
+        # Scores in units of log 2.
+        scale = self.scale * 1.4426950408889634
         common = {"HKV": self.k.shape[1], "CAUSAL": self.pattern.causal, "EXACT": "tf32"}
         tile = self._tile("log_sums")
         centroid_kernels.log_sums[(triton.cdiv(lines, tile.rows), self._problems)](
-            *(means, self.k, self.edges, sums, k_len, groups, run.count, *place),
-            *self._k_strides,
+            *(means, keys, self.edges, sums, scale, k_len, groups, run.count, *place),
+            *keys.stride()[:3],
             **common,
             **self._dims,
             **tile.options(),
@@ -307,8 +339,8 @@ class _Call:
         tile = self._tile("rank_keys")
         tiles = triton.cdiv(run.count, max(1, tile.columns // groups))
         centroid_kernels.rank_keys[(tiles * triton.cdiv(width, _CHUNK), self._problems)](
-            *(means, sums, self.k, self.edges, ranks, k_len, width, run.count, *place),
-            *(self.sinks, _CHUNK, *self._k_strides),
+            *(means, sums, keys, self.edges, ranks, scale, k_len, width, run.count, *place),
+            *(self.sinks, _CHUNK, *keys.stride()[:3]),
             **common,
             **self._dims,
             GROUPS=groups,
