@@ -54,7 +54,7 @@ def _cpu_vendor() -> str:
 
 
 # Measured with the default configuration, see docs/performance.md.
-_CROSSOVERS = {"cpu": 4096, "cuda": 12288}
+_CROSSOVERS = {"cpu": 4096, "cuda": 16384}
 
 
 def crossover(device: torch.device | str) -> int:

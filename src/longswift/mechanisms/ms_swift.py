@@ -92,7 +92,7 @@ class MSSwift(Mechanism):
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly, because that is
             cheaper there; bidirectional inputs shorter than this are dense. None for where that
-            ends to be cheaper on the device: 4,096 on a CPU, 12,288 on a GPU.
+            ends to be cheaper on the device: 4,096 on a CPU, 16,384 on a GPU.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
