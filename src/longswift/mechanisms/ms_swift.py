@@ -90,9 +90,8 @@ class MSSwift(Mechanism):
             of a token moves. ``"strict"``: row i sees only what rows ``<= i`` asked for, nothing
             before a token moves. ``"auto"``: strict while training, shared otherwise.
             Bidirectional attention has nothing to hide and is always shared.
-        dense_below: Causal rows at positions below this are computed exactly, because that is
-            cheaper there; bidirectional inputs shorter than this are dense. None for where that
-            ends to be cheaper on the device: 4,096 on a CPU, 16,384 on a GPU.
+        dense_below: Causal rows at positions below this are computed exactly and bidirectional
+            inputs shorter than this are dense. None: below 4,096, on a GPU below 16,384.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
@@ -302,9 +301,8 @@ class MSSwift(Mechanism):
             parts.append(part)
         mode = "dense" if pattern is None else "strict" if self._strict(call) else "shared"
         counted = pattern or full_pattern(k_len, k.shape[1], call.causal)
-        stats = pattern_stats(
-            self.name, name, mode, counted, q_len, k_len, exact_rows, more_keys=more_keys
-        )
+        shape = q_len, k_len, exact_rows
+        stats = pattern_stats(self.name, name, mode, counted, *shape, more_keys=more_keys)
         if short is not None:
             share = float(short.dense.float().mean()) * (q_len - exact_rows) / q_len
             stats = replace(stats, dense_rows=stats.dense_rows + share)
@@ -321,7 +319,7 @@ class MSSwift(Mechanism):
             raise UnsupportedError(
                 problem(
                     "MSSwift.min_coverage",
-                    expected="shared causality (the guard's probes are later rows of a block)",
+                    expected="shared causality (probes are later rows of a block)",
                     got="strict causality, the default while training",
                     fix="Set min_coverage=None for training, or causality='shared'.",
                 )
@@ -373,8 +371,8 @@ class MSSwift(Mechanism):
         if since is not None:
             since = torch.cat([torch.zeros_like(sinks), since], 3)
         listed = None
+        # Statistics that read the tokens would wait for the device.
         if not q.is_cpu and since is None and self.coverage is None and self._selector.fills_budget:
-            # Statistics that read the tokens would wait for the device.
             listed = tokens_listed(pattern, *lengths, self.sinks, self._budget)
         tokens = torch.cat([sinks, found.tokens], 3)
         pattern = replace(pattern, tokens=tokens, visible_from=since, listed=listed)

@@ -56,8 +56,7 @@ from longswift.mechanisms.selectors.box_tree import WHOLE, descend, enclose, lev
 from longswift.mechanisms.selectors.boxes import extremes, key_extremes, key_features, row_boxes
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks, wanted_blocks
 
-# Boxes that a backend opens together at most.
-_WIDEST = 64
+_WIDEST = 64  # Boxes that a backend opens together at most.
 
 
 @dataclass(frozen=True, kw_only=True)
