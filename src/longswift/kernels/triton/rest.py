@@ -47,7 +47,7 @@ class Tile(NamedTuple):
 
 # By bytes of a number, then by channels of a head.
 TILES = {
-    2: {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 32, 8, 3, 128), 256: Tile(64, 32, 4, 2)},
+    2: {64: Tile(128, 64, 4, 3), 128: Tile(128, 32, 8, 3, 128), 256: Tile(64, 32, 4, 2)},
     4: {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 16, 4, 2)},
 }
 # Columns, gathered tokens and warps of a tile of ``fill_columns``, likewise.
