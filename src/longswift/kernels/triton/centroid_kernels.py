@@ -271,7 +271,7 @@ def rank_keys(
 ):
     """Largest share of each key among the centroids of a block, ``[Z, width]``.
 
-    Its logarithm as fp16, whose bits are stored as int16 in the order of the numbers.
+    Its logarithm as fp16, whose bits are stored in the order of the numbers, from 0 on.
 
     Keys are the rows of a product, the centroids of one or several blocks its columns. Hidden are
     keys in the band and the first ``skip``.
@@ -312,5 +312,6 @@ def rank_keys(
         best = tl.where(shown & (best == best), best, float("-inf"))
         bits = best.to(tl.float16).to(tl.int16, bitcast=True)
         stored = (key < width)[:, None] & (block < count)[None, :]
-        # Integers in the order of the numbers.
-        tl.store(RANKS[None, :] + key[:, None], bits ^ ((bits >> 15) & 0x7FFF), mask=stored)
+        # Integers in the order of the numbers, without a sign.
+        level = bits ^ ((bits >> 15) & 0x7FFF) ^ -0x8000
+        tl.store(RANKS[None, :] + key[:, None], level, mask=stored)

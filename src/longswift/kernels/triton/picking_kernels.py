@@ -12,9 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def _levels(RANKS, at, padded, N: tl.constexpr):
-    """Ranks as integers; what is hidden or missing lies below those of numbers."""
+    """Ranks as integers from 0 on; what is hidden or missing lies below those of numbers."""
     key = at + tl.arange(0, N)
-    return tl.load(RANKS + key, mask=key < padded, other=-32768).to(tl.int32)
+    # Triton fills a word with two 16-bit numbers wrongly if they are negative.
+    return tl.load(RANKS + key, mask=key < padded, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit(do_not_specialize=("count", "first", "blocks", "most", "sinks"))
@@ -49,10 +50,10 @@ def pick_keys(
     RANKS += z.to(tl.int64) * width
     INDEX += z.to(tl.int64) * slots
     # -65504, the least of all numbers; what lies below is hidden.
-    threshold = tl.full([], -0x7C00, tl.int32)
+    threshold = tl.full([], 0x400, tl.int32)
     above = tl.full([], 0, tl.int32)
     if reach > most:
-        threshold = tl.full([], -32768, tl.int32)
+        threshold = tl.full([], 0, tl.int32)
         for turn in range(0, 8):
             one = threshold + (1 << (14 - 2 * turn))
             two = threshold + (2 << (14 - 2 * turn))
@@ -72,8 +73,8 @@ def pick_keys(
             above = tl.where(ones < most, ones, above)
             threshold = tl.where(ones < most, threshold, tl.where(twos < most, one, two))
             threshold = tl.where(threes < most, threshold, three)
-        if threshold < -0x7C00:
-            threshold = tl.full([], -0x7C00, tl.int32)
+        if threshold < 0x400:
+            threshold = tl.full([], 0x400, tl.int32)
             above = tl.full([], 0, tl.int32)
     ties_left = most - above
     taken = tl.full([], 0, tl.int32)

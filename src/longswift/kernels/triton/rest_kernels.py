@@ -150,7 +150,7 @@ def attend_outside(
     K += of_batch * k_b + head * k_h
     V += of_batch * v_b + head * v_h
     TOKENS += of_batch * t_b + head * t_h + (first + index).to(tl.int64) * t_n
-    q = some_rows(Q, group * q_h + row * q_l, exists, 1, D, D_PAD)
+    q = some_rows(Q, group * q_h + row.to(tl.int64) * q_l, exists, 1, D, D_PAD)
     to_two = tl.full([1], 1.4426950408889634, ACC)
     factor = (scale * to_two)[None, :]
     top = tl.full([M], float("-inf"), ACC)
