@@ -64,10 +64,12 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: The name is unknown; see ``unknown_name``.
         """
-        name = name.replace("-", "_") if isinstance(name, str) else name
+        if not isinstance(name, str):
+            raise unknown_name(self._kind, name, self.names())
+        name = name.replace("-", "_")
         # Asking what all installed packages add takes milliseconds.
         targets = self._table if name in self._table else self._targets()
-        if not isinstance(name, str) or name not in targets:
+        if name not in targets:
             raise unknown_name(self._kind, name, self.names())
         module, _, attribute = targets[name].partition(":")
         return getattr(import_module(module), attribute)
