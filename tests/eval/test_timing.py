@@ -42,6 +42,13 @@ def test_a_slow_first_run_counts_and_the_budget_ends_it() -> None:
     assert times["fast"].samples == 3
 
 
+def test_a_first_run_that_compiles_never_counts() -> None:
+    clock = Clock()
+    rivals = {"a": clock.job("a", 40.0, 1.0)}
+    times = alternate(rivals, repeats=3, compiles=True, budget_seconds=30, clock=lambda: clock.now)
+    assert times["a"] == Seconds(median=1.0, fastest=1.0, slowest=1.0, samples=3)
+
+
 def test_there_is_always_a_sample() -> None:
     clock = Clock()
     times = alternate({"a": clock.job("a", 3.0)}, budget_seconds=1.0, clock=lambda: clock.now)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from longswift import ConfigError, Full, MSSwift, SlidingWindow
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError
+from longswift.core.pattern import BlockPattern
 from longswift.core.states import LinearResult, LinearState
 from longswift.core.types import Partial
 from longswift.extend.bias import ALiBi
@@ -84,6 +86,8 @@ def test_every_backend_passes_its_check(name: str, asked: str) -> None:
         pytest.skip(reason)
     if name == "flex" and asked != "attend":
         pytest.skip("FlexAttention computes patterns without a bias")
+    if asked == "choose_by_bounds" and not hasattr(module, asked):
+        pytest.skip("chosen by torch")
     if name == "native" and asked == "attend_linear":
         pytest.skip("the compiled kernels are those of softmax attention")
     # Generation asks for the first time where no gradients can be recorded.
@@ -113,6 +117,42 @@ def test_a_wrong_or_broken_backend_is_found_out() -> None:
     assert "bias" in dispatch.disagreement(SimpleNamespace(attend=deaf), cpu, "attend with a bias")
     linear = SimpleNamespace(attend_linear=wrong_state)
     assert "its z differs" in dispatch.disagreement(linear, cpu, "attend_linear")
+
+
+def test_a_choice_of_keys_that_are_not_there_is_found_out() -> None:
+    """As a GPU's compiler once made of the kernels: candidates beyond the band."""
+
+    def ahead(
+        q: Tensor, k: Tensor, lse: Tensor, pattern: BlockPattern, tokens: Tensor, **_: Any
+    ) -> bool:
+        tokens.copy_(torch.arange(tokens.shape[3]) + k.shape[2] - tokens.shape[3])
+        return True
+
+    def first(
+        q: Tensor, k: Tensor, lse: Tensor, pattern: BlockPattern, tokens: Tensor, **_: Any
+    ) -> bool:
+        tokens.copy_(torch.arange(tokens.shape[3]) + 5)
+        return True
+
+    for wrong in (ahead, first):
+        module = SimpleNamespace(choose_by_bounds=wrong)
+        why = dispatch.disagreement(module, torch.device("cpu"), "choose_by_bounds")
+        assert "its choice in float32 differs" in why
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_gpu_chooses_only_by_a_kernel_that_is_right_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend, cuda = dispatch.BACKENDS["triton"], torch.device("cuda")
+    monkeypatch.setattr(backend, "verify", lambda device: (True, "here"))
+    assert dispatch.chooser(dispatch.BACKENDS["eager"], cuda) is None
+    with pytest.warns(UserWarning, match="'triton' is not used on cuda for choose_by_bounds"):
+        assert dispatch.chooser(backend, cuda) is None
+    dispatch.trusted.cache_clear()
+    monkeypatch.setattr(dispatch, "disagreement", lambda module, device, asked: "")
+    assert dispatch.chooser(backend, cuda) is backend.choose_by_bounds
+    assert dispatch.chooser(backend, torch.device("cpu")) is backend.choose_by_bounds
 
 
 def test_auto_is_the_fastest_that_can_on_a_cpu() -> None:

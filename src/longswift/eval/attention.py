@@ -224,6 +224,7 @@ def _measure(
     times = alternate(
         jobs,
         repeats=bench.repeats,
+        compiles=bench.device != "cpu",
         budget_seconds=bench.budget_seconds,
         tick=lambda name: step(1, f"{length} tokens: {name}"),
     )

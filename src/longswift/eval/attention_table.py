@@ -12,7 +12,7 @@ from longswift.eval.results import Result
 _NOTES = {
     "data": "q, k and v are independent standard normal numbers, the same for every rival",
     "time": "rivals alternate in one process, order reversed every round; the first run is "
-    "dropped unless it is slow; medians",
+    "dropped unless it is slow on a CPU; medians",
     "samples": "up to `repeats` timed runs; a rival that has spent `budget_seconds` at a length is "
     "run no more, so that long calls have one or two: `samples` of each row says how many",
     "backward": "with --backward a run is the forward pass and the gradients of q, k and v; "

@@ -16,7 +16,7 @@ STEP = {
 }
 _NOTES = {
     "time": "rivals alternate in one process, order reversed every round; the first run is "
-    "dropped unless it is slow; medians",
+    "dropped unless it is slow on a CPU; medians",
     "attention": "decode: one query per sequence against a SwiftCache of random keys, to which a "
     "token is added first; train: forward and gradients of q, k and v",
     "model": "decode: greedy tokens behind a SwiftCache of random keys; prefill: random tokens "

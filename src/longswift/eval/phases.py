@@ -154,6 +154,7 @@ def _measure(
     times = alternate(
         {name: _once(job) for name, job in jobs.items()},
         repeats=bench.repeats,
+        compiles=bench.device != "cpu",
         budget_seconds=bench.budget_seconds,
         tick=lambda name: step(1, f"{where}: {name}"),
     )

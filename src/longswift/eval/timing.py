@@ -56,6 +56,7 @@ def alternate(
     *,
     repeats: int = 5,
     slow_seconds: float = 5.0,
+    compiles: bool = False,
     budget_seconds: float = 60.0,
     tick: Callable[[str], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -63,13 +64,15 @@ def alternate(
     """Time functions by turns, so that drift of the machine meets all of them alike.
 
     The first run of each warms up and is thrown away, unless it took ``slow_seconds``: there a
-    cold start is negligible and another run is dear. A function stops early once its runs have
-    spent ``budget_seconds``. The order is reversed every round.
+    cold start is negligible and another run is dear. Not so where the first run ``compiles``. A
+    function stops early once its runs have spent ``budget_seconds``. The order is reversed every
+    round.
 
     Args:
         rivals: Name and function; each function waits until its device has finished.
         repeats: Samples of a fast function.
         slow_seconds: A first run at least this long counts as a sample.
+        compiles: First runs compile kernels and count neither as samples nor for the budget.
         budget_seconds: Time after which a function is run no more; it has at least one sample.
         tick: Called with a name before every run.
         clock: Seconds, for tests.
@@ -90,7 +93,9 @@ def alternate(
 
     for name in rivals:
         first = run(name)
-        if first >= slow_seconds:
+        if compiles:
+            spent[name] = 0.0
+        elif first >= slow_seconds:
             samples[name].append(first)
     for turn in range(repeats):
         for name in rivals if turn % 2 == 0 else reversed(list(rivals)):

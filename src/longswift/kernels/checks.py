@@ -13,6 +13,7 @@ from torch import Tensor
 from longswift.core.bias import ScoreBias
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
+from longswift.kernels.choice_check import agreement
 
 Results = dict[str, Tensor]
 
@@ -91,4 +92,5 @@ CHECKS: dict[str, Callable[[ModuleType, torch.device], Results]] = {
     "attend": _attend,
     "attend with a bias": functools.partial(_attend, biased=True),
     "attend_linear": _attend_linear,
+    "choose_by_bounds": agreement,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -92,6 +93,16 @@ def resolve(
             )
         )
     return backend, BACKENDS[backend]
+
+
+def chooser(module: ModuleType, device: torch.device) -> Callable[..., bool] | None:
+    """The kernel of a backend that chooses key tokens, if there is one and it is right there."""
+    found: Callable[..., bool] | None = getattr(module, "choose_by_bounds", None)
+    # On a CPU its tests have run; what a GPU's compiler makes of it is known there alone.
+    if found is None or device.type == "cpu":
+        return found
+    name = next(name for name, one in BACKENDS.items() if one is module)
+    return found if trusted(name, device, "choose_by_bounds") else None
 
 
 def attend_whole(

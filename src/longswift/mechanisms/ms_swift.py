@@ -364,7 +364,7 @@ class MSSwift(Mechanism):
             summary=call.summary,
             bias=call.bias,
             best_blocks=getattr(backend, "best_blocks", None),
-            choose_by_bounds=getattr(backend, "choose_by_bounds", None),
+            choose_by_bounds=dispatch.chooser(backend, q.device),
         )
         found: Selection = self._selector.select(request)
         since = found.visible_from
