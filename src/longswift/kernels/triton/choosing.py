@@ -42,8 +42,9 @@ _ALIGNED = 64
 _ROOM = 120_000
 # Keys a program ranks.
 _CHUNK = 4096
-# Keys whose mean is taken off where keys become fp8; blocks before their end do without.
-_CENTRE = 256
+# Keys whose mean is taken off where keys become fp8; blocks before their end do without. And keys
+# that become it at a time.
+_CENTRE, _PIECE = 256, 1 << 16
 # Numbers looked at in a step of a search.
 _SEARCHED = 4096
 # Numbers of rows looked at in a step, when groups are halved.
@@ -207,10 +208,13 @@ class _Call:
     @cached_property
     def _centred(self) -> Tensor:
         """Keys less a mean, as fp8."""
-        mean = self.k[:, :, :_CENTRE].mean(2, keepdim=True, dtype=torch.float32)
+        mean = self.k[:, :, :_CENTRE].mean(2, keepdim=True, dtype=torch.float32).to(self.k.dtype)
         largest = torch.finfo(torch.float8_e4m3fn).max
-        centred = self.k - mean.to(self.k.dtype)
-        return centred.clamp_(-largest, largest).to(torch.float8_e4m3fn)
+        centred = torch.empty_like(self.k, dtype=torch.float8_e4m3fn)
+        # Piece by piece, or differences would take twice the memory that is kept.
+        for place, keys in zip(centred.split(_PIECE, 2), self.k.split(_PIECE, 2), strict=True):
+            place.copy_((keys - mean).clamp_(-largest, largest))
+        return centred
 
     def _ranked(self, run: BlockRun) -> Tensor:
         """The keys that centroids of a run are multiplied with."""
