@@ -56,16 +56,40 @@ CASES = {
 }
 
 
+LARGE = ["--heads", "32", "--kv-heads", "8", "--head-dim", "128", "--device", "cuda"]
+# Only where they are named.
+GPU_CASES = {
+    "gpu-bf16": [
+        *RIVALS,
+        *LARGE,
+        "--dtype",
+        "bfloat16",
+        "--lengths",
+        "8k,16k,32k,64k,128k,256k,512k",
+    ],
+    "gpu-bf16-flex": [
+        "--against",
+        "flex",
+        *LARGE,
+        "--dtype",
+        "bfloat16",
+        "--lengths",
+        "8k,32k,128k",
+    ],
+}
+
+
 def main() -> int:
-    """Run every case, or those named on the command line."""
-    unknown = set(sys.argv[1:]) - set(CASES)
+    """Run every case for a CPU, or those named on the command line."""
+    cases = {**CASES, **GPU_CASES}
+    unknown = set(sys.argv[1:]) - set(cases)
     if unknown:
-        print(f"expected cases among {', '.join(CASES)}, got {', '.join(unknown)}", file=sys.stderr)
+        print(f"expected cases among {', '.join(cases)}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
     for name in sys.argv[1:] or CASES:
         files = ["--json", f"results/{name}.json", "--plot", f"results/{name}.png"]
         command = [sys.executable, "-m", "longswift", "bench", "attention"]
-        code = subprocess.run([*command, *CASES[name], *files], check=False).returncode
+        code = subprocess.run([*command, *cases[name], *files], check=False).returncode
         if code:
             return code
     return 0
