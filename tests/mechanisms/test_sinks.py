@@ -1,0 +1,53 @@
+"""Sinks of blocks, and how many tokens blocks list, known without reading them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longswift import MSSwift, get_mechanism
+from longswift.core.pattern import Band, BlockPattern
+from longswift.mechanisms.patterned import pattern_stats
+from longswift.mechanisms.sinks import sink_slots, tokens_listed
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("q_len", [150, 70, 1])
+def test_what_is_listed_is_what_is_gathered(causal: bool, q_len: int) -> None:
+    """Few candidates, more than the budget, and none; the statistics are the same."""
+    q_len = q_len if causal else 150
+    swift = MSSwift(windows=(16, 64), block=16, key_tokens=40, sinks=6, dense_below=0)
+    bands = swift.bands(q_len, 2, causal)
+    pattern = BlockPattern(causal=causal, bands=bands, block=16)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 150, 16)
+    call = swift._checked(q, k, k, causal, None, None, "eager", False, None, None)
+    found, _ = swift._choose(q, k, k, call, q_len)
+    assert found.tokens is not None and found.listed is None
+    listed = tokens_listed(pattern, q_len, 150, 6, 40)
+    assert torch.equal(listed, (found.tokens[0] >= 0).sum(2))
+    read, known = (
+        pattern_stats("ms_swift", "eager", "shared", one, q_len, 150)
+        for one in (found, replace(found, listed=listed))
+    )
+    assert known == read
+
+
+def test_sinks_in_the_band_are_no_gathered_tokens() -> None:
+    pattern = BlockPattern(causal=True, bands=(Band(tile=4, left=2),), block=4)
+    slots = sink_slots(pattern, 12, 12, 3, CPU)
+    assert slots.tolist() == [[[[-1, -1, -1], [0, 1, -1], [0, 1, 2]]]]
+    assert sink_slots(pattern, 12, 12, 3, CPU) is slots
+
+
+def test_where_exact_rows_end_depends_on_the_device() -> None:
+    swift = MSSwift()
+    assert swift.crossover("cpu") == swift.crossover("mps") == 4096
+    assert swift.crossover(torch.device("cuda", 1)) == 16384
+    assert MSSwift(dense_below=7).crossover("cuda") == 7
+    again = get_mechanism(**swift.to_dict())
+    assert again == swift and again.to_dict()["dense_below"] is None
