@@ -39,7 +39,7 @@ _MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
 # Rows of tables are multiples of this, so that threads load several numbers at once.
 _ALIGNED = 64
 # Bytes of shared memory the larger tiles take.
-_ROOM = 120_000
+_ROOM = 160 << 10
 # Keys a program ranks.
 _CHUNK = 4096
 # Keys whose mean is taken off where keys become fp8; blocks before their end do without.
