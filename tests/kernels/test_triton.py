@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +26,7 @@ from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import CLOSE, Problem, gathered, problems
 
 pytest.importorskip("triton", reason="triton is not installed")
-from longswift.kernels.triton import launch  # noqa: E402
+from longswift.kernels.triton import launch, limits  # noqa: E402
 
 RUNS, WHY = triton.verify(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 if not RUNS:
@@ -216,6 +218,25 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     assert len(shared) == 56
     # What a program may have on the GPUs with the least of those that compute bf16.
     assert max(shared) <= 99 << 10
+
+
+def test_kernels_are_launched_where_the_inputs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    entered = []
+
+    @contextlib.contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    q = torch.zeros(1).as_subclass(Elsewhere)
+    assert limits.on_their_device(lambda x, y: y)(q, y=3) == 3
+    assert limits.on_their_device(lambda x: 4)(torch.zeros(1)) == 4
+    assert entered == [torch.device("cuda:1")]
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
