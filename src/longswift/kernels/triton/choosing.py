@@ -44,8 +44,8 @@ _ROOM = 160 << 10
 _CHUNK = 4096
 # Keys whose mean is taken off where keys become fp8; blocks before their end do without.
 _CENTRE = 256
-# Numbers looked at in a step of a search.
-_SEARCHED = 4096
+# Numbers looked at in a step of a search, and the most steps: a thread counts them in ten bits.
+_SEARCHED, _STEPS = 4096, 1023
 # Numbers of rows looked at in a step, when groups are halved.
 _HALVED = 16384
 # Low bits of fp32 that tell nothing of numbers that were narrower.
@@ -133,9 +133,11 @@ def choose_by_bounds(
         bounds: What choosing by boxes takes.
 
     Returns:
-        Whether the choice was made: not if it is strict, of a single query, or by boxes.
+        Whether the choice was made: not if it is strict, of a single query, by boxes, or among more
+            than four million keys.
     """
     fits = 0 < candidates <= _MOST and max(q.shape[3], k.shape[3]) <= 256
+    fits &= k.shape[2] <= _SEARCHED * _STEPS
     if centroid_rows is None or since is not None or q.shape[2] == 1 or not fits:
         return False
     if q.dtype == torch.float64:
