@@ -26,7 +26,7 @@ from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.pools import block_edges, edges_on
 from longswift.kernels.triton import centroid_kernels, exact_kernels, picking_kernels
-from longswift.kernels.triton.launch import padded, precision
+from longswift.kernels.triton.launch import is_roomy, padded, precision
 from longswift.kernels.triton.limits import unit_stride
 
 # Bytes of the ranks of a run of blocks.
@@ -38,8 +38,6 @@ _MOST = 16384
 _MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
 # Rows of tables are multiples of this, so that threads load several numbers at once.
 _ALIGNED = 64
-# Bytes of shared memory the larger tiles take.
-_ROOM = 160 << 10
 # Keys a program ranks.
 _CHUNK = 4096
 # Keys whose mean is taken off where keys become fp8; blocks before their end do without.
@@ -89,15 +87,6 @@ def _ranks_in_fp8(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-@functools.cache
-def _is_roomy(device: torch.device) -> bool:
-    """Whether a program gets the shared memory that the larger tiles take."""
-    if device.type == "cpu":
-        return True
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) >= _ROOM
 
 
 def choose_by_bounds(
@@ -224,7 +213,7 @@ class _Call:
 
     def _tile(self, kernel: str) -> Tile:
         row = self._dims["D_PAD"] * self.q.dtype.itemsize
-        return _TILES[kernel][0 if row <= 256 and _is_roomy(self.q.device) else 1 + (row > 512)]
+        return _TILES[kernel][0 if row <= 256 and is_roomy(self.q.device) else 1 + (row > 512)]
 
     @property
     def _q_strides(self) -> tuple[int, ...]:
