@@ -191,6 +191,14 @@ def main() -> None:
         (shares._add_shares, share),
     ):
         print(kernel.__name__, "bf16", 64, 90, compile_for(kernel, values, "bf16", warps, 90))
+    constants, warps = attention(torch.bfloat16, 128, 1)
+    fewer = {**constants, **plain, "num_stages": 2}
+    for kernel, values in (
+        (backward_kernels.d_queries, {**fewer, "TRACKED": False, "D_BIAS": None}),
+        (backward_kernels.d_band_keys, fewer),
+        (backward_kernels.d_slots, fewer),
+    ):
+        print(kernel.__name__, "bf16", 128, 86, compile_for(kernel, values, "bf16", warps, 86))
     constants, warps = attention(torch.float32, 32, 1)
     values = {**constants, "BAND": True, **plain}
     print("_forward", "fp32", 32, 80, compile_for(forward._forward, values, "fp32", warps, 80))
