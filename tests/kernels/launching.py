@@ -22,7 +22,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
 from longswift.kernels import dispatch
 from longswift.kernels import triton as backend
-from longswift.kernels.triton import choosing, limits
+from longswift.kernels.triton import backward, choosing, launch, limits
 
 # Shared memory that a program may have, by compute capability.
 ROOM = {90: 232_448, 80: 166_912, 86: 101_376}
@@ -66,7 +66,8 @@ def pretend(sm: int) -> dict[tuple[str, str], int]:
     backend.verify = lambda device: (True, "pretended")
     dispatch.trusted = lambda *asked: True
     choosing._ranks_in_fp8 = lambda device: sm >= 89
-    choosing._is_roomy = lambda device: ROOM[sm] >= choosing._ROOM
+    for module in (choosing, backward):
+        module.is_roomy = lambda device: ROOM[sm] >= launch._ROOM
     return compiled
 
 
@@ -140,7 +141,8 @@ def main(sm: int) -> None:
         choose_and_attend((2, 2), 256, single)
         attend((2, 2), 128, single)
         attend((2, 2), 256, half)
-        train((1, 1), 32, single, biased=False)
+        train((2, 2), 128, half, biased=False)
+        train((1, 1), 256, single, biased=False)
         linear((1, 1), 128, single)
     rows, keys = torch.zeros(1, 2, 3, 7, 192), torch.zeros(1, 2, 50, 192)
     backend.best_blocks(rows, keys, torch.ones(2, 3, 50, dtype=torch.bool), 2, 4)

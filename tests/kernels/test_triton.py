@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +27,7 @@ from tests.kernels.test_flex import gradients
 from tests.kernels.test_patterns import CLOSE, Problem, gathered, problems
 
 pytest.importorskip("triton", reason="triton is not installed")
-from longswift.kernels.triton import launch  # noqa: E402
+from longswift.kernels.triton import launch, limits  # noqa: E402
 
 RUNS, WHY = triton.verify(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 if not RUNS:
@@ -201,21 +204,45 @@ def test_the_gradient_is_the_same_every_time() -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sm", [90, 86])
+def test_every_kernel_compiles_for_gpus(tmp_path: Path, sm: int) -> None:
     """Through Triton's compiler and ptxas, which need no GPU; what fits there is not run here."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling"],
+        [sys.executable, "-m", "tests.kernels.launching", str(sm)],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    shared = [int(line.split()[-1]) for line in run.stdout.splitlines()]
-    assert len(shared) == 56
-    # What a program may have on the GPUs with the least of those that compute bf16.
-    assert max(shared) <= 99 << 10
+    compiled = {line.split()[0] for line in run.stdout.splitlines()}
+    launched = {
+        name
+        for path in Path(launch.__file__).parent.glob("*.py")
+        for name in re.findall(r"^ +(?:\w+\.)?(\w+)\[.*\]\(", path.read_text(), re.M)
+    }
+    # One only asks the interpreter whether it works.
+    assert len(launched) > 15 and launched - {"_count"} == compiled
+
+
+def test_kernels_are_launched_where_the_inputs_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    entered = []
+
+    @contextlib.contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    q = torch.zeros(1).as_subclass(Elsewhere)
+    assert limits.on_their_device(lambda x, y: y)(q, y=3) == 3
+    assert limits.on_their_device(lambda x: 4)(torch.zeros(1)) == 4
+    assert entered == [torch.device("cuda:1")]
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

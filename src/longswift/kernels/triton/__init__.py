@@ -25,7 +25,7 @@ from longswift.core.remainder import attend_remainder
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.summary import KeySummary
 from longswift.core.types import Partial
-from longswift.kernels.triton.limits import checked, refusal
+from longswift.kernels.triton.limits import checked, on_their_device, refusal
 from longswift.kernels.triton.linear import attend_linear
 from longswift.kernels.triton.tables import Tables, tables
 from longswift.kernels.triton.whole import attend as attend_whole
@@ -66,6 +66,7 @@ def verify(device: torch.device) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
+@on_their_device
 @torch.no_grad()
 def attend_bands(
     q: Tensor,
@@ -86,6 +87,7 @@ def attend_bands(
     return found if into is None or found is into else _copied(found, into)
 
 
+@on_their_device
 def attend(
     q: Tensor,
     k: Tensor,
@@ -140,6 +142,7 @@ def attend(
     return Partial(found.out.to(q.dtype), found.lse)
 
 
+@on_their_device
 def best_blocks(
     rows: Tensor, keys: Tensor, outside: Tensor, skip: int, most: int
 ) -> tuple[Tensor, Tensor]:
@@ -149,6 +152,7 @@ def best_blocks(
     return scoring.best_blocks(rows, keys, outside, skip, most)
 
 
+@on_their_device
 def choose_by_bounds(
     q: Tensor, k: Tensor, band_lse: Tensor, pattern: BlockPattern, tokens: Tensor, **options: Any
 ) -> bool:

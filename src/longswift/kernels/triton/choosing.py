@@ -26,7 +26,7 @@ from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.pools import block_edges, edges_on
 from longswift.kernels.triton import centroid_kernels, exact_kernels, picking_kernels
-from longswift.kernels.triton.launch import padded, precision
+from longswift.kernels.triton.launch import is_roomy, padded, precision
 from longswift.kernels.triton.limits import unit_stride
 
 # Bytes of the ranks of a run of blocks.
@@ -38,15 +38,13 @@ _MOST = 16384
 _MANY, _TILE, _EVERY, _FIRST, _TOGETHER = 4096, 64, 8, 4, 16
 # Rows of tables are multiples of this, so that threads load several numbers at once.
 _ALIGNED = 64
-# Bytes of shared memory the larger tiles take.
-_ROOM = 120_000
 # Keys a program ranks.
 _CHUNK = 4096
 # Keys whose mean is taken off where keys become fp8; blocks before their end do without. And keys
 # that become it at a time.
 _CENTRE, _PIECE = 256, 1 << 16
-# Numbers looked at in a step of a search.
-_SEARCHED = 4096
+# Numbers looked at in a step of a search, and the most steps: a thread counts them in ten bits.
+_SEARCHED, _STEPS = 4096, 1023
 # Numbers of rows looked at in a step, when groups are halved.
 _HALVED = 16384
 # Low bits of fp32 that tell nothing of numbers that were narrower.
@@ -92,15 +90,6 @@ def _ranks_in_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-@functools.cache
-def _is_roomy(device: torch.device) -> bool:
-    """Whether a program gets the shared memory that the larger tiles take."""
-    if device.type == "cpu":
-        return True
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) >= _ROOM
-
-
 def choose_by_bounds(
     q: Tensor,
     k: Tensor,
@@ -134,9 +123,11 @@ def choose_by_bounds(
         bounds: What choosing by boxes takes.
 
     Returns:
-        Whether the choice was made: not if it is strict, of a single query, or by boxes.
+        Whether the choice was made: not if it is strict, of a single query, by boxes, or among more
+            than four million keys.
     """
     fits = 0 < candidates <= _MOST and max(q.shape[3], k.shape[3]) <= 256
+    fits &= k.shape[2] <= _SEARCHED * _STEPS
     if centroid_rows is None or since is not None or q.shape[2] == 1 or not fits:
         return False
     if q.dtype == torch.float64:
@@ -226,7 +217,7 @@ class _Call:
 
     def _tile(self, kernel: str) -> Tile:
         row = self._dims["D_PAD"] * self.q.dtype.itemsize
-        return _TILES[kernel][0 if row <= 256 and _is_roomy(self.q.device) else 1 + (row > 512)]
+        return _TILES[kernel][0 if row <= 256 and is_roomy(self.q.device) else 1 + (row > 512)]
 
     @property
     def _q_strides(self) -> tuple[int, ...]:

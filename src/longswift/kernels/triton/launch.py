@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ _LEAST = 16
 # Most query lines and keys of a tile, and the bytes of such lines that fit shared memory.
 _LINES, _KEYS = 128, 64
 _BYTES = 16384
+# Bytes of shared memory that larger tiles and more steps in flight take.
+_ROOM = 160 << 10
 
 
 class Shape(NamedTuple):
@@ -161,3 +164,12 @@ def rows_of_tile(lines: int, groups: int, length: int) -> int:
 def padded(dim: int) -> int:
     """Columns of the tile that holds ``dim`` channels."""
     return max(_LEAST, int(triton.next_power_of_2(dim)))
+
+
+@functools.cache
+def is_roomy(device: torch.device) -> bool:
+    """Whether a program gets the shared memory of larger tiles and of more steps in flight."""
+    if device.type == "cpu":
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= _ROOM

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
 from longswift.core.bias import ScoreBias
 from longswift.core.errors import UnsupportedError, problem
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _WIDEST = 256
 
@@ -54,3 +62,16 @@ def checked(
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors whose channels are neighbours in memory; other views are copied."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
+def on_their_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``function`` of tensors, run where its first lies: Triton launches on the current device."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **options: _P.kwargs) -> _R:
+        first = (*args, *options.values())[0]
+        assert isinstance(first, Tensor)
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return function(*args, **options)
+
+    return run

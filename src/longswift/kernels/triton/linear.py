@@ -23,9 +23,10 @@ from longswift.core.states import (
     check_own_chunk,
     has_weight,
 )
-from longswift.kernels.triton.limits import checked, unit_stride
+from longswift.kernels.triton.limits import checked, on_their_device, unit_stride
 
 
+@on_their_device
 def attend_linear(
     q: Tensor,
     k: Tensor,

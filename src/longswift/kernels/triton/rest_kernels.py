@@ -192,11 +192,13 @@ def attend_outside(
     mass = mass * kept + share
     nothing = mass == 0.0
     mass = tl.where(nothing, 1.0, mass)
-    tl.store(places, tl.where(nothing, float("-inf"), (pivot + tl.log2(mass)) / to_two), exists)
     column = tl.arange(0, DV_PAD)
     inside = exists[:, None] & (column < DV)[None, :]
     lines = group * o_h + row.to(tl.int64) * o_l
     outs = OUT + of_batch * o_b + head * G * o_h + lines[:, None] + column[None, :]
     out = tl.load(outs, mask=inside, other=0.0).to(ACC)
+    # Threads that hold the same line load it each for itself, all before one of them overwrites it.
+    tl.debug_barrier()
+    tl.store(places, tl.where(nothing, float("-inf"), (pivot + tl.log2(mass)) / to_two), exists)
     out = acc * (kept / mass)[:, None] + out * (share / mass)[:, None]
     tl.store(outs, out, mask=inside)
