@@ -11,10 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longswift.kernels.triton.forward import load_rows
+from longswift.kernels.triton.launch import LOG2_E
+
 # Plain numbers to a kernel: Triton would compile again for 1 and for multiples of 16.
 NUMBERS = ("tile", "left", "right", "q_len", "k_len", "before", "batches")
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -131,15 +133,13 @@ def bands(
     start, inner_end = edges(offset + lowest, tile, left, right, k_len, CAUSAL)
     inner_start, stop = edges(offset + highest, tile, left, right, k_len, CAUSAL)
     first, end = edges(position, tile, left, right, k_len, CAUSAL)
-    column = tl.arange(0, D_PAD)
     q_at = batch.to(tl.int64) * q_b + (head * G + group).to(tl.int64) * q_h
     q_at += row.to(tl.int64) * q_l
-    inside = exists[:, None] & (column < D)[None, :]
-    q = tl.load(Q + q_at[:, None] + column[None, :], mask=inside, other=0.0)
+    q = load_rows(Q, q_at, exists, 1, D, D_PAD)
     if not DESCRIBED:
         K += batch.to(tl.int64) * k_b + head.to(tl.int64) * k_h
         V += batch.to(tl.int64) * v_b + head.to(tl.int64) * v_h
-    factor = tl.cast(scale, ACC) * _LOG2_E
+    factor = tl.cast(scale, ACC) * LOG2_E
     top = tl.full([M], float("-inf"), ACC)
     mass = tl.zeros([M], ACC)
     acc = tl.zeros([M, DV_PAD], ACC)

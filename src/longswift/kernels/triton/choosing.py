@@ -26,7 +26,7 @@ from longswift.core.blocks import BlockRun, block_runs
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.pools import block_edges, edges_on
 from longswift.kernels.triton import centroid_kernels, exact_kernels, picking_kernels
-from longswift.kernels.triton.launch import is_roomy, padded, precision
+from longswift.kernels.triton.launch import LOG2_E, is_roomy, padded, precision
 from longswift.kernels.triton.limits import unit_stride
 
 # Bytes of the ranks of a run of blocks.
@@ -314,8 +314,7 @@ class _Call:
         sums = torch.empty(len(means), dtype=torch.float32, device=means.device)
         place = run.first, self.edges.shape[1]
         k_len, lines = self.k.shape[2], run.count * groups
-        # Scores in units of log 2.
-        scale = self.scale * 1.4426950408889634
+        scale = self.scale * LOG2_E.value
         common = {"HKV": self.k.shape[1], "CAUSAL": self.pattern.causal, "EXACT": "tf32"}
         tile = self._tile("log_sums")
         centroid_kernels.log_sums[(triton.cdiv(lines, tile.rows), self._problems)](

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longswift.kernels.triton.rest_kernels import SIZES, band_keys, place, sides, some_rows
+from longswift.kernels.triton.forward import load_rows
+from longswift.kernels.triton.rest_kernels import SIZES, band_keys, place, sides
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def _with_cut(sums, here, X, first, last, stride, D: tl.constexpr, D_PAD: tl.con
     total = tl.zeros([D_PAD], sums.dtype)
     for start in range(first, last, 16):
         grain = start + tl.arange(0, 16)
-        total += tl.sum(some_rows(X, grain, grain < last, stride, D, D_PAD), 0)
+        total += tl.sum(load_rows(X, grain, grain < last, stride, D, D_PAD), 0)
     return sums + tl.where(here[:, None], total[None, :], 0.0)
 
 
@@ -65,9 +66,9 @@ def _means(
         near = (token >= nearest) & (token < farthest)
         inside = (token[None, :] >= since[:, None]) & (token[None, :] < until[:, None])
         count -= tl.sum(inside.to(tl.int32), 1)
-        x = some_rows(X, token, near, x_l, D, D_PAD)
+        x = load_rows(X, token, near, x_l, D, D_PAD)
         taken = tl.dot(inside.to(x.dtype), x, taken, input_precision=EXACT, out_dtype=ACC)
-    sums = some_rows(SUMS, pools, whole, sums_l, D, D_PAD)
+    sums = load_rows(SUMS, pools, whole, sums_l, D, D_PAD)
     if tl.max(left_cut.to(tl.int32), 0) > 0:
         first = begin // pool * (pool // grain)
         sums = _with_cut(sums, left_cut, GRAINS, first, begin // grain, grains_l, D, D_PAD)

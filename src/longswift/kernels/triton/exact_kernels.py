@@ -12,13 +12,7 @@ import triton.language as tl
 
 from longswift.kernels.triton.centroid_kernels import add_to_sum, best_of_each, line_places
 from longswift.kernels.triton.forward import load_rows
-
-
-@triton.jit
-def _queries(Q, place, exists, D: tl.constexpr, D_PAD: tl.constexpr):
-    column = tl.arange(0, D_PAD)
-    inside = exists[:, None] & (column < D)[None, :]
-    return tl.load(Q + place[:, None] + column[None, :], mask=inside, other=0.0)
+from longswift.kernels.triton.launch import LOG2_E
 
 
 @triton.jit(do_not_specialize=("count", "first_row", "rows", "lse_b", "lse_h", "lse_l"))
@@ -62,12 +56,12 @@ def row_totals(
     problem = z // count
     batch, head = (problem // HKV).to(tl.int64), problem % HKV
     place = line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV, G)
-    q = _queries(Q, place, exists, D, D_PAD)
+    q = load_rows(Q, place, exists, 1, D, D_PAD)
     K += batch * k_b + head.to(tl.int64) * k_h
     INDEX += z.to(tl.int64) * slots
     found = tl.load(COUNT + 2 * z)
     # In units of log 2.
-    scale *= 1.4426950408889634
+    scale *= LOG2_E
     top = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     for at in range(0, found, N):
@@ -78,7 +72,7 @@ def row_totals(
         scores = tl.where((slot < found)[None, :], scores, float("-inf"))
         top, mass = add_to_sum(best_of_each(scores, M, N, TOGETHER), top, mass)
     of_line = line_places(z, line, count, first_row, rows, lse_b, lse_h, lse_l, HKV, G)
-    band = tl.load(BAND_LSE + of_line, mask=exists, other=0.0) * 1.4426950408889634
+    band = tl.load(BAND_LSE + of_line, mask=exists, other=0.0) * LOG2_E
     pivot = tl.maximum(band, top)
     pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
     mass = mass * tl.exp2(top - pivot) + tl.exp2(band - pivot)
@@ -124,13 +118,13 @@ def key_shares(
         key = tl.load(INDEX + z.to(tl.int64) * slots + slot, mask=slot < found, other=0)
         k = load_rows(K, key, slot < found, k_l, D, D_PAD)
         TOTALS += z.to(tl.int64) * (G * rows)
-        scale *= 1.4426950408889634
+        scale *= LOG2_E
         best = tl.full([M], float("-inf"), tl.float32)
         for at in range(0, G * rows, N):
             line = at + tl.arange(0, N)
             exists = line < G * rows
             place = line_places(z, line, count, first_row, rows, q_b, q_h, q_l, HKV, G)
-            q = _queries(Q, place, exists, D, D_PAD)
+            q = load_rows(Q, place, exists, 1, D, D_PAD)
             total = tl.load(TOTALS + line, mask=exists, other=float("inf"))
             scores = tl.dot(k, tl.trans(q), input_precision=EXACT) * scale - total[None, :]
             best = tl.maximum(best, tl.max(scores, 1))

@@ -19,6 +19,8 @@ LENGTHS = ("q_len", "k_len", "block", "before", "blocks", "slots", "entries")
 # Of a bias: columns, the one of distance 0, and positions from key to key.
 TABLE = ("span", "zero", "step")
 
+# A GPU computes powers of two: scores are kept in units of log 2.
+LOG2_E = tl.constexpr(1.4426950408889634)
 # tl.dot multiplies nothing smaller.
 _LEAST = 16
 # Most query lines and keys of a tile, and the bytes of such lines that fit shared memory.

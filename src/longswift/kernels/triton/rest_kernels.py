@@ -11,6 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from longswift.kernels.triton.forward import load_rows
+from longswift.kernels.triton.launch import LOG2_E
+
 # Plain numbers to a kernel, or Triton would compile again for 1 and for multiples of 16.
 SIZES = [*("q_len", "k_len", "offset", "block", "first", "blocks", "batch", "tiles", "slots")]
 SIZES += ["pool", "grain", "width", "t_b", "t_h", "t_n", "l_b", "l_h"]
@@ -22,14 +25,6 @@ def _rows(X, row, stride, D: tl.constexpr, D_PAD: tl.constexpr):
     column = tl.arange(0, D_PAD)
     at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
     return tl.load(at) if D == D_PAD else tl.load(at, mask=(column < D)[None, :], other=0.0)
-
-
-@triton.jit
-def some_rows(X, row, exists, stride, D: tl.constexpr, D_PAD: tl.constexpr):
-    """The same, zeros where a row does not exist."""
-    column = tl.arange(0, D_PAD)
-    at = X + row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(at, mask=exists[:, None] & (column < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -150,8 +145,8 @@ def attend_outside(
     K += of_batch * k_b + head * k_h
     V += of_batch * v_b + head * v_h
     TOKENS += of_batch * t_b + head * t_h + (first + index).to(tl.int64) * t_n
-    q = some_rows(Q, group * q_h + row.to(tl.int64) * q_l, exists, 1, D, D_PAD)
-    to_two = tl.full([1], 1.4426950408889634, ACC)
+    q = load_rows(Q, group * q_h + row.to(tl.int64) * q_l, exists, 1, D, D_PAD)
+    to_two = tl.full([1], LOG2_E, ACC)
     factor = (scale * to_two)[None, :]
     top = tl.full([M], float("-inf"), ACC)
     mass = tl.zeros([M], ACC)
