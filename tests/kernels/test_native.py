@@ -91,6 +91,23 @@ def test_forward(problem: Problem, dtype: torch.dtype) -> None:
     assert torch.equal(again.out, fast.out) and torch.equal(again.lse, fast.lse)
 
 
+@settings(max_examples=100)
+@given(wide_problems(), st.sampled_from(DTYPES))
+def test_a_single_row(problem: Problem, dtype: torch.dtype) -> None:
+    """Read where they lie: windows, gathered tokens, means."""
+    pattern = problem.pattern
+    if pattern.tokens is not None:
+        last = {
+            name: None if slots is None else slots[:, :, -1:]
+            for name in ("tokens", "visible_from", "visible_until")
+            for slots in [getattr(pattern, name)]
+        }
+        pattern = replace(pattern, **last)
+    if pattern.causal:
+        row = replace(problem, q=problem.q[:, :, -1:], pattern=pattern)
+        test_forward.hypothesis.inner_test(row, dtype)
+
+
 @settings(max_examples=30)
 @given(wide_problems())
 def test_bands(problem: Problem) -> None:

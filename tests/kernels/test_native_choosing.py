@@ -95,6 +95,16 @@ def test_choices(drawn: tuple[Bounds, Request]) -> None:
     agree(*drawn)
 
 
+@settings(max_examples=100)
+@given(requests(longest=3000), st.integers(1, 5))
+def test_choices_for_few_rows(drawn: tuple[Bounds, Request], rows: int) -> None:
+    """Decoding and short questions, whose scores are kept."""
+    selector, request = drawn
+    if request.pattern.causal and not request.strict:
+        q, lse = request.q[:, :, -rows:], request.band_lse[:, :, -rows:]
+        agree(selector, replace(request, q=q, band_lse=lse))
+
+
 @settings(max_examples=150)
 @given(
     requests(longest=2500, centroids=False),

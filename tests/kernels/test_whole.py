@@ -16,6 +16,7 @@ from longswift.core.mechanism import Mechanism
 from longswift.core.observe import Observed, observe
 from longswift.core.pattern import BlockPattern
 from longswift.core.rectangles import is_whole
+from longswift.core.summary import KeySummary
 from longswift.core.types import AttentionResult
 from longswift.kernels import dispatch, eager, native, reference
 from longswift.kernels.native import whole
@@ -100,6 +101,48 @@ def test_many_panels_and_more_keys_than_are_packed_at_once(q_len: int, k_len: in
     agrees(made(q_len, k_len, heads=3, width=128, value_width=128), True, 0.1)
 
 
+@settings(max_examples=60)
+@given(st.data())
+def test_a_single_row(data: st.DataObject) -> None:
+    """Keys are read where they lie, in pieces; groups of more than 16 heads are packed."""
+    inputs = made(
+        1,
+        data.draw(st.sampled_from([1, 15, 127, 129, 1023, 1024, 1025, 2600, 5000])),
+        batch=data.draw(st.integers(1, 2)),
+        heads=data.draw(st.integers(1, 3)),
+        groups=data.draw(st.sampled_from([1, 2, 3, 4, 7, 16, 17])),
+        width=data.draw(st.sampled_from([16, 32, 48, 64, 128])),
+        value_width=data.draw(st.sampled_from([16, 32, 64, 80])),
+        layout=data.draw(st.sampled_from(["dense", "by token", "cut"])),
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+    dtype = data.draw(st.sampled_from(DTYPES))
+    q, k, v = (x if dtype == torch.float32 else x.to(dtype) for x in inputs)
+    if q.shape[1] // k.shape[1] > 16 and k.shape[2] > 512:
+        return
+    causal, scale = data.draw(st.booleans()), data.draw(st.sampled_from([0.05, 0.3, 2.0]))
+    agrees((q, k, v), causal, scale)
+    batched = attend_whole(q, k, v, causal=causal, scale=scale)
+    alone = attend_whole(q[-1:], k[-1:], v[-1:], causal=causal, scale=scale)
+    assert batched is not None and alone is not None
+    assert torch.equal(batched[0][-1:], alone[0]) and torch.equal(batched[1][-1:], alone[1])
+
+
+def test_no_number_of_threads_changes_a_single_row() -> None:
+    inputs = made(1, 5000, heads=2, groups=4, width=64)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(attend_whole(*inputs, causal=True, scale=0.3))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] is not None
+    for other in found[1:]:
+        assert other is not None and torch.equal(other[0], found[0][0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 48])
 def test_scores_that_rise_and_fall_along_the_keys(dtype: torch.dtype, width: int) -> None:
@@ -114,6 +157,8 @@ def test_scores_that_rise_and_fall_along_the_keys(dtype: torch.dtype, width: int
         q, k, v = (x.to(dtype) for x in (q, k[None], v))
         for causal in (True, False):
             agrees((q, k, v), causal, 3.0)
+        # Of more keys, so that pieces differ as much.
+        agrees((q[:, :, -1:], *(x.repeat_interleave(8, 2) for x in (k, v))), True, 3.0)
 
 
 def test_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +280,11 @@ def test_one_bad_number_is_found(dtype: torch.dtype, name: str, layout: str) -> 
             place = [int(torch.randint(size, (), generator=generator)) for size in x.shape]
             x[tuple(place)] = bad
             assert attend_whole(**inputs, causal=True, scale=0.2) is None
+            row = (
+                {**inputs, "q": inputs["q"][:, :, place[2] :][:, :, :1]} if name == "q" else inputs
+            )
+            last = {**row, "q": row["q"][:, :, -1:]}
+            assert attend_whole(**last, causal=True, scale=0.2) is None
             for mechanism in (MSSwift(), Full()):
                 with pytest.raises(InputError, match=f"^{name}: expected finite"):
                     mechanism(**inputs)
@@ -287,7 +337,9 @@ def test_which_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
     MSSwift()(q[:, :, -40:], k, v, backend="native")
     Full()(q, k, v, causal=False)
     MSSwift()(q.clone().requires_grad_(), k, v)
-    assert names == ["native"] * 4
+    # A cache's summaries are of no use where every key is seen.
+    MSSwift()(q[:, :, -1:], k, v, summary=KeySummary.build(k, v, 16))
+    assert names == ["native"] * 5
     mask = torch.ones(1, 90, dtype=torch.bool)
     for longer in (
         lambda: MSSwift()(q, k, v, key_mask=mask),
@@ -297,7 +349,7 @@ def test_which_calls_go_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: MSSwift(dense_heads=(0,))(q, k, v),
     ):
         assert isinstance(longer(), AttentionResult)
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 @pytest.mark.parametrize("training", [None, True, False])

@@ -17,24 +17,34 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("q_len", [150, 70, 1])
-def test_what_is_listed_is_what_is_gathered(causal: bool, q_len: int) -> None:
+@pytest.mark.parametrize("remainder,k_len", [(None, 150), (16, 150), (None, 33), (16, 70)])
+def test_what_is_listed_is_what_is_gathered(
+    causal: bool, q_len: int, remainder: int | None, k_len: int
+) -> None:
     """Few candidates, more than the budget, and none; the statistics are the same."""
-    q_len = q_len if causal else 150
-    swift = MSSwift(windows=(16, 64), block=16, key_tokens=40, sinks=6, dense_below=0)
+    q_len = min(q_len, k_len) if causal else k_len
+    swift = MSSwift(
+        windows=(16, 64), block=16, key_tokens=40, sinks=6, dense_below=0, remainder=remainder
+    )
     bands = swift.bands(q_len, 2, causal)
     pattern = BlockPattern(causal=causal, bands=bands, block=16)
     torch.manual_seed(0)
-    q, k = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, 150, 16)
+    q, k = torch.randn(1, 2, q_len, 16), torch.randn(1, 2, k_len, 16)
     call = swift._checked(q, k, k, causal, None, None, "eager", False, None, None)
     found, _ = swift._choose(q, k, k, call, q_len)
-    assert found.tokens is not None and found.listed is None
-    listed = tokens_listed(pattern, q_len, 150, 6, 40)
+    # Only of a single row it is known beforehand on a CPU.
+    assert found.tokens is not None and (found.listed is None) == (q_len > 1)
+    listed = tokens_listed(pattern, q_len, k_len, 6, 40)
     assert torch.equal(listed, (found.tokens[0] >= 0).sum(2))
     read, known = (
-        pattern_stats("ms_swift", "eager", "shared", one, q_len, 150)
-        for one in (found, replace(found, listed=listed))
+        pattern_stats("ms_swift", "eager", "shared", replace(found, listed=one), q_len, k_len)
+        for one in (None, listed)
     )
-    assert known == read
+    assert known.density_by_head == pytest.approx(read.density_by_head)
+    assert known.keys_per_query == pytest.approx(read.keys_per_query)
+    assert replace(known, density_by_head=(), keys_per_query=0, density=0) == replace(
+        read, density_by_head=(), keys_per_query=0, density=0
+    )
 
 
 def test_sinks_in_the_band_are_no_gathered_tokens() -> None:

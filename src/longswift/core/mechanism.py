@@ -105,7 +105,7 @@ class Mechanism(ABC):
                 add a bias to.
         """
         result, call = None, None
-        if key_mask is None and summary is None and bias is None and are_plain(q, k, v):
+        if key_mask is None and bias is None and are_plain(q, k, v):
             result = self._at_once(q, k, v, causal, scale, backend)
         if result is None:
             q, k, v = under_autocast(q, k, v)

@@ -41,6 +41,12 @@ class Band:
         first = (start - self.left).clamp(0, k_len)
         return first, (start + self.tile + self.right).clamp(0, k_len)
 
+    def at(self, position: int, k_len: int) -> tuple[int, int]:
+        """``bounds`` of one position; for single rows tensors would cost more than attention."""
+        start = position // self.tile * self.tile
+        first = min(max(start - self.left, 0), k_len)
+        return first, min(max(start + self.tile + self.right, 0), k_len)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPattern:

@@ -155,6 +155,8 @@ def edges_on(
 def _edges(bands: tuple[Band, ...], block: int, q_len: int, k_len: int) -> Tensor:
     offset = k_len - q_len
     with torch.inference_mode(False):
+        if q_len == 1:
+            return torch.tensor([[band.at(offset, k_len)] for band in bands], device="cpu")
         first, last = offset // block, (k_len - 1) // block
         position = (torch.arange(first, last + 1, device="cpu") * block).clamp_(min=offset)
         found = {band: torch.stack(band.bounds(position, k_len), -1) for band in set(bands)}

@@ -370,10 +370,10 @@ class MSSwift(Mechanism):
         since = found.visible_from
         if since is not None:
             since = torch.cat([torch.zeros_like(sinks), since], 3)
-        listed = None
-        # Statistics that read the tokens would wait for the device.
-        if not q.is_cpu and since is None and self.coverage is None and self._selector.fills_budget:
-            listed = tokens_listed(pattern, *lengths, self.sinks, self._budget)
+        # Statistics that read the tokens wait for a device, or take as long as a row's attention.
+        known = since is None and self.coverage is None and self._selector.fills_budget
+        known &= not q.is_cpu or lengths[0] == 1
+        listed = tokens_listed(pattern, *lengths, self.sinks, self._budget) if known else None
         tokens = torch.cat([sinks, found.tokens], 3)
         pattern = replace(pattern, tokens=tokens, visible_from=since, listed=listed)
         return pattern, band_part

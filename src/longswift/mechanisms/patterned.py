@@ -17,7 +17,7 @@ from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
-from longswift.mechanisms.stretches import stretches
+from longswift.mechanisms.stretches import pool_size, stretches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,49 @@ def pattern_stats(
     if mode == "dense":
         heads = len(pattern.bands)
         return dense_stats(mechanism, backend, q_len, k_len, heads, pattern.causal)
-    dense = exact_rows
+    dense = exact_rows + (0 if full_rows is None else len(full_rows))
+    if q_len == 1 and rest and pattern.causal and pattern.listed is not None:
+        more = more_keys or (0.0,) * len(pattern.bands)
+        keys = tuple(k + m for k, m in zip(_keys_of_row(pattern, k_len), more, strict=True))
+    else:
+        keys = _keys_of_call(pattern, q_len, k_len, exact_rows, full_rows, more_keys)
+    each = dense_keys(q_len, k_len, pattern.causal)
+    by_head = tuple(of_head / each for of_head in keys)
+    return AttentionStats(
+        mechanism=mechanism,
+        backend=backend,
+        mode=mode,
+        keys_per_query=sum(keys) / len(keys),
+        density=sum(by_head) / len(by_head),
+        dense_rows=dense / q_len,
+        density_by_head=by_head,
+    )
+
+
+def _keys_of_row(pattern: BlockPattern, k_len: int) -> tuple[float, ...]:
+    """Keys a single causal query scores, of each KV head: ``keys_of_rows`` without tensors."""
+    assert pattern.listed is not None
+    place = k_len - 1
+    pool = pattern.pool and pool_size(place // pattern.block * pattern.block, pattern.pool)
+    found = []
+    for band, listed in zip(pattern.bands, pattern.listed.flatten().tolist(), strict=True):
+        start, end = band.at(place, k_len)
+        behind, ahead = band.reach or (place, 0)
+        seen = min(end, place + 1 + min(ahead, 0)) - max(start, place - behind)
+        found.append(max(seen, 0) + listed + (start / pool if pool else 0.0))
+    return tuple(found)
+
+
+def _keys_of_call(
+    pattern: BlockPattern,
+    q_len: int,
+    k_len: int,
+    exact_rows: int,
+    full_rows: Tensor | None,
+    more_keys: tuple[float, ...],
+) -> tuple[float, ...]:
+    """Mean keys a query scores, of each KV head; see ``pattern_stats``."""
+    rest = q_len - exact_rows
     total = torch.zeros(len(pattern.bands), dtype=torch.float64, device="cpu")
     if rest:
         if full_rows is None:
@@ -275,21 +317,10 @@ def pattern_stats(
         else:
             by_row = keys_of_rows(pattern, rest, k_len)
             by_row[:, full_rows] = k_len
-            dense += len(full_rows)
             total += by_row.sum(1)
     if more_keys:
         total += rest * torch.tensor(more_keys, dtype=torch.float64, device="cpu")
     if exact_rows:
         last = k_len - rest if pattern.causal else k_len
         total += exact_rows * dense_keys(exact_rows, last, pattern.causal)
-    keys_per_query = total / q_len
-    by_head = keys_per_query / dense_keys(q_len, k_len, pattern.causal)
-    return AttentionStats(
-        mechanism=mechanism,
-        backend=backend,
-        mode=mode,
-        keys_per_query=float(keys_per_query.mean()),
-        density=float(by_head.mean()),
-        dense_rows=dense / q_len,
-        density_by_head=_numbers(by_head),
-    )
+    return _numbers(total / q_len)

@@ -26,9 +26,9 @@ def attend_whole(
 
     Returns:
         Output and log-sum-exp; None for what breaks the layout contract or holds NaN or infinity,
-        for few rows and many keys (to pack these would cost more than to read them), and beyond
-        8,192 keys, unless there are at most 2**31 scores and the processor is AMD's or multiplies
-        such inputs in 16 bits.
+        for several but few rows and many keys (to pack these would cost more than to read them),
+        and beyond 8,192 keys, unless there are at most 2**31 scores and a single row, or the
+        processor is AMD's or multiplies such inputs in 16 bits.
     """
     if not tracked(q, k, v):
         out, lse, done = _operator()(q, k, v, scale, causal)

@@ -129,6 +129,7 @@ class ByBoxes : Chooser<T, F> {
   using Base::kCoarse;
   using Base::mine_;
   using Base::q_;
+  using Base::raise;
   using Base::reach;
   using Base::take;
   using Base::tokens_;
@@ -222,27 +223,9 @@ class ByBoxes : Chooser<T, F> {
       lse[r] = own_.lines.lse(line + r);
     }
     for_candidates(block, [&](int64_t from, int64_t to) {
-      raise(rank, bounds, step, lse, from, to);
+      raise(rank, bounds, step, lse, rows_of_block_, from, to);
     });
     return take(rank, start, after(block), last);
-  }
-
-  // The largest log-probability of the blocks [from, to) in any of the groups.
-  void raise(float* rank, const float* scores, int64_t step, const float* lse, int64_t from,
-             int64_t to) const {
-    int64_t i = from;
-    for (; i + kLanes <= to; i += kLanes) {
-      Vec best(kHidden);
-      for (int64_t r = 0; r < rows_of_block_; ++r) {
-        best = larger(best, Vec::loadu(scores + r * step + i) - Vec(lse[r]));
-      }
-      best.store(rank + i);
-    }
-    for (; i < to; ++i) {
-      for (int64_t r = 0; r < rows_of_block_; ++r) {
-        rank[i] = std::max(rank[i], scores[r * step + i] - lse[r]);
-      }
-    }
   }
 
   const int64_t groups_of_block_, rows_of_block_;

@@ -1,6 +1,7 @@
 // Key tokens by scores of columns: means of similar rows, or the few rows of a cut block.
 #include "few_groups.h"
 #include "kernels.h"
+#include "lines.h"
 
 namespace longswift {
 
@@ -10,13 +11,16 @@ namespace {
 constexpr int64_t kRanks = 1 << 23;
 // Centroids that share what is read of the keys, and rows that are scored at once for themselves.
 constexpr int64_t kRows = 256, kColumns = 128;
+// Boxes whose scores by few rows are summed up while they are in the nearest cache.
+constexpr int64_t kStretch = 512;
 
 // Of rows for themselves.
 template <typename F>
 struct Alone {
   Buffer<F> lines, queries, highest, lowest;
-  Buffer<float> scores;
+  Buffer<float> scores, bounds, part, sums;
   Columns columns;
+  Lines rows;
 };
 
 template <typename T, typename F, typename K = T>
@@ -118,6 +122,7 @@ class ByColumns : FewGroups<T, F, K> {
   using Base::q_;
   using Base::q_dim_;
   using Base::q_len_;
+  using Base::raise;
   using Base::reach;
   using Base::take;
   using Base::take_all;
@@ -255,6 +260,10 @@ class ByColumns : FewGroups<T, F, K> {
     const int64_t last = choice_.causal ? start : blocks_;
     float* rank = mine_.rank.get(blocks_);
     std::fill(rank, rank + last, kHidden);
+    if (heads_ * rows <= kFewRows) {
+      rank_few(low, high, row, rows, start, end, last, rank);
+      return take(rank, start, end, last);
+    }
     for_rows(rows, [&](int64_t first_row, int64_t some, int64_t columns) {
       F* up = alone_.queries.get(2 * dim_ * columns);
       F* down = up + dim_ * columns;
@@ -295,6 +304,40 @@ class ByColumns : FewGroups<T, F, K> {
       }
     });
     return take(rank, start, end, last);
+  }
+
+  // Ranks of blocks of keys outside [start, end) by few rows, whose scores are kept.
+  void rank_few(const Rows<const T>& low, const Rows<const T>& high, int64_t row, int64_t rows,
+                int64_t start, int64_t end, int64_t last, float* rank) {
+    const int64_t all = heads_ * rows, step = round_up(last, kLanes);
+    float* lines = alone_.bounds.get(2 * all * q_dim_);
+    float* others = lines + all * q_dim_;
+    for (int64_t r = 0; r < all; ++r) {
+      bound_factors(q_[r / rows].row(row + r % rows), q_dim_, choice_.scale, choice_.key_radius,
+                    lines + r * q_dim_, others + r * q_dim_);
+    }
+    float *scores = alone_.scores.get(all * step), *sums = alone_.sums.get(all);
+    alone_.rows.begin(all);
+    const int64_t stretches[2][2] = {{0, start}, {std::min(end, last), last}};
+    for (const auto& stretch : stretches) {
+      const int64_t first = stretch[0], count = stretch[1] - first;
+      for (int64_t j = 0; j < count; j += kStretch) {
+        const int64_t at = first + j, some = std::min(kStretch, count - j);
+        const auto find = [&](int64_t i, int part) { return (part == 0 ? high : low).row(at + i); };
+        float* part = alone_.part.get(all * kStretch);
+        score_keys<T, 2>(find, {lines, others}, some, all, q_dim_, part, kStretch);
+        for (int64_t r = 0; r < all; ++r) {
+          std::copy_n(part + r * kStretch, some, scores + r * step + at);
+          alone_.rows.template add<kCoarse>(r, part + r * kStretch, some);
+        }
+      }
+    }
+    for (int64_t r = 0; r < all; ++r) {
+      sums[r] = alone_.rows.lse(r);
+    }
+    for (const auto& stretch : stretches) {
+      raise(rank, scores, step, sums, all, stretch[0], stretch[1]);
+    }
   }
 
   // Some of the rows of all heads at a time: first, how many, columns.

@@ -8,6 +8,7 @@
 #include "column_maxima.h"
 #include "columns.h"
 #include "common.h"
+#include "few_rows.h"
 #include "kernels.h"
 
 namespace longswift {
@@ -100,6 +101,12 @@ class Chooser {
   // The best tokens of the proposed blocks, by how little a row's score of them is below the sum of its
   // band and the best of every 16 of them.
   void choose(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
+    if constexpr (std::is_same_v<T, K>) {
+      if (heads_ * rows <= kFewRows) {
+        choose_for_few(proposed, row, rows, chosen);
+        return;
+      }
+    }
     const int64_t count = list_tokens(proposed), tall = round_up(count, Maxima::kRows);
     const int32_t* tokens = mine_.tokens.get(0);
     const int64_t all = heads_ * rows, wide = Maxima::columns_for(all);
@@ -153,6 +160,86 @@ class Chooser {
     const int32_t* chosen_of = mine_.best.get(0);
     for (int64_t i = 0; i < taken; ++i) {
       chosen[i] = tokens[chosen_of[i]];
+    }
+  }
+
+  // The same for few rows: scores are kept, as they fit a near cache, and not rounded.
+  void choose_for_few(int64_t proposed, int64_t row, int64_t rows, int32_t* chosen) {
+    const int64_t count = list_tokens(proposed), tall = round_up(count, Maxima::kRows);
+    const int64_t all = heads_ * rows;
+    const int32_t* tokens = mine_.tokens.get(0);
+    float *lines = mine_.lines.get(all * q_dim_), *scores = mine_.maxima.get(all * tall);
+    for (int64_t r = 0; r < all; ++r) {
+      convert(lines + r * q_dim_, q_[r / rows].row(row + r % rows), q_dim_);
+      for (int64_t d = 0; d < q_dim_; ++d) {
+        lines[r * q_dim_ + d] *= choice_.scale;
+      }
+    }
+    const auto find = [&](int64_t i, int) { return k_.row(tokens[i]); };
+    score_keys<T, 1>(find, {lines}, count, all, q_dim_, scores, tall);
+    float* sums = mine_.floats.get(all);
+    for (int64_t r = 0; r < all; ++r) {
+      std::fill(scores + r * tall + count, scores + (r + 1) * tall, kHidden);
+      sums[r] = log_sum(scores + r * tall, tall, lse_[r / rows][row + r % rows]);
+    }
+    float* rank = mine_.exact.get(tall);
+    std::fill(rank, rank + tall, kHidden);
+    raise(rank, scores, tall, sums, all, 0, count);
+    std::fill(rank, std::lower_bound(tokens, tokens + count, choice_.sinks) - tokens + rank, kHidden);
+    int32_t* best = mine_.best.get(choice_.budget);
+    const int64_t taken = mine_.order.find(rank, count, choice_.budget, best);
+    for (int64_t i = 0; i < taken; ++i) {
+      chosen[i] = tokens[best[i]];
+    }
+  }
+
+  // Logarithm of the sum of what a band holds and the best of every 16 of `n` scores, natural.
+  static float log_sum(const float* scores, int64_t n, float band) {
+    const float top = std::max(max_over(scores, n), band);
+    if (top == kHidden) {
+      return 0.0f;
+    }
+    const Vec shift(top);
+    Vec sum(0.0f);
+    float best[kLanes];
+    int64_t found = 0;
+    const auto add = [&] {
+      std::fill(best + found, best + kLanes, kHidden);
+      sum += quick_exp2((Vec::loadu(best) - shift) * Vec(kLog2e));
+      found = 0;
+    };
+    for (int64_t i = 0; i < n; i += Maxima::kRows) {
+      Vec most = Vec::loadu(scores + i);
+      for (int64_t l = kLanes; l < Maxima::kRows; l += kLanes) {
+        most = larger(most, Vec::loadu(scores + i + l));
+      }
+      best[found++] = max_of(most);
+      if (found == kLanes) {
+        add();
+      }
+    }
+    if (found > 0) {
+      add();
+    }
+    return top + std::log(sum_of(sum) + std::exp(band - top));
+  }
+
+  // Raises the ranks of [from, to) to the largest log-probability in any of some rows of scores, `step`
+  // apart, whose sums are given.
+  static void raise(float* rank, const float* scores, int64_t step, const float* sums, int64_t rows,
+                    int64_t from, int64_t to) {
+    int64_t i = from;
+    for (; i + kLanes <= to; i += kLanes) {
+      Vec best(kHidden);
+      for (int64_t r = 0; r < rows; ++r) {
+        best = larger(best, Vec::loadu(scores + r * step + i) - Vec(sums[r]));
+      }
+      best.store(rank + i);
+    }
+    for (; i < to; ++i) {
+      for (int64_t r = 0; r < rows; ++r) {
+        rank[i] = std::max(rank[i], scores[r * step + i] - sums[r]);
+      }
     }
   }
 

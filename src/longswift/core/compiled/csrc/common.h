@@ -367,39 +367,41 @@ inline uint32_t which_above(const Vec& x, const Vec& limits) {
 #endif
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Folds the lanes of each of 16 vectors, `at(i)`: pairs of vectors, of pairs, of quarters; every step
+// halves what is left of each.
+template <typename At, typename Op>
+[[gnu::always_inline]] inline __m512 fold_each(const At& at, const Op& op) {
+  __m512 quarters[4];
+  for (int q = 0; q < 4; ++q) {
+    const __m512 a = at(4 * q), b = at(4 * q + 1), c = at(4 * q + 2), d = at(4 * q + 3);
+    const __m512 ab = op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = op(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    quarters[q] = op(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  const auto halves = [&](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+    return op(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
+}
+#endif
+
 // The largest lane of each of as many vectors as there are lanes.
 template <typename V>
 [[gnu::always_inline]] inline V max_of_each(const V* x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const auto best = [](const __m512& a, const __m512& b) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<V, Vec>) {
-      return _mm512_max_ps(a, b);
-    } else {
-      return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
-    }
-  };
-  const auto bits = [&](int i) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<V, Vec>) {
-      return static_cast<__m512>(x[i]);
-    } else {
-      return _mm512_castsi512_ps(x[i]);
-    }
-  };
-  // Pairs of vectors, of pairs, of quarters: every step halves what is left of each.
-  __m512 quarters[4];
-  for (int q = 0; q < 4; ++q) {
-    const __m512 a = bits(4 * q), b = bits(4 * q + 1), c = bits(4 * q + 2), d = bits(4 * q + 3);
-    const __m512 ab = best(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = best(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    quarters[q] = best(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  }
-  const auto halves = [&](const __m512& a, const __m512& b) __attribute__((always_inline)) {
-    return best(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  const __m512 all = halves(halves(quarters[0], quarters[1]), halves(quarters[2], quarters[3]));
   if constexpr (std::is_same_v<V, Vec>) {
-    return all;
+    return fold_each([&](int i) __attribute__((always_inline)) -> __m512 { return x[i]; },
+                     [](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+                       return _mm512_max_ps(a, b);
+                     });
   } else {
+    const __m512 all = fold_each(
+        [&](int i) __attribute__((always_inline)) { return _mm512_castsi512_ps(x[i]); },
+        [](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+          const __m512i first = _mm512_castps_si512(a), second = _mm512_castps_si512(b);
+          return _mm512_castsi512_ps(_mm512_max_epi32(first, second));
+        });
     return _mm512_castps_si512(all);
   }
 #else
@@ -409,6 +411,22 @@ template <typename V>
     largest[i] = max_of(x[i]);
   }
   return Vec::loadu(largest);
+#endif
+}
+
+// The sum of the lanes of each of as many vectors as there are lanes.
+[[gnu::always_inline]] inline Vec sum_of_each(const Vec* x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return fold_each([&](int i) __attribute__((always_inline)) -> __m512 { return x[i]; },
+                   [](const __m512& a, const __m512& b) __attribute__((always_inline)) {
+                     return _mm512_add_ps(a, b);
+                   });
+#else
+  float sums[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    sums[i] = sum_of(x[i]);
+  }
+  return Vec::loadu(sums);
 #endif
 }
 

@@ -1,4 +1,5 @@
 // Attention of blocks of queries to gathered tokens and pooled means, merged into their windows'.
+#include "few_rows.h"
 #include "kernels.h"
 #include "pool_columns.h"
 #include "tile_attention.h"
@@ -60,6 +61,10 @@ class Merger {
     for (int64_t n = first; n < first + count; ++n) {
       const int64_t start = std::max(offset, (base + n) * how_.block);
       const int64_t end = std::min(k_len_, (base + n + 1) * how_.block);
+      if (end - start == 1 && heads_ <= kFewRows) {
+        attend_row(n, start - offset);
+        continue;
+      }
       const int64_t keys = load(n);
       next_ = n + 1 < first + count ? tokens_ + (n + 1) * token_step_ : nullptr;
       if (keys > 0) {
@@ -76,8 +81,8 @@ class Merger {
     fetch(v_, token, 1, value_dim_);
   }
 
-  // What a block sees beside its window, as keys, values and biases; returns how many.
-  int64_t load(int64_t block) {
+  // Lists the tokens a block has gathered; returns how many.
+  int64_t list_tokens(int64_t block) {
     const int32_t* slots = tokens_ + block * token_step_;
     int32_t* tokens = mine_.tokens.get(slots_);
     int64_t count = 0;
@@ -85,6 +90,49 @@ class Merger {
       tokens[count] = slots[c];
       count += slots[c] >= 0;
     }
+    return count;
+  }
+
+  // The only row of a block, of all heads.
+  void attend_row(int64_t block, int64_t row) {
+    FewRows rows(heads_, dim_, value_dim_, static_cast<float>(how_.scale));
+    for (int64_t g = 0; g < heads_; ++g) {
+      rows.set(g, q_[g].row(row));
+    }
+    const int64_t count = list_tokens(block);
+    const int32_t* tokens = mine_.tokens.get(0);
+    rows.add<T>(
+        count, [&](int64_t i) { return k_.row(tokens[i]); },
+        [&](int64_t i) { return v_.row(tokens[i]); });
+    if (how_.pool > 0) {
+      const int64_t columns =
+          pool_columns(tokens, count, edges_[2 * block], edges_[2 * block + 1]);
+      const float* counts = mine_.counts.get(0);
+      float *keys = mine_.mean_keys.get(0), *values = mine_.mean_values.get(0);
+      float* bias = mine_.bias.get(columns);
+      int64_t some = 0;
+      for (int64_t c = 0; c < columns; ++c) {
+        if (counts[c] > 0.0f) {
+          scaled_row(keys + some * dim_, keys + c * dim_, dim_, 1.0f / counts[c]);
+          scaled_row(values + some * value_dim_, values + c * value_dim_, value_dim_,
+                     1.0f / counts[c]);
+          bias[some++] = std::log(counts[c]);
+        }
+      }
+      rows.add<float>(
+          some, [&](int64_t i) { return keys + i * dim_; },
+          [&](int64_t i) { return values + i * value_dim_; }, bias);
+    }
+    for (int64_t g = 0; g < heads_ && rows.totals()[g] > 0.0f; ++g) {
+      merge(g, row, 1, rows.part() + g * value_dim_, rows.tops() + g, rows.totals() + g);
+    }
+  }
+
+  // What a block sees beside its window, as keys, values and biases; returns how many.
+  int64_t load(int64_t block) {
+    const int32_t* slots = tokens_ + block * token_step_;
+    const int64_t count = list_tokens(block);
+    int32_t* tokens = mine_.tokens.get(0);
     if (slots != fetched_) {
       for (int64_t t = 0; t < count; ++t) {
         fetch_token(tokens[t]);
@@ -145,7 +193,8 @@ class Merger {
     return width;
   }
 
-  static void scaled_row(F* out, float* row, int64_t n, float by) {
+  template <typename To>
+  static void scaled_row(To* out, float* row, int64_t n, float by) {
     for (int64_t d = 0; d < n; ++d) {
       row[d] *= by;
     }

@@ -1,5 +1,6 @@
 // Attention of queries that see every key, or every key up to their own. NaN and infinity in the
 // inputs are found where these pass through the cache anyway.
+#include "few_rows.h"
 #include "finite.h"
 #include "tiles.h"
 
@@ -24,8 +25,15 @@ constexpr int64_t kScores = int64_t{1} << 31;
 // cheap, even if most of their rows are nobody's.
 constexpr int64_t kFewest = 32;
 constexpr int64_t kFewestNarrow = 4;
+// Keys that a single row meets in one piece.
+constexpr int64_t kPiece = 1024;
 // Farther than any key.
 constexpr int64_t kFar = int64_t{1} << 40;
+
+// Whether every head of a group has one row, and they are few together.
+bool is_row(const at::Tensor& q, const at::Tensor& k) {
+  return q.size(2) == 1 && q.size(1) / k.size(1) <= kFewRows;
+}
 
 template <typename T, typename F>
 class Whole {
@@ -49,6 +57,10 @@ class Whole {
   // Whether all inputs are finite; if they are not, nothing else is of use.
   bool run() {
     const int64_t heads = q_.size(0) * kv_heads_, threads = at::get_num_threads();
+    if (is_row(q_, k_)) {
+      attend_row(heads);
+      return finite_;
+    }
     if (keys_ <= kAlone && heads % threads == 0) {
       // The same heads every time, whose results lie in the thread's own cache.
       at::parallel_for(0, heads, heads / threads, [&](int64_t first, int64_t end) {
@@ -80,6 +92,48 @@ class Whole {
 
   static Buffer<F>& buffer() {
     static thread_local Buffer<F> mine;
+    return mine;
+  }
+
+  // Every head's single row, pieces of its keys side by side.
+  void attend_row(int64_t heads) {
+    const int64_t pieces = (keys_ + kPiece - 1) / kPiece;
+    const auto start = [&] {
+      return FewRows(groups_, q_.size(3), v_.size(3), scale_);
+    };
+    const int64_t size = start().saved_size();
+    float* saved = sums().get(heads * pieces * size);
+    for_each_index(heads * pieces, [&](int64_t i) {
+      const int64_t batch = i / pieces / kv_heads_, head = i / pieces % kv_heads_;
+      FewRows rows = start();
+      for (int64_t g = 0; g < groups_; ++g) {
+        rows.set(g, rows_of<const T>(q_, batch, head * groups_ + g).row(0));
+      }
+      const auto keys = rows_of<const T>(k_, batch, head), values = rows_of<const T>(v_, batch, head);
+      const int64_t first = i % pieces * kPiece;
+      rows.add<T>(
+          std::min(kPiece, keys_ - first), [&](int64_t j) { return keys.row(first + j); },
+          [&](int64_t j) { return values.row(first + j); });
+      rows.save(saved + i * size);
+      if (!rows.finite()) {
+        finite_ = false;
+      }
+    });
+    for (int64_t i = 0; i < heads; ++i) {
+      FewRows rows = start();
+      for (int64_t p = 0; p < pieces; ++p) {
+        rows.add_saved(saved + (i * pieces + p) * size);
+      }
+      for (int64_t g = 0; g < groups_; ++g) {
+        const int64_t batch = i / kv_heads_, own = i % kv_heads_ * groups_ + g;
+        rows.store(g, rows_of<T>(out_, batch, own).row(0),
+                   lse_.data_ptr<float>() + batch * lse_.stride(0) + own * lse_.stride(1));
+      }
+    }
+  }
+
+  static Buffer<float>& sums() {
+    static thread_local Buffer<float> mine;
     return mine;
   }
 
@@ -183,8 +237,12 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
       q.scalar_type() == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3));
   const bool faster = by_unit || __builtin_cpu_is("amd");
   const int64_t scores = q.size(0) * q.size(1) * q.size(2) * k.size(2);
-  return fit && scale > 0.0 && (k.size(2) <= kMost || (faster && scores <= kScores)) &&
-      (!causal || q.size(2) <= k.size(2)) && (k.size(2) <= kAlone || q.size(2) >= fewest);
+  if (!fit || !(scale > 0.0) || (causal && q.size(2) > k.size(2))) {
+    return false;
+  }
+  return (is_row(q, k) && scores <= kScores) ||
+      ((k.size(2) <= kMost || (faster && scores <= kScores)) &&
+       (k.size(2) <= kAlone || q.size(2) >= fewest));
 }
 
 }  // namespace
