@@ -60,4 +60,16 @@ def test_where_exact_rows_end_depends_on_the_device() -> None:
     assert swift.crossover(torch.device("cuda", 1)) == 16384
     assert MSSwift(dense_below=7).crossover("cuda") == 7
     again = get_mechanism(**swift.to_dict())
+    # A single row reads 16 MiB of keys and values as fast as it chooses; a batch changes nothing.
+    for heads, width, dtype, limit in (
+        (2, 64, torch.float32, 16384),
+        (2, 64, torch.bfloat16, 32768),
+        (8, 128, torch.float32, 4096),
+    ):
+        for batch in (1, 2):
+            at = torch.zeros(batch, heads, 1, width, dtype=dtype)
+            q, k = at.repeat(1, 2, 1, 1), at.expand(-1, -1, limit + 200, -1)
+            for k_len, rows in ((limit, 1), (limit + 129, 0)):
+                assert swift._exact_rows(q, k[:, :, :k_len], True) == rows
+    assert MSSwift(dense_below=4096)._exact_rows(q, k, True) == 0
     assert again == swift and again.to_dict()["dense_below"] is None

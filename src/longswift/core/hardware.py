@@ -55,8 +55,18 @@ def _cpu_vendor() -> str:
 
 # Measured with the default configuration, see docs/performance.md.
 _CROSSOVERS = {"cpu": 4096, "cuda": 16384}
+# Bytes of keys and values that a CPU reads while MS-SWIFT chooses for a single row.
+_READ_BY_ROW = 1 << 24
 
 
 def crossover(device: torch.device | str) -> int:
     """Positions up to which full attention is cheaper on a device than MS-SWIFT is."""
     return _CROSSOVERS.get(torch.device(device).type, _CROSSOVERS["cpu"])
+
+
+def row_crossover(k: torch.Tensor) -> int:
+    """The same for a single query, which has all ``k [B, Hkv, Lk, D]`` and as wide values read."""
+    of_device = crossover(k.device)
+    if not k.is_cpu:
+        return of_device
+    return max(of_device, _READ_BY_ROW // (2 * k.shape[1] * k.shape[3] * k.element_size()))

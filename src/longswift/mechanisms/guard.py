@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longswift.core.bias import ScoreBias
 from longswift.core.blocks import block_count, block_runs
+from longswift.core.errors import UnsupportedError, problem
 from longswift.core.pattern import BlockPattern
 from longswift.core.types import Partial
 from longswift.mechanisms.coverage import captured
@@ -55,8 +56,23 @@ def short_blocks(
     scale: float,
     target: float,
     bias: ScoreBias | None = None,
+    *,
+    strict: bool = False,
 ) -> Short:
-    """Probe every block of an unpadded batch."""
+    """Probe every block of an unpadded batch.
+
+    Raises:
+        UnsupportedError: The choice is strictly causal, and probes are later rows of a block.
+    """
+    if strict:
+        raise UnsupportedError(
+            problem(
+                "MSSwift.min_coverage",
+                expected="shared causality (probes are later rows of a block)",
+                got="strict causality, the default while training",
+                fix="Set min_coverage=None for training, or causality='shared'.",
+            )
+        )
     q_len, k_len = q.shape[2], k.shape[2]
     blocks, count = block_count(q_len, k_len, pattern.block), min(PROBES, q_len)
     starts = [

@@ -45,8 +45,8 @@ import torch
 from torch import Tensor
 
 from longswift.core.bias import PositionBias
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.hardware import crossover
+from longswift.core.errors import ConfigError, problem
+from longswift.core.hardware import crossover, row_crossover
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, Partial
@@ -91,7 +91,8 @@ class MSSwift(Mechanism):
             before a token moves. ``"auto"``: strict while training, shared otherwise.
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly and bidirectional
-            inputs shorter than this are dense. None: below 4,096, on a GPU below 16,384.
+            inputs shorter than this are dense. None: below 4,096, on a GPU below 16,384; a single
+            row on a CPU, as in decoding, also where keys and values are no more than 16 MiB.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
@@ -210,9 +211,13 @@ class MSSwift(Mechanism):
         """``dense_below`` on a device."""
         return crossover(device) if self.dense_below is None else self.dense_below
 
+    def _below(self, q: Tensor, k: Tensor) -> int:
+        single = self.dense_below is None and q.shape[2] == 1
+        return row_crossover(k) if single else self.crossover(q.device)
+
     def _exact_rows(self, q: Tensor, k: Tensor, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
-        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self.crossover(q.device)
+        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self._below(q, k)
         below = -(-dense_below // self.block) * self.block
         if causal and k_len <= below and self.scale_of_head is None:
             return q_len
@@ -241,8 +246,8 @@ class MSSwift(Mechanism):
     def _at_once(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
     ) -> AttentionResult | None:
-        # Below the crossover; what needs bands to be seen to be dense takes the long way.
-        below = causal and k.shape[2] <= self.crossover(q.device) and self.scale_of_head is None
+        # What needs bands to be seen to be dense takes the long way.
+        below = causal and k.shape[2] <= self._below(q, k) and self.scale_of_head is None
         if not below or self._heads_differ or self.collect:
             return None
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
@@ -315,16 +320,8 @@ class MSSwift(Mechanism):
 
     def _short_blocks(self, q: Tensor, k: Tensor, pattern: BlockPattern, call: Call) -> Short:
         assert self.min_coverage is not None
-        if self._strict(call):
-            raise UnsupportedError(
-                problem(
-                    "MSSwift.min_coverage",
-                    expected="shared causality (probes are later rows of a block)",
-                    got="strict causality, the default while training",
-                    fix="Set min_coverage=None for training, or causality='shared'.",
-                )
-            )
-        return short_blocks(q, k, pattern, call.scale, self.min_coverage, call.bias)
+        strict, target = self._strict(call), self.min_coverage
+        return short_blocks(q, k, pattern, call.scale, target, call.bias, strict=strict)
 
     @torch.no_grad()
     def _choose(
