@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from longswift import Full, UnsupportedError
+from longswift import Full, MSSwift, SlidingWindow, UnsupportedError
 from longswift.core.summary import KeySummary
 from longswift.hf import SwiftCache, set_attention
 from longswift.hf.cache import SwiftLayer, pages_of
@@ -110,6 +110,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
 
+    def reads_summary(self, q_len: int, k: Tensor) -> bool:
+        return True
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         self.calls.append((k, v, options))
         return Full()(q, k, v, **{**options, "summary": None})
@@ -138,6 +141,16 @@ def test_every_architecture_hands_the_summaries_on(
             pages = expected.k_min.shape[2]
             assert torch.equal(summary.k_max[one, :, :pages], expected.k_max)
             torch.testing.assert_close(summary.v_sum[one, :, :pages], expected.v_sum)
+
+
+@torch.no_grad()
+def test_where_every_key_is_read_no_summaries_are_kept() -> None:
+    model = build("llama")
+    for mechanism, kept in ((MSSwift(), False), (SlidingWindow(window=8), False), (SPARSE, True)):
+        set_attention(model, mechanism)
+        cache = SwiftCache(model.config)
+        model.generate(**batch(70, "none"), past_key_values=cache, max_new_tokens=3)
+        assert all((len(layer.pages.buffers) > 2) == kept for layer in cache.layers)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

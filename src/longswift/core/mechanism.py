@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.bias import PositionBias, ScoreBias
-from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
+from longswift.core.errors import InputError, UnsupportedError, problem
 from longswift.core.inputs import (
     RowGroup,
     are_plain,
@@ -177,6 +177,13 @@ class Mechanism(ABC):
         cast = torch.is_autocast_enabled(q.device.type)
         with torch.autocast(q.device.type, enabled=False) if cast else nullcontext():
             return self._dispatch(q, k, v, key_mask, call)
+
+    def reads_summary(self, q_len: int, k: Tensor) -> bool:
+        """Whether causal attention of ``q_len`` queries to ``k`` uses page summaries of ``k``.
+
+        A cache keeps them up to date for whoever does.
+        """
+        return False
 
     def visible(
         self,
@@ -370,31 +377,3 @@ class Mechanism(ABC):
         acc = accumulator_dtype(q.dtype)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=acc, device=q.device)
         return AttentionResult(out, lse, AttentionStats.over_batch(self.name, []))
-
-
-def check_count(owner: str, **values: int) -> None:
-    """Raise ``ConfigError`` unless every value is an integer of at least 0."""
-    for field_name, value in values.items():
-        if type(value) is not int or value < 0:
-            raise ConfigError(
-                problem(
-                    f"{owner}.{field_name}",
-                    expected="an integer >= 0",
-                    got=repr(value),
-                    fix="Use 0 to turn it off.",
-                )
-            )
-
-
-def check_positive(owner: str, **values: int) -> None:
-    """Raise ``ConfigError`` unless every value is a positive integer."""
-    for field_name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(
-                problem(
-                    f"{owner}.{field_name}",
-                    expected="a positive integer",
-                    got=repr(value),
-                    fix="Give a whole number of at least 1.",
-                )
-            )

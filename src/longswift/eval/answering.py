@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval import options, reading
 from longswift.eval.documents import read_text
 from longswift.eval.models import Loaded, load

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.eval import options, text
 from longswift.eval.results import Result, writable
 from longswift.mechanisms.full import Full

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.eval import baselines, cases, memory, options, roofline
 from longswift.eval.attention_rivals import Done, Rival, baseline_row, caller, carried, rivals
 from longswift.eval.attention_table import AttentionRow, series, summarise

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval import options
 from longswift.eval.calibration import (
     CAPTURED,

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import check_positive
+from longswift.core.mechanism import Mechanism
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
 from longswift.eval.cost import Scored, count_keys, equal_cost_window

@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval import fidelity, guarded, options
 from longswift.eval import text as text_of
 from longswift.eval.cost import counts_keys

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.eval import baselines, cases, memory, options, phase_work
 from longswift.eval.phase_table import PhaseRow, summarise
 from longswift.eval.phase_work import ATTENTION, MODEL, Job, Place

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval import text
 from longswift.eval.results import Result
 from longswift.eval.scores import wilson

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.core.observe import Observed, observe
 from longswift.eval import fidelity, fidelity_runs, memory, options, reading, runner, suite
 from longswift.eval.cost import Scored, count_keys, equal_cost_window

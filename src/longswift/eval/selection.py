@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.core.observe import Observed, Observer
 from longswift.eval import options
 from longswift.eval import text as text_of

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
 from longswift.eval import options, scores, tasks
 from longswift.eval.documents import source
 from longswift.eval.environment import environment

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import Mechanism, check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
+from longswift.core.mechanism import Mechanism
 from longswift.eval.documents import source
 from longswift.eval.models import Codec, Loaded
 from longswift.eval.progress import Bar, silent

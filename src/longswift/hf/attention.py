@@ -201,7 +201,7 @@ def _summary(mechanism: Mechanism, key: Tensor, queries: int, seen: _Seen) -> Ke
     """Page summaries from the cache that made ``key``; None where they would not be used."""
     if queries > _DECODE_QUERIES or seen.starts is None or not seen.rule.causal:
         return None
-    if isinstance(mechanism, (Full, SlidingWindow)) or seen.length != key.shape[2]:
+    if seen.length != key.shape[2] or not mechanism.reads_summary(queries, key):
         return None
     pages = pages_of(key)
     return None if pages is None else pages.summary(seen.starts)

@@ -33,8 +33,7 @@ from torch import Tensor
 
 from longswift.core.blocks import tokens_of_blocks
 from longswift.core.draws import distinct
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_count, check_positive
+from longswift.core.errors import ConfigError, check_count, check_positive, problem
 from longswift.core.pattern import Band, BlockPattern
 from longswift.mechanisms.patterned import Patterned
 

@@ -33,8 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longswift.core.draws import uniform
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_count, check_positive
+from longswift.core.errors import ConfigError, check_count, check_positive, problem
 from longswift.core.pattern import BlockPattern
 from longswift.mechanisms.patterned import Patterned
 from longswift.mechanisms.sliding_window import SlidingWindow

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import tokens_of_blocks
-from longswift.core.errors import ConfigError, InputError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, InputError, check_positive, problem
 from longswift.core.pattern import Band, BlockPattern
 from longswift.mechanisms.patterned import Patterned
 

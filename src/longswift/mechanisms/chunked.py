@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longswift.core.mechanism import check_count, check_positive
+from longswift.core.errors import check_count, check_positive
 from longswift.core.pattern import Band, BlockPattern
 from longswift.mechanisms.patterned import Patterned
 

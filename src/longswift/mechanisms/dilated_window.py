@@ -27,8 +27,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Call, Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.kernels import dispatch

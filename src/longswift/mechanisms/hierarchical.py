@@ -40,8 +40,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.bias import PositionBias
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import Call, Mechanism, check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import AttentionResult, AttentionStats, Partial
@@ -186,6 +186,10 @@ class Hierarchical(Mechanism):
         if not self.count_weighted:
             return part
         return Partial(part.out, part.lse + torch.tensor(float(count)).log())
+
+    def reads_summary(self, q_len: int, k: Tensor) -> bool:
+        """See ``Mechanism``."""
+        return self.pooling == "mean"
 
     def _summaries(self, k: Tensor, v: Tensor, complete: int, call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, Hkv, complete, *]`` that stand for the leading complete chunks."""

@@ -27,8 +27,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Call, Mechanism, check_count
+from longswift.core.errors import ConfigError, check_count, problem
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import AttentionResult
 from longswift.mechanisms.full import Full

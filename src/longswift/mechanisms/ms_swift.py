@@ -211,13 +211,16 @@ class MSSwift(Mechanism):
         """``dense_below`` on a device."""
         return crossover(device) if self.dense_below is None else self.dense_below
 
-    def _below(self, q: Tensor, k: Tensor) -> int:
-        single = self.dense_below is None and q.shape[2] == 1
-        return row_crossover(k) if single else self.crossover(q.device)
+    def _below(self, q_len: int, k: Tensor) -> int:
+        single = self.dense_below is None and q_len == 1
+        return row_crossover(k) if single else self.crossover(k.device)
+
+    def reads_summary(self, q_len: int, k: Tensor) -> bool:
+        return k.shape[2] > self._below(q_len, k) or self.scale_of_head is not None
 
     def _exact_rows(self, q: Tensor, k: Tensor, causal: bool) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
-        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self._below(q, k)
+        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self._below(q.shape[2], k)
         below = -(-dense_below // self.block) * self.block
         if causal and k_len <= below and self.scale_of_head is None:
             return q_len
@@ -247,8 +250,8 @@ class MSSwift(Mechanism):
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
     ) -> AttentionResult | None:
         # What needs bands to be seen to be dense takes the long way.
-        below = causal and k.shape[2] <= self._below(q, k) and self.scale_of_head is None
-        if not below or self._heads_differ or self.collect:
+        dense = causal and not self.reads_summary(q.shape[2], k)
+        if not dense or self._heads_differ or self.collect:
             return None
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
 

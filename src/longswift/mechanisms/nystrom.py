@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Call, Mechanism, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.kernels import dispatch

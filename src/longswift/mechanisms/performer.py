@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import Call, check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.mechanism import Call
 from longswift.core.states import ExponentialState
 from longswift.mechanisms.recurrent import Recurrent, State
 

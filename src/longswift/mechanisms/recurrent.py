@@ -10,9 +10,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from longswift.core.errors import InputError, problem
+from longswift.core.errors import InputError, check_positive, problem
 from longswift.core.inputs import check_finite, check_inputs, check_scale
-from longswift.core.mechanism import Call, Mechanism, check_positive
+from longswift.core.mechanism import Call, Mechanism
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.states import ExponentialState, LinearState
 from longswift.core.types import AttentionResult, AttentionStats

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longswift.core.mechanism import check_count, check_positive
+from longswift.core.errors import check_count, check_positive
 from longswift.mechanisms.windows import WindowAndGlobals
 
 

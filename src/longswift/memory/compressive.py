@@ -33,8 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
 from longswift.kernels import dispatch

@@ -32,8 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.softmax import softmax_partial
 from longswift.memory.base import (
     LayerShape,

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from longswift.core.errors import ConfigError, InputError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, InputError, check_positive, problem
 from longswift.eval.models import Codec
 
 AUTO, INSTRUCT, CONTINUE, KEY_VALUE = "auto", "instruct", "continuation", "key_value"

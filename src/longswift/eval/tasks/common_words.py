@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.eval.models import Codec
 from longswift.eval.tasks import base, haystack
 

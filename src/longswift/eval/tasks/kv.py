@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 from uuid import UUID
 
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.eval.models import Codec
 from longswift.eval.tasks import base, haystack
 from longswift.tiny.tasks import DIGITS

@@ -24,8 +24,7 @@ from random import Random
 from typing import ClassVar
 from uuid import UUID
 
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.eval.models import Codec
 from longswift.eval.tasks import base, haystack
 from longswift.tiny import tasks as secrets

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from longswift.core.errors import ConfigError, InputError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, InputError, check_positive, problem
 from longswift.eval.documents import read_text
 from longswift.eval.models import Codec
 from longswift.eval.tasks import base, haystack

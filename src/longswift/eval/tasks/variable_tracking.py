@@ -14,7 +14,7 @@ import string
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.eval.models import Codec
 from longswift.eval.tasks import base, haystack
 

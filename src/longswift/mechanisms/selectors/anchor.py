@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun, Workspace, stack_queries
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.mechanisms.selectors.base import (

@@ -47,8 +47,7 @@ from longswift.core.blocks import (
     key_blocks_before,
     row_positions,
 )
-from longswift.core.errors import ConfigError, UnsupportedError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.summary import PAGE
 from longswift.mechanisms.selectors.base import EMPTY, Request, Selection, Selector

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from longswift.core.blocks import BlockRun, Workspace, equal_neighbours
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.mechanisms.selectors.base import Request, Selection, by_run
 from longswift.mechanisms.selectors.bounds import Bounds, BoundsPass

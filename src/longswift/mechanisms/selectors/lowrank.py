@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun, Workspace, block_runs, stack_queries
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import check_positive
 from longswift.core.products import bmm, factor_dtype
 from longswift.mechanisms.selectors.base import STEP_SCORES, Request, Selection, Selector
 from longswift.mechanisms.selectors.two_stage import TwoStage, share_among_blocks

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.blocks import BlockRun, Workspace
-from longswift.core.errors import ConfigError, problem
-from longswift.core.mechanism import check_positive
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.products import bmm, factor_dtype
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import PAGE, group_sums
