@@ -225,39 +225,85 @@ class ColumnMaxima {
                 });
   }
 
-  // Of each of 16 rows the largest of a group's scores, `start` larger.
+  // Of each of 16 rows the largest of a group's scores, `start` larger. Four rows at a time: gathers of
+  // columns take some processors four times as long.
   template <int per>
   [[gnu::always_inline]] static void largest_of_group(const Sum* scores, int64_t apart,
                                                       const Sum* start, float* out) {
-#if defined(CPU_CAPABILITY_AVX512)
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i rows = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(apart)));
-    const auto column = [&](int j) __attribute__((always_inline)) {
-      if constexpr (std::is_same_v<Sum, float>) {
-        return Sums(_mm512_i32gather_ps(rows, scores + j, sizeof(Sum))) + Sums(start[j]);
+    const auto largest = [&](int64_t i) __attribute__((always_inline)) {
+      const Sum* of = scores + i * apart;
+      if constexpr (per == 1) {
+        const Four all = four(of[0], of[apart], of[2 * apart], of[3 * apart]);
+        return floats_of(plus(all, four(start[0], start[0], start[0], start[0])));
+      } else if constexpr (per == 2) {
+        const Four one = two_pairs(of, of + apart), two = two_pairs(of + 2 * apart, of + 3 * apart);
+        const Four both = two_pairs(start, start);
+        const Four even = plus(_mm_shuffle_ps(one, two, 0x88), _mm_shuffle_ps(both, both, 0x88));
+        const Four odd = plus(_mm_shuffle_ps(one, two, 0xdd), _mm_shuffle_ps(both, both, 0xdd));
+        return floats_of(larger_of(even, odd));
       } else {
-        return Sums(_mm512_i32gather_epi32(rows, scores + j, sizeof(Sum))) + Sums(start[j]);
+        const auto row = [&](int64_t r) __attribute__((always_inline)) {
+          const Sum* at = of + r * apart;
+          Four best = plus(load(at), load(start));
+          if constexpr (per == 8) {
+            best = larger_of(best, plus(load(at + 4), load(start + 4)));
+          }
+          return best;
+        };
+        const Four a = row(0), b = row(1), c = row(2), d = row(3);
+        const Four ab = larger_of(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+        const Four cd = larger_of(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+        const Four low = _mm_shuffle_ps(ab, cd, 0x44), high = _mm_shuffle_ps(ab, cd, 0xee);
+        return floats_of(larger_of(low, high));
       }
     };
-    Sums best = column(0);
-#pragma GCC unroll 8
-    for (int j = 1; j < per; ++j) {
-      best = larger(best, column(j));
-    }
-    as_floats(best).store(out);
+#if defined(CPU_CAPABILITY_AVX512)
+    // In one piece: what is stored in four would have to arrive before it is read in one.
+    const auto two = [&](int64_t i) __attribute__((always_inline)) {
+      return _mm256_set_m128(largest(i + 4), largest(i));
+    };
+    _mm512_store_ps(out, _mm512_insertf32x8(_mm512_castps256_ps512(two(0)), two(8), 1));
 #else
-    Sum best[kRows];
-    for (int64_t i = 0; i < kRows; ++i) {
-      const Sum* of_row = scores + i * apart;
-      best[i] = of_row[0] + start[0];
-      for (int j = 1; j < per; ++j) {
-        best[i] = std::max(best[i], of_row[j] + start[j]);
-      }
-    }
-    for (int64_t i = 0; i < kRows; i += kLanes) {
-      as_floats(Sums::loadu(best + i)).store(out + i);
+    for (int64_t i = 0; i < kRows; i += 4) {
+      _mm_storeu_ps(out + i, largest(i));
     }
 #endif
+  }
+
+  // Four sums, whatever their type.
+  using Four = __m128;
+  static constexpr bool kWhole = !std::is_same_v<Sum, float>;
+
+  [[gnu::always_inline]] static Four load(const Sum* x) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(x));
+  }
+  [[gnu::always_inline]] static Four two_pairs(const Sum* low, const Sum* high) {
+    const __m128d first = _mm_load_sd(reinterpret_cast<const double*>(low));
+    return _mm_castpd_ps(_mm_loadh_pd(first, reinterpret_cast<const double*>(high)));
+  }
+  [[gnu::always_inline]] static Four four(Sum a, Sum b, Sum c, Sum d) {
+    if constexpr (kWhole) {
+      return _mm_castsi128_ps(_mm_setr_epi32(a, b, c, d));
+    } else {
+      return _mm_setr_ps(a, b, c, d);
+    }
+  }
+  [[gnu::always_inline]] static Four plus(const Four& a, const Four& b) {
+    if constexpr (kWhole) {
+      return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_castps_si128(b)));
+    } else {
+      return _mm_add_ps(a, b);
+    }
+  }
+  [[gnu::always_inline]] static Four larger_of(const Four& a, const Four& b) {
+    if constexpr (kWhole) {
+      return _mm_castsi128_ps(_mm_max_epi32(_mm_castps_si128(a), _mm_castps_si128(b)));
+    } else {
+      return _mm_max_ps(a, b);
+    }
+  }
+  [[gnu::always_inline]] static Four floats_of(const Four& x) {
+    return kWhole ? _mm_cvtepi32_ps(_mm_castps_si128(x)) : x;
   }
 
   // Calls `use` with the products of some rows and the columns of a panel: the first row, how many, the
