@@ -70,6 +70,8 @@ def test_where_exact_rows_end_depends_on_the_device() -> None:
             at = torch.zeros(batch, heads, 1, width, dtype=dtype)
             q, k = at.repeat(1, 2, 1, 1), at.expand(-1, -1, limit + 200, -1)
             for k_len, rows in ((limit, 1), (limit + 129, 0)):
-                assert swift._exact_rows(q, k[:, :, :k_len], True) == rows
+                assert swift._exact_rows(q, k[:, :, :k_len], True, True) == rows
+                # Who keeps no summaries would read all keys to choose some.
+                assert swift._exact_rows(q, k[:, :, :k_len], True) == 1
     assert MSSwift(dense_below=4096)._exact_rows(q, k, True) == 0
     assert again == swift and again.to_dict()["dense_below"] is None

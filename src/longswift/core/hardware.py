@@ -64,8 +64,13 @@ def crossover(device: torch.device | str) -> int:
     return _CROSSOVERS.get(torch.device(device).type, _CROSSOVERS["cpu"])
 
 
-def row_crossover(k: torch.Tensor) -> int:
-    """The same for a single query, which has all ``k [B, Hkv, Lk, D]`` and as wide values read."""
+def row_crossover(k: torch.Tensor, *, summarised: bool) -> int:
+    """The same for a single query, which has all ``k [B, Hkv, Lk, D]`` and as wide values read.
+
+    Without page summaries a choice would read all keys, too.
+    """
+    if not summarised:
+        return k.shape[2]
     of_device = crossover(k.device)
     if not k.is_cpu:
         return of_device

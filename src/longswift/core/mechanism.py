@@ -106,7 +106,7 @@ class Mechanism(ABC):
         """
         result, call = None, None
         if key_mask is None and bias is None and are_plain(q, k, v):
-            result = self._at_once(q, k, v, causal, scale, backend)
+            result = self._at_once(q, k, v, causal, scale, backend, summary is not None)
         if result is None:
             q, k, v = under_autocast(q, k, v)
             call = self._checked(q, k, v, causal, key_mask, scale, backend, training, summary, bias)
@@ -128,7 +128,14 @@ class Mechanism(ABC):
         return result
 
     def _at_once(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float | None,
+        backend: str,
+        summarised: bool,
     ) -> AttentionResult | None:
         """A plain call by one kernel that checks inputs, too; None if it has anything to refuse."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,7 +90,9 @@ class Work:
         heads, kv_heads, width = _shape(self.loaded)
         cache, draw = SwiftCache(), self._numbers()
         with torch.inference_mode():
-            cache.update(*(draw(place.batch, kv_heads, place.length, width) for _ in "kv"), 0)
+            _fill(
+                cache, [0], lambda tokens: draw(place.batch, kv_heads, tokens, width), place.length
+            )
         q = draw(place.batch, heads, 1, width)
         new = [draw(place.batch, kv_heads, 1, width) for _ in "kv"]
         pages = cache.layers[0].pages
@@ -122,9 +124,8 @@ class Work:
         cache: Any = (dynamic_cache if dynamic else SwiftCache)(model.config)
         draw = self._numbers()
         with torch.inference_mode():
-            for layer in range(len(cache.layers)):
-                pair = (draw(place.batch, kv_heads, place.length, width) for _ in "kv")
-                cache.update(*pair, layer)
+            layers = range(len(cache.layers))
+            _fill(cache, layers, lambda n: draw(place.batch, kv_heads, n, width), place.length)
         first = torch.zeros(place.batch, 1, dtype=torch.long, device=model.device)
 
         def rival(mechanism: Mechanism | None) -> Callable[[], object]:
@@ -222,6 +223,13 @@ class Work:
     def _wait(self) -> None:
         if self.loaded.model.device.type == "cuda":
             torch.cuda.synchronize(self.loaded.model.device)
+
+
+def _fill(cache: Any, layers: Iterable[int], draw: Callable[[int], Tensor], length: int) -> None:
+    """Fills a cache with ``length`` tokens, and room for more: growing would hit a random rival."""
+    for layer in layers:
+        cache.update(draw(length + _ROOM), draw(length + _ROOM), layer)
+    cache.crop(-_ROOM)
 
 
 def _load(bench: PhaseBench) -> Loaded:

@@ -30,7 +30,14 @@ class Full(Patterned):
     supports_cross: ClassVar[bool] = True
 
     def _at_once(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float | None,
+        backend: str,
+        summarised: bool,
     ) -> AttentionResult | None:
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
 

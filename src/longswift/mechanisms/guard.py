@@ -156,3 +156,13 @@ def fill_densely(
         each = end - (count - 1) / 2 if pattern.causal else k_len
         keys[head] += each * count / (q_len * batch)
     return Partial(out, lse), tuple(keys)
+
+
+def show_densely(part: Tensor, seen: Tensor, dense: Tensor, block: int) -> Tensor:
+    """``part [B, Hq, Lq, Lk]``, what queries see, with all that those of dense blocks have seen."""
+    q_len, k_len = part.shape[2:]
+    groups = part.shape[1] // dense.shape[1]
+    position = torch.arange(k_len - q_len, k_len, device=part.device)
+    index = position // block - (k_len - q_len) // block
+    whole = dense[:, :, index].repeat_interleave(groups, 1).unsqueeze(3)
+    return torch.where(whole, seen, part)

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from longswift.core.bias import PositionBias
 from longswift.core.errors import ConfigError, problem
-from longswift.core.hardware import crossover, row_crossover
+from longswift.core.hardware import crossover
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, Partial
@@ -54,7 +54,8 @@ from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import attend_by_head, head_groups, visible_by_head
 from longswift.mechanisms.coverage import captured_mass
 from longswift.mechanisms.delta import add_delta
-from longswift.mechanisms.guard import Short, fill_densely, short_blocks
+from longswift.mechanisms.exact_rows import count_exact, limit
+from longswift.mechanisms.guard import Short, fill_densely, short_blocks, show_densely
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.parts import joined, room_for
 from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
@@ -91,8 +92,8 @@ class MSSwift(Mechanism):
             before a token moves. ``"auto"``: strict while training, shared otherwise.
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly and bidirectional
-            inputs shorter than this are dense. None: below 4,096, on a GPU below 16,384; a single
-            row on a CPU, as in decoding, also where keys and values are no more than 16 MiB.
+            inputs shorter than this are dense. None: 4,096 (on a GPU 16,384); for a single row, as
+            in decoding, up to 16 MiB of keys and values on a CPU, and all without page summaries.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
@@ -211,27 +212,22 @@ class MSSwift(Mechanism):
         """``dense_below`` on a device."""
         return crossover(device) if self.dense_below is None else self.dense_below
 
-    def _below(self, q_len: int, k: Tensor) -> int:
-        single = self.dense_below is None and q_len == 1
-        return row_crossover(k) if single else self.crossover(k.device)
-
     def reads_summary(self, q_len: int, k: Tensor) -> bool:
-        return k.shape[2] > self._below(q_len, k) or self.scale_of_head is not None
+        return not self._is_dense(q_len, k, True)
 
-    def _exact_rows(self, q: Tensor, k: Tensor, causal: bool) -> int:
+    def _is_dense(self, q_len: int, k: Tensor, summarised: bool) -> bool:
+        below = limit(self.dense_below, q_len, k, summarised=summarised)
+        # What needs bands to be seen to be dense takes the long way.
+        return k.shape[2] <= below and self.scale_of_head is None
+
+    def _exact_rows(self, q: Tensor, k: Tensor, causal: bool, summarised: bool = False) -> int:
         """Leading query rows to compute exactly: below the crossover, or with all keys in reach."""
-        q_len, (kv_heads, k_len), dense_below = q.shape[2], k.shape[1:3], self._below(q.shape[2], k)
-        below = -(-dense_below // self.block) * self.block
-        if causal and k_len <= below and self.scale_of_head is None:
+        q_len, (kv_heads, k_len) = q.shape[2], k.shape[1:3]
+        if causal and self._is_dense(q_len, k, summarised):
             return q_len
-        bands = self.bands(q_len, kv_heads, causal)
-        if not causal:
-            reach = min(band.tile + 2 * band.left for band in bands) + self.sinks + self._budget
-            return q_len if k_len < dense_below or k_len <= reach else 0
-        covered = min(
-            ((self.sinks + self._budget + band.left) // band.tile + 1) * band.tile for band in bands
-        )
-        return min(q_len, max(0, max(below, covered) - (k_len - q_len)))
+        bands, beside = self.bands(q_len, kv_heads, causal), self.sinks + self._budget
+        below = limit(self.dense_below, q_len, k, summarised=summarised)
+        return count_exact(bands, q_len, k_len, causal, below, self.block, beside)
 
     def _check_bias(self, bias: PositionBias) -> None:
         super()._check_bias(bias)
@@ -247,10 +243,16 @@ class MSSwift(Mechanism):
         return replace(self, remainder=None, delta=None, collect=False)
 
     def _at_once(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, backend: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float | None,
+        backend: str,
+        summarised: bool,
     ) -> AttentionResult | None:
-        # What needs bands to be seen to be dense takes the long way.
-        dense = causal and not self.reads_summary(q.shape[2], k)
+        dense = causal and self._is_dense(q.shape[2], k, summarised)
         if not dense or self._heads_differ or self.collect:
             return None
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
@@ -260,7 +262,7 @@ class MSSwift(Mechanism):
             return attend_by_head(self.name, head_groups(self, k.shape[1]), q, k, v, call)
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
-        exact_rows = self._exact_rows(q, k, call.causal)
+        exact_rows = self._exact_rows(q, k, call.causal, call.summary is not None)
         room = room_for(backend, q, k, v, call) if 0 < exact_rows < q_len else None
         parts: list[Partial] = []
         if exact_rows:
@@ -323,8 +325,8 @@ class MSSwift(Mechanism):
 
     def _short_blocks(self, q: Tensor, k: Tensor, pattern: BlockPattern, call: Call) -> Short:
         assert self.min_coverage is not None
-        strict, target = self._strict(call), self.min_coverage
-        return short_blocks(q, k, pattern, call.scale, target, call.bias, strict=strict)
+        asked = call.scale, self.min_coverage, call.bias
+        return short_blocks(q, k, pattern, *asked, strict=self._strict(call))
 
     @torch.no_grad()
     def _choose(
@@ -389,12 +391,8 @@ class MSSwift(Mechanism):
         rest = q[:, :, exact_rows:]
         pattern, _ = self._choose(rest, k, k, call, q_len)
         part = pattern.visible(rest.shape[2], k_len, groups, q.device)
-        seen = seen.expand(part.shape[0], -1, -1, -1)
+        seen = seen.expand(q.shape[0], -1, -1, -1)
         if self.min_coverage is not None:
             dense = self._short_blocks(rest, k, pattern, call).dense
-            position = torch.arange(k_len - rest.shape[2], k_len, device=q.device)
-            block = position // self.block - (k_len - rest.shape[2]) // self.block
-            whole = dense[:, :, block].repeat_interleave(groups, 1).unsqueeze(3)
-            seen = seen.expand(q.shape[0], -1, -1, -1)
-            part = torch.where(whole, seen[:, :, exact_rows:], part)
+            part = show_densely(part, seen[:, :, exact_rows:], dense, self.block)
         return torch.cat([seen[:, :, :exact_rows], part], 2)
