@@ -123,7 +123,7 @@ class Merger {
           some, [&](int64_t i) { return keys + i * dim_; },
           [&](int64_t i) { return values + i * value_dim_; }, bias);
     }
-    for (int64_t g = 0; g < heads_ && rows.totals()[g] > 0.0f; ++g) {
+    for (int64_t g = 0; g < heads_ && rows.sees(g); ++g) {
       merge(g, row, 1, rows.part() + g * value_dim_, rows.tops() + g, rows.totals() + g);
     }
   }
