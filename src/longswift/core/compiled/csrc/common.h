@@ -217,15 +217,19 @@ void convert(To* out, const From* in, int64_t n) {
   }
 }
 
-// Fetches `count` rows that will be read soon.
+// Fetches a row that will be read soon.
+template <typename T>
+[[gnu::always_inline]] inline void fetch_row(const T* row, int64_t width) {
+  const auto* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t b = 0; b < width * static_cast<int64_t>(sizeof(T)); b += 64) {
+    __builtin_prefetch(bytes + b);
+  }
+}
+
 template <typename T>
 void fetch(const Rows<const T>& x, int64_t first, int64_t count, int64_t width) {
-  const int64_t bytes = width * sizeof(T);
   for (int64_t i = 0; i < count; ++i) {
-    const auto* row = reinterpret_cast<const char*>(x.row(first + i));
-    for (int64_t b = 0; b < bytes; b += 64) {
-      __builtin_prefetch(row + b);
-    }
+    fetch_row(x.row(first + i), width);
   }
 }
 

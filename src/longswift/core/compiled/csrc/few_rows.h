@@ -13,14 +13,6 @@ constexpr int64_t kFewRows = 16;
 // needed.
 constexpr int64_t kFewKeys = 128, kAhead = 32;
 
-template <typename T>
-[[gnu::always_inline]] inline void fetch_row(const T* row, int64_t width) {
-  const auto* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t b = 0; b < width * static_cast<int64_t>(sizeof(T)); b += 64) {
-    __builtin_prefetch(bytes + b);
-  }
-}
-
 // Keys, and the lines of `dim` numbers, one for every row, that they are multiplied with.
 template <typename T>
 struct Met {
