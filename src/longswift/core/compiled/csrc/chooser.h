@@ -170,10 +170,7 @@ class Chooser {
     const int32_t* tokens = mine_.tokens.get(0);
     float *lines = mine_.lines.get(all * q_dim_), *scores = mine_.maxima.get(all * tall);
     for (int64_t r = 0; r < all; ++r) {
-      convert(lines + r * q_dim_, q_[r / rows].row(row + r % rows), q_dim_);
-      for (int64_t d = 0; d < q_dim_; ++d) {
-        lines[r * q_dim_ + d] *= choice_.scale;
-      }
+      scaled_line(lines + r * q_dim_, q_[r / rows].row(row + r % rows), q_dim_, choice_.scale);
     }
     const auto find = [&](int64_t i, int) { return k_.row(tokens[i]); };
     score_keys<T, 1>(find, {lines}, count, all, q_dim_, scores, tall);

@@ -13,6 +13,14 @@ constexpr int64_t kFewRows = 16;
 // needed.
 constexpr int64_t kFewKeys = 128, kAhead = 32;
 
+template <typename T>
+void scaled_line(float* line, const T* query, int64_t dim, float scale) {
+  convert(line, query, dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    line[d] *= scale;
+  }
+}
+
 // Keys, and the lines of `dim` numbers, one for every row, that they are multiplied with.
 template <typename T>
 struct Met {
@@ -103,11 +111,7 @@ class FewRows {
 
   template <typename T>
   void set(int64_t row, const T* query) {
-    float* line = lines_ + row * dim_;
-    convert(line, query, dim_);
-    for (int64_t d = 0; d < dim_; ++d) {
-      line[d] *= scale_;
-    }
+    scaled_line(lines_ + row * dim_, query, dim_, scale_);
   }
 
   // Adds `count` keys: `key(i)` and `value(i)` are where they lie, `bias` is added to their scores

@@ -107,18 +107,10 @@ class Merger {
     if (how_.pool > 0) {
       const int64_t columns =
           pool_columns(tokens, count, edges_[2 * block], edges_[2 * block + 1]);
-      const float* counts = mine_.counts.get(0);
+      // In place: a mean never lies behind the sums it is made of.
       float *keys = mine_.mean_keys.get(0), *values = mine_.mean_values.get(0);
       float* bias = mine_.bias.get(columns);
-      int64_t some = 0;
-      for (int64_t c = 0; c < columns; ++c) {
-        if (counts[c] > 0.0f) {
-          scaled_row(keys + some * dim_, keys + c * dim_, dim_, 1.0f / counts[c]);
-          scaled_row(values + some * value_dim_, values + c * value_dim_, value_dim_,
-                     1.0f / counts[c]);
-          bias[some++] = std::log(counts[c]);
-        }
-      }
+      const int64_t some = add_means(columns, keys, values, bias);
       rows.add<float>(
           some, [&](int64_t i) { return keys + i * dim_; },
           [&](int64_t i) { return values + i * value_dim_; }, bias);
@@ -153,19 +145,8 @@ class Merger {
     }
     std::fill(bias, bias + count, 0.0f);
     tokens_loaded_ = count;
-    int64_t at = count;
-    const float* counts = mine_.counts.get(0);
-    float* mean_keys = mine_.mean_keys.get(0);
-    float* mean_values = mine_.mean_values.get(0);
-    for (int64_t c = 0; c < columns; ++c) {
-      if (counts[c] <= 0.0f) {
-        continue;
-      }
-      scaled_row(keys + at * dim_, mean_keys + c * dim_, dim_, 1.0f / counts[c]);
-      scaled_row(values + at * value_dim_, mean_values + c * value_dim_, value_dim_,
-                 1.0f / counts[c]);
-      bias[at++] = std::log(counts[c]);
-    }
+    const int64_t at = count +
+        add_means(columns, keys + count * dim_, values + count * value_dim_, bias + count);
     std::fill(bias + at, bias + width, kHidden);
     std::memset(static_cast<void*>(keys + at * dim_), 0, (width - at) * dim_ * sizeof(F));
     std::memset(static_cast<void*>(values + at * value_dim_), 0,
@@ -191,6 +172,25 @@ class Merger {
     }
     pack_pairs<F>(values, value_dim_, width, value_dim_, packed_values, width);
     return width;
+  }
+
+  // Writes means of the columns that have tokens left, and logarithms of how many; returns how many
+  // columns these are.
+  template <typename To>
+  int64_t add_means(int64_t columns, To* keys, To* values, float* bias) {
+    const float* counts = mine_.counts.get(0);
+    float *key_sums = mine_.mean_keys.get(0), *value_sums = mine_.mean_values.get(0);
+    int64_t at = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      if (counts[c] <= 0.0f) {
+        continue;
+      }
+      scaled_row(keys + at * dim_, key_sums + c * dim_, dim_, 1.0f / counts[c]);
+      scaled_row(values + at * value_dim_, value_sums + c * value_dim_, value_dim_,
+                 1.0f / counts[c]);
+      bias[at++] = std::log(counts[c]);
+    }
+    return at;
   }
 
   template <typename To>
