@@ -265,12 +265,14 @@ def test_large_scores_stay_finite() -> None:
     assert ((result.lse - everything).abs() < 1.0).float().mean() > 0.5
 
 
-def test_scores_beyond_every_number_are_not_passed_over() -> None:
-    """Finite inputs whose products are not: NaN, as from softmax, not a row that saw nothing."""
-    q, k, v = torch.randn(3, 1, 2, 200, 32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 200])
+def test_scores_beyond_every_number_are_not_passed_over(rows: int, dtype: torch.dtype) -> None:
+    """Finite inputs whose products are not: NaN, as from softmax, not rows that saw nothing."""
+    q, k, v = torch.randn(3, 1, 2, 200, 32).to(dtype)
     swift = MSSwift(windows=(32,), block=32, key_tokens=16, dense_below=0)
     for mechanism in (SlidingWindow(window=8), swift, Full()):
-        result = mechanism(1e30 * q[:, :, -1:], 1e30 * k, v)
+        result = mechanism(1e30 * q[:, :, -rows:], 1e30 * k, v)
         assert result.out.isnan().any(3).all() and not result.lse.isfinite().any()
 
 

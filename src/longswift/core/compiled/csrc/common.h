@@ -460,8 +460,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 // 2 ** x for x <= 0, with a relative error of 4e-6: for ranks, where half the work buys more.
 inline Vec quick_exp2(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  // The smallest normal number instead of slow denormal ones.
-  const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+  // The smallest normal number instead of slow denormal ones; NaN stays, as the second of two.
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
   const __m512 whole = _mm512_roundscale_ps(bounded, 0);
   const __m512 rest = _mm512_sub_ps(bounded, whole);
   __m512 y = _mm512_set1_ps(0.009676037f);
@@ -509,6 +509,7 @@ inline Vec exact_exp2(const Vec& x) {
 }
 
 // probs = exp(x * scale - top), and their sum before they are rounded; `n` a multiple of the lanes.
+// Scores beyond every number leave NaN in both: a sum of 0 is that of a row that saw nothing.
 template <typename F>
 float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
   constexpr bool whole = std::is_same_v<F, float>;
@@ -519,7 +520,7 @@ float exponentials(float* x, int64_t n, float scale, float top, F* probs) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vec shifted = at::vec::fmsub(Vec::loadu(x + i), by, shift);
     const Vec power = whole ? exact_exp2(shifted * Vec(kLog2e)) : quick_exp2(shifted);
-    const Vec e = Vec::blendv(Vec(0.0f), power, shifted > least);
+    const Vec e = Vec::blendv(power, Vec(0.0f), shifted <= least);
     total += e;
     convert(probs + i, e);
   }

@@ -138,7 +138,7 @@ class FewRows {
     }
   }
 
-  bool sees(int64_t row) const { return tops_[row] > kHidden; }
+  bool sees(int64_t row) const { return totals_[row] != 0.0f; }
 
   // Of each row: the sum of weighted values, the largest score, the sum of weights.
   const float* part() const { return part_; }
@@ -148,7 +148,6 @@ class FewRows {
   // Writes a row's mean value and the logarithm of its sum.
   template <typename T>
   void store(int64_t row, T* out, float* lse) const {
-    // Scores beyond every number leave NaN.
     const Vec by(sees(row) ? 1.0f / totals_[row] : 0.0f);
     for (int64_t d = 0; d < value_dim_; d += kLanes) {
       convert(out + d, Vec::loadu(part_ + row * value_dim_ + d) * by);
@@ -168,7 +167,7 @@ class FewRows {
   void add_saved(const float* saved) {
     const float *tops = saved + rows_ * value_dim_, *totals = tops + rows_;
     for (int64_t r = 0; r < rows_; ++r) {
-      if (tops[r] == kHidden) {
+      if (totals[r] == 0.0f) {
         continue;
       }
       const float top = std::max(tops_[r], tops[r]);
@@ -207,11 +206,6 @@ class FewRows {
       doubt = at::vec::fmadd(Vec::loadu(scores + i), Vec(0.0f), doubt);
     }
     doubt_ += sum_of(doubt);
-    if (doubt_ != 0.0f && std::any_of(scores, scores + count, [](float x) { return x != x; })) {
-      // Products beyond every number: maxima would pass them over.
-      tops_[row] = -kHidden;
-      totals_[row] = std::numeric_limits<float>::quiet_NaN();
-    }
     for (int64_t i = 0; bias != nullptr && i < count; ++i) {
       scores[i] += bias[i];
     }

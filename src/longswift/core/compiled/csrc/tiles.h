@@ -140,7 +140,11 @@ class Tiles {
     }
     for (int64_t i = 0; i < rows; ++i) {
       total[i] = TileAttention::total(state(0), i);
-      top[i] = total[i] == 0.0f ? kHidden : top[i] / kLog2e;
+      if (total[i] == 0.0f && first_key(first + i) < end_key(first + i)) {
+        // All of a row's scores are below every number.
+        total[i] = std::numeric_limits<float>::quiet_NaN();
+      }
+      top[i] /= kLog2e;
     }
     store(g, row + first, rows, part, top, total);
   }
@@ -180,8 +184,7 @@ class Tiles {
     float* lse = lse_.data_ptr<float>() + batch_ * lse_.stride(0) +
         (first_head_ + g) * lse_.stride(1) + row;
     for (int64_t i = 0; i < rows; ++i) {
-      const bool sees = top[i] > kHidden;
-      // Scores beyond every number leave NaN.
+      const bool sees = total[i] != 0.0f;
       const Vec by(sees ? 1.0f / total[i] : 0.0f);
       const float* mean = part + i * value_dim_;
       T* to = out.row(row + i);
