@@ -119,6 +119,17 @@ def test_a_window_alone_keeps_its_size_and_full_attention_still_judges(
     assert result.config["speed"]["mechanisms"][0]["window"] == 64
 
 
+def test_what_a_guard_did_is_told(model_directory: Path) -> None:
+    chosen, left_out = options.choose("full,ms_swift", [*SETTINGS, "ms_swift.min_coverage=0.999"])
+    asked = comparison(model_directory)
+    asked = mechanism_runs.Comparison(
+        speed=mechanism_runs._bench(asked.speed, chosen), quality=asked.quality, left_out=left_out
+    )
+    result = mechanism_runs.run(asked, progress=False)
+    (said,) = (line for line in mechanism_table.sentences(result) if "guard" in line)
+    assert said.startswith("ms_swift at 300 tokens: The guard (min_coverage=0.999)")
+
+
 def test_full_attention_judges_even_if_it_is_too_slow_to_be_timed(
     model_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

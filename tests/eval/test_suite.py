@@ -264,6 +264,31 @@ def test_impossible_suites_are_refused(changes: dict[str, Any], why: str) -> Non
         asked("tiny", **changes)
 
 
+def test_what_a_guard_did_is_told_for_each_length(model_directory: Path, tmp_path: Path) -> None:
+    strict = [*SETTINGS, "ms_swift.min_coverage=0.999", "ms_swift.key_tokens=1"]
+    options = {"settings": strict, "tasks": "needle"}
+    found = suite.run(asked(model_directory, **options), tmp_path / "out.json", progress=False)
+    costs = {(cost["mechanism"], cost["length"]): cost["guard"] for cost in found.summary["cost"]}
+    assert costs["full", 300] is None and costs["sliding_window", 420] is None
+    for length in (300, 420):
+        guard = costs["ms_swift", length]
+        assert 0 < guard["dense"] <= guard["pairs"] and guard["min_coverage"] == 0.999
+        # Two documents, read whole: what is counted is the sum of what lies beside the result.
+        lines = (tmp_path / "out.samples.jsonl").read_text().splitlines()
+        samples = [json.loads(line) for line in lines if '"guard": [{' in line]
+        own = [row for s in samples if s["length"] == length for row in s["guard"]]
+        assert {row["document"] for row in own} == {0, 1}
+        assert sum(row["pairs"] for row in own) == guard["pairs"]
+        said = [line for line in standings.sentences(found) if f"ms_swift at {length} " in line]
+        assert len(said) == 1 and f"computed {guard['dense']:,} of {guard['pairs']:,}" in said[0]
+    assert not any(
+        "guard" in line
+        for line in standings.sentences(
+            suite.run(asked(model_directory, tasks="needle"), progress=False)
+        )
+    )
+
+
 def test_sentences_name_the_worst_task() -> None:
     def row(mechanism: str, task: str, value: float) -> dict[str, Any]:
         case = {"task": task, "length": 8, "mechanism": mechanism, "metric": "score", "at": None}

@@ -159,7 +159,12 @@ def run(
         },
         seed=comparison.speed.seed,
         rows=rows,
-        summary={"window": window, "dense": list(standings.dense(scored)), "how": _NOTES},
+        summary={
+            "window": window,
+            "dense": list(standings.dense(scored)),
+            "guards": standings.guards(scored),
+            "how": _NOTES,
+        },
     )
     if output is not None:
         result.save(output)

@@ -123,13 +123,14 @@ def _score(scores: dict[str, float], kept: dict[str, float], task: str) -> str:
 
 
 def sentences(result: Result) -> list[str]:
-    """What did not run, what saved nothing, and which window was of equal cost."""
+    """What did not run or saved nothing, what guards did, which window was of equal cost."""
     said = [f"{row['name']}: {row['note']}" for row in result.rows if row["note"]]
     tokens = result.config["text_tokens"]
     said += [
         f"{name} is dense at {tokens} tokens: its quality says nothing."
         for name in result.summary["dense"]
     ]
+    said += result.summary.get("guards", [])
     window = result.summary["window"]
     if window is not None:
         said.insert(0, f"sliding_window has {window} tokens, the cost of ms_swift.")

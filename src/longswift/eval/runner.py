@@ -7,8 +7,10 @@ from typing import Any
 
 from longswift.core.errors import UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.observe import observe
 from longswift.eval import options, reading
 from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.eval.guarded import Guarded
 from longswift.eval.journal import Journal
 from longswift.eval.models import Loaded
 from longswift.eval.progress import Bar
@@ -119,7 +121,7 @@ class Runner:
             sample = case.task.generate(self.loaded, case.length, case.index)
         except DoesNotFit as error:
             return {"refused": str(error)}
-        seen = Scored()
+        seen, guarded = Scored(), Guarded(case.index)
         told, output = answer(
             self.loaded,
             sample,
@@ -127,12 +129,14 @@ class Runner:
             likelihood=case.task.likelihood,
             mechanism=self.mechanism,
             scored=seen,
+            guarded=guarded,
         )
         return {
             "read": told.tokens,
             "seconds": told.seconds,
             "keys": seen.keys,
             "queries": seen.queries,
+            "guard": [asdict(row) for row in guarded.rows()],
             "texts": list(output.texts),
             "scores": [asdict(score) for score in case.task.score(sample, output)],
             "meta": sample.meta,
@@ -147,6 +151,7 @@ def answer(
     likelihood: bool = False,
     mechanism: Mechanism | None = None,
     scored: Scored | None = None,
+    guarded: Guarded | None = None,
 ) -> tuple[reading.Reading, Output]:
     """Let the model, as it attends now, read a document once and answer all its questions.
 
@@ -157,11 +162,13 @@ def answer(
         likelihood: Also give the loss of every token of the document.
         mechanism: The mechanism in force, whose keys are counted.
         scored: Where they are counted.
+        guarded: Where it is counted how often a coverage guard fired while the document was read.
     """
     from longswift.hf import SwiftCache
 
     cache = SwiftCache(loaded.model.config)
-    with count_keys(mechanism, Scored() if scored is None else scored):
+    seen = Scored() if scored is None else scored
+    with count_keys(mechanism, seen), observe((guarded or Guarded()).see):
         told = reading.read(loaded.model, sample.document, cache, chunk=chunk, score=likelihood)
     stop = loaded.stop_tokens()
     texts = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from longswift.eval import text
+from longswift.eval import guarded, text
 from longswift.eval.cost import counts_keys
 from longswift.eval.results import Result
 from longswift.eval.runner import FULL, MODEL
@@ -81,6 +81,16 @@ def dense(result: Result) -> dict[str, list[int]]:
     return found
 
 
+def guards(result: Result) -> list[str]:
+    """How often each coverage guard fired while the documents were read, a sentence a length."""
+    return [
+        f"{entry['mechanism']} at {entry['length']} tokens: "
+        f"{guarded.sentence(entry['guard'], entry['density'])}"
+        for entry in result.summary["cost"]
+        if entry.get("guard") is not None
+    ]
+
+
 def sentences(result: Result) -> list[str]:
     """What the rows say, in words; the worst task, because a mean hides it."""
     worst: dict[str, tuple[ScoreRow, ScoreRow, float]] = {}
@@ -103,6 +113,7 @@ def sentences(result: Result) -> list[str]:
         for name, lengths in dense(result).items()
         for length in lengths
     ]
+    said += guards(result)
     said += [
         f"{task} at {length} tokens: {refused} of {refused + samples} samples do not fit into this "
         "length and were refused, not cut; ask for a greater one."

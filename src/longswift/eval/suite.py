@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
-from longswift.eval import options, scores, tasks
+from longswift.eval import guarded, options, scores, tasks
 from longswift.eval.documents import source
 from longswift.eval.environment import environment
 from longswift.eval.journal import Journal
@@ -267,6 +267,7 @@ def _cost(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seconds": sum(e["seconds"] for e in some) / len(some),
                 "keys_per_query": keys / queries if queries else None,
                 "density": keys / dense if queries else None,
+                "guard": guarded.summarise(row for e in some for row in e.get("guard", ())),
             }
         )
     return costs
