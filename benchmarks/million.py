@@ -6,7 +6,8 @@ Two heads of 64, bf16, attention alone and causal, without a baseline: full atte
 tokens takes many minutes a call. Boxes are also timed without the remainder, of whose means, one
 for at least 256 tokens, every query sees up to 512, and the tree with means of 2,048. The packaged
 model (fp32) reads random tokens up to its first token by default, in chunks of 16,384 tokens:
-every chunk looks at all keys before it.
+every chunk looks at all keys before it. That takes minutes: what is measured is kept beside the
+JSON, and a run that was interrupted goes on there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from longswift import MSSwift
 from longswift.core.errors import LongSwiftError
 from longswift.eval import memory, options
 from longswift.eval.attention import AttentionBench, inputs
+from longswift.eval.environment import environment
+from longswift.eval.journal import Journal
 from longswift.eval.models import TINY
 from longswift.eval.phase_work import Place, Work
 from longswift.eval.phases import PhaseBench
@@ -64,29 +67,34 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("results/million.json"))
+    parser.add_argument("--fresh", action="store_true", help="ignore what an earlier run finished")
     given = parser.parse_args()
     try:
         chosen = options.labelled(given.only, {**MECHANISMS, PREFILL: MSSwift()})
-        mechanisms = {name: own for name, own in chosen.items() if name != PREFILL}
-        target = writable(given.json)
+        target = writable(given.json, kind=KIND)
         lengths = [options.length(text) for text in given.lengths.split(",")]
-        rows: list[dict[str, Any]] = []
-        for length in lengths:
-            rows += _measure(length, mechanisms, given)
-            if PREFILL in chosen:
-                rows.append(_prefill(length, chosen[PREFILL], given))
+        config = {
+            "heads": HEADS,
+            "head_dim": WIDTH,
+            "dtype": "bfloat16",
+            "mechanisms": {name: mechanism.to_dict() for name, mechanism in chosen.items()},
+            "prefill": {"model": TINY, "dtype": "float32", "chunk": CHUNK},
+        }
+        how = {name: getattr(given, name) for name in ("seed", "repeats", "budget", "no_memory")}
+        here = environment()
+        kept = Journal(
+            target.with_suffix(".parts.jsonl"),
+            {"kind": KIND, "config": config, "how": how, "environment": here.to_dict()},
+            fresh=given.fresh,
+        )
+        rows = _rows(lengths, chosen, given, kept)
     except (LongSwiftError, OSError) as error:
         print(f"million: {error}", file=sys.stderr)
         return 2
-    config = {
-        "lengths": lengths,
-        "heads": HEADS,
-        "head_dim": WIDTH,
-        "dtype": "bfloat16",
-        "mechanisms": {name: mechanism.to_dict() for name, mechanism in chosen.items()},
-        "prefill": {"model": TINY, "dtype": "float32", "chunk": CHUNK},
-    }
-    Result(kind=KIND, config=config, seed=given.seed, rows=rows).save(target)
+    config = {"lengths": lengths, **config}
+    Result(kind=KIND, config=config, seed=given.seed, rows=rows, environment=here).save(target)
+    assert kept.path is not None
+    kept.path.unlink()
     first = {row["name"]: row for row in rows if row["length"] == lengths[0]}
     print(f"{'':26}{'tokens':>10}{'seconds':>10}{'us/token':>10}{'growth':>8}{'MiB':>8}")
     for row in rows:
@@ -97,6 +105,27 @@ def main() -> int:
             f"{row['microseconds_per_token']:>10.2f}{growth:>8.2f}{extra:>8}"
         )
     return 0
+
+
+def _rows(
+    lengths: list[int], chosen: dict[str, MSSwift], given: argparse.Namespace, kept: Journal
+) -> list[dict[str, Any]]:
+    """Everything, by length; what an earlier run has kept is not measured again."""
+    attention = {name: own for name, own in chosen.items() if name != PREFILL}
+    rows: list[dict[str, Any]] = []
+    for length in lengths:
+        for part in ("attention", PREFILL):
+            if not (attention if part == "attention" else PREFILL in chosen):
+                continue
+            if not kept.find(part=part, length=length):
+                found = (
+                    [_prefill(length, chosen[PREFILL], given)]
+                    if part == PREFILL
+                    else _measure(length, attention, given)
+                )
+                kept.add({"part": part, "length": length, "rows": found})
+            rows += kept.find(part=part, length=length)[0]["rows"]
+    return rows
 
 
 def _measure(

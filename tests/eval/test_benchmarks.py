@@ -53,3 +53,23 @@ def test_calibrations_are_counted_and_not_repeated(model_directory: Path, tmp_pa
     assert not data.with_suffix(".partial.json").exists()
     failed = run("calibration.py", "--text", "none=nowhere.txt", "--json", data)
     assert failed.returncode == 2 and "no such file" in failed.stderr
+
+
+def test_a_killed_measurement_of_a_million_tokens_goes_on(tmp_path: Path) -> None:
+    data = tmp_path / "million.json"
+    options = ["--only", "default", "--no-memory", "--repeats", "1", "--json", data]
+    parts = data.with_suffix(".parts.jsonl")
+    command = [sys.executable, SCRIPTS / "million.py", "--lengths", "256,131072", *options]
+    with subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        # The second length has begun, so the first is on disk.
+        assert any(b"131072 tokens" in line for line in process.stderr)
+        process.kill()
+    assert not data.exists() and len(parts.read_text().splitlines()) == 2
+    before = json.loads(parts.read_text().splitlines()[1])["rows"]
+    done = run("million.py", "--lengths", "256,512", *options)
+    assert done.returncode == 0, done.stderr
+    assert "512 tokens: default" in done.stderr and "256 tokens" not in done.stderr
+    rows = json.loads(data.read_text())["rows"]
+    assert rows[:1] == before and [row["length"] for row in rows] == [256, 512]
+    assert not parts.exists()
