@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -108,7 +109,9 @@ def test_the_rate_follows_the_stages():
         config.locate(total)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "sentences", "streams", "dense", "texts", "packed"])
+@pytest.mark.parametrize(
+    "kind", ["mixed", "sentences", "streams", "bare", "dense", "texts", "packed"]
+)
 def test_batches_depend_on_the_step_alone(tmp_path, kind):
     _, pool = train._prepare(tmp_path, SMALL)
     first, second, other = (
@@ -119,3 +122,28 @@ def test_batches_depend_on_the_step_alone(tmp_path, kind):
     assert first.ids.max() < 300 and first.weights.min() == 0
     with pytest.raises(ValueError, match="expected a kind"):
         train.data.make_batch(pool, 1, 48, 1, 0, kind="other")
+
+
+def test_bare_statements_repeat_and_leave_out_words(tmp_path):
+    _, pool = train._prepare(tmp_path, SMALL)
+    stop, between = (
+        pool.parts["stop"].tolist(),
+        [pool.parts[name].tolist() for name in ("is", "space")],
+    )
+    forms, scored = set(), 0
+    for seed in range(40):
+        row = train.data._stream_row(pool, 97, np.random.default_rng(seed), bare=True)
+        ids, weights = (part.tolist() for part in row)
+        told, start = set(), int(ids[0] == train.data.END_ID)
+        for place, (token, weight) in enumerate(zip(ids, weights, strict=True)):
+            if token in pool.digits and weight == train.data.ANSWER_WEIGHT:
+                # What is asked for was stated before, in the same words.
+                assert tuple(ids[start : place + 1]) in told
+                forms.add(
+                    sum(ids[place - 1 - i] == part for i, (part,) in enumerate(between[::-1]))
+                )
+                scored += 1
+            if [token] == stop:
+                start = place + 1
+            told.add(tuple(ids[start : place + 1]))
+    assert forms == {0, 1, 2} and scored > 100

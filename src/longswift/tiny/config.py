@@ -21,9 +21,11 @@ class Stage:
         kind: What the rows hold. "mixed": half hide secrets, a third is text, a sixth repeats
             passages. "sentences": the same, but most secrets are packed, as many as fit with next
             to no text between them. "streams": a third states numbers and states some again, a
-            third hides secrets, half of them packed. "dense": two of three hide secrets. "packed":
-            five of six pack them. "texts": two of three are text, a third hides secrets.
-            "whole": three of four are text whose every token is scored, a fourth hides secrets.
+            third hides secrets, half of them packed. "bare": two of three are such statements at
+            their shortest, some with nothing between a word and its number. "dense": two of three
+            hide secrets. "packed": five of six pack them. "texts": two of three are text, a third
+            hides secrets. "whole": three of four are text whose every token is scored, a fourth
+            hides secrets.
         leaps: Share of the rows whose positions leap, up to ``Config.reach``.
     """
 
@@ -154,27 +156,23 @@ class Config:
         return min((step + 1) / max(1, self.warmup), flat)
 
 
-# Positions leap only once words are told apart and looked up: nothing else has been tried.
+# Words are told apart where a number may follow its word directly, and from there on everywhere.
 _LOOKING_UP = (
-    Stage(length=192, tokens=500 * 6144, batch=6144, kind="sentences"),
-    Stage(length=384, tokens=400 * 6144, batch=6144, kind="sentences"),
-    Stage(length=192, tokens=250 * 6144, batch=6144, kind="streams"),
+    Stage(length=96, tokens=600 * 6144, batch=6144, kind="bare"),
+    Stage(length=192, tokens=300 * 6144, batch=6144, kind="streams"),
     Stage(length=384, tokens=250 * 6144, batch=6144, kind="streams"),
-    Stage(length=768, tokens=300 * 6144, batch=6144, kind="streams"),
-    Stage(length=2048, tokens=250 * 8192, batch=8192, rate=(1.0, 0.6)),
+    Stage(length=768, tokens=200 * 6144, batch=6144, kind="streams"),
 )
+# Positions leap only once words are looked up: nothing else has been tried.
 _STRETCHING = (
-    Stage(length=384, tokens=120 * 6144, batch=6144, kind="streams"),
-    Stage(length=768, tokens=240 * 6144, batch=6144, kind="streams"),
-    Stage(length=2048, tokens=190 * 8192, batch=8192, rate=(1.0, 0.7), kind="dense"),
-    Stage(length=4096, tokens=100 * 8192, batch=8192, rate=(0.7, 0.5), kind="dense"),
-    Stage(length=8192, tokens=80 * 16384, batch=16384, rate=(0.5, 0.05)),
-    Stage(length=16384, tokens=40 * 16384, batch=16384, rate=(0.15, 0.01)),
-    Stage(length=8192, tokens=120 * 16384, batch=16384, rate=(0.4, 0.4), kind="whole"),
-    Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.4, 0.02), kind="whole"),
-    Stage(length=16384, tokens=60 * 16384, batch=16384, rate=(0.5, 0.41), kind="whole"),
-    Stage(length=16384, tokens=75 * 16384, batch=16384, rate=(0.41, 0.12), kind="whole"),
-    Stage(length=32768, tokens=22 * 32768, batch=32768, rate=(0.12, 0.01), kind="whole"),
+    Stage(length=384, tokens=100 * 6144, batch=6144, kind="streams"),
+    Stage(length=768, tokens=200 * 6144, batch=6144, kind="streams"),
+    Stage(length=2048, tokens=180 * 8192, batch=8192, rate=(1.0, 0.7), kind="dense"),
+    Stage(length=4096, tokens=90 * 8192, batch=8192, rate=(0.7, 0.5), kind="dense"),
+    Stage(length=8192, tokens=50 * 16384, batch=16384, rate=(0.5, 0.5)),
+    Stage(length=8192, tokens=60 * 16384, batch=16384, rate=(0.5, 0.4), kind="whole"),
+    Stage(length=16384, tokens=80 * 16384, batch=16384, rate=(0.4, 0.1), kind="whole"),
+    Stage(length=32768, tokens=12 * 32768, batch=32768, rate=(0.1, 0.01), kind="whole"),
 )
 
 _ROTARY = Config(

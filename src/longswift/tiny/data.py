@@ -240,15 +240,23 @@ def _secret_row(
     return row.close(size)
 
 
-def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _stream_row(
+    pool: Pool, size: int, rng: np.random.Generator, *, bare: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """State numbers of words one after another, and state some of them again.
 
     The densest exercise in telling words apart: every repeated statement is a question, at first
-    with few words to choose among. Short forms leave out the first words of the sentence.
+    with few words to choose among. Short forms leave out the first words of the sentence. If
+    ``bare``, words are one piece and numbers one digit, with nothing, a space or all of the usual
+    between them: who repeats what it has read can do the first, and each form helps the next.
     """
     row, parts = _Row(rng), pool.parts
+    between = (parts["is"], parts["space"])
     with_stem, pieces = rng.random() < 0.4, int(rng.integers(1, 5))
     digits, again = int(rng.integers(1, tasks.DIGITS + 1)), rng.uniform(0.4, 0.75)
+    if bare:
+        with_stem, pieces, digits = False, 1, 1
+        between = between[int(rng.choice((0, 0, 1, 2))) :]
     weights: np.ndarray = np.full(digits, 1.0, dtype=np.float32)
     weights[0] = ANSWER_WEIGHT
     known: list[tuple[np.ndarray, np.ndarray]] = []
@@ -265,7 +273,7 @@ def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
             known.append((word, number))
         if with_stem:
             row.add(parts["stem"], 0.0)
-        for ids in (word, parts["is"], parts["space"]):
+        for ids in (word, *between):
             row.add(ids, 0.0)
         row.add(number, weights if asked else 0.0)
         row.add(parts["stop"], QUESTION_WEIGHT)
@@ -275,10 +283,12 @@ def _stream_row(pool: Pool, size: int, rng: np.random.Generator) -> tuple[np.nda
 def _makers(kind: str) -> tuple[_Maker, ...]:
     packed: _Maker = partial(_secret_row, packed=True)
     whole: _Maker = partial(_text_row, whole=True)
+    bare: _Maker = partial(_stream_row, bare=True)
     kinds: dict[str, tuple[_Maker, ...]] = {
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
         "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
+        "bare": (bare, _copy_row, bare, _text_row, bare, bare),
         "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
         "texts": (_text_row, _secret_row, _text_row),
         "whole": (whole, _secret_row, whole, whole),
