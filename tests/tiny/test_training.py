@@ -110,7 +110,7 @@ def test_the_rate_follows_the_stages():
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixed", "sentences", "streams", "bare", "dense", "texts", "packed"]
+    "kind", ["mixed", "sentences", "streams", "bare", "copies", "dense", "texts", "packed"]
 )
 def test_batches_depend_on_the_step_alone(tmp_path, kind):
     _, pool = train._prepare(tmp_path, SMALL)

@@ -22,10 +22,10 @@ class Stage:
             passages. "sentences": the same, but most secrets are packed, as many as fit with next
             to no text between them. "streams": a third states numbers and states some again, a
             third hides secrets, half of them packed. "bare": two of three are such statements at
-            their shortest, some with nothing between a word and its number. "dense": two of three
-            hide secrets. "packed": five of six pack them. "texts": two of three are text, a third
-            hides secrets. "whole": three of four are text whose every token is scored, a fourth
-            hides secrets.
+            their shortest, some with nothing between a word and its number. "copies": two of three
+            repeat passages. "dense": two of three hide secrets. "packed": five of six pack them.
+            "texts": two of three are text, a third hides secrets. "whole": three of four are text
+            whose every token is scored, a fourth hides secrets.
         leaps: Share of the rows whose positions leap, up to ``Config.reach``.
     """
 
@@ -156,14 +156,15 @@ class Config:
         return min((step + 1) / max(1, self.warmup), flat)
 
 
-# Words are told apart where a number may follow its word directly, and from there on everywhere.
+# Who repeats what it has read can say the number that follows its word directly. From there to a
+# number behind two words that all statements share is a step; at once it is not found.
 _LOOKING_UP = (
-    Stage(length=96, tokens=600 * 6144, batch=6144, kind="bare"),
+    Stage(length=96, tokens=300 * 6144, batch=6144, kind="copies"),
+    Stage(length=96, tokens=300 * 6144, batch=6144, kind="bare"),
     Stage(length=192, tokens=300 * 6144, batch=6144, kind="streams"),
     Stage(length=384, tokens=250 * 6144, batch=6144, kind="streams"),
     Stage(length=768, tokens=200 * 6144, batch=6144, kind="streams"),
 )
-# Positions leap only once words are looked up: nothing else has been tried.
 _STRETCHING = (
     Stage(length=384, tokens=100 * 6144, batch=6144, kind="streams"),
     Stage(length=768, tokens=200 * 6144, batch=6144, kind="streams"),

@@ -288,6 +288,7 @@ def _makers(kind: str) -> tuple[_Maker, ...]:
         "mixed": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _text_row),
         "dense": (_secret_row, _text_row, _secret_row, _copy_row, _secret_row, _secret_row),
         "sentences": (packed, _text_row, _secret_row, _copy_row, packed, _text_row),
+        "copies": (_copy_row, _text_row, _copy_row),
         "bare": (bare, _copy_row, bare, _text_row, bare, bare),
         "streams": (_stream_row, _text_row, _stream_row, _copy_row, packed, _secret_row),
         "texts": (_text_row, _secret_row, _text_row),

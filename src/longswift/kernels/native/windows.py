@@ -49,6 +49,8 @@ def attend_windows(
         out.zero_()
         lse.fill_(float("-inf"))
     operators = compiled.loaded()
+    if q_len > 1:
+        operators.use_large_pages(out)
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
     q, k, v = in_pairs(q), in_pairs(k), in_pairs(v)
