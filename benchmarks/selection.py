@@ -34,7 +34,7 @@ CONFIGS: dict[str, Mechanism] = {
     "centroids, remainder 64": MSSwift(remainder=64),
     "centroids, rows 16": MSSwift(selector=Centroids(rows=16)),
     "centroids, rows 8": MSSwift(selector=Centroids(rows=8)),
-    "centroids, rows 2": MSSwift(selector=Centroids(rows=2)),
+    "centroids, rows 4": MSSwift(selector=Centroids(rows=4, far=65_536)),
     "centroids, proposals 4": MSSwift(selector=Centroids(proposals=4)),
     "centroids, proposals 8": MSSwift(selector=Centroids(proposals=8)),
     "centroids, proposals 32": MSSwift(selector=Centroids(proposals=32)),

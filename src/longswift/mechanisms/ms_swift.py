@@ -30,7 +30,7 @@ block); a window's far edge moves outwards to a multiple of the selector's ``key
 | | time per query and head | memory |
 |---|---|---|
 | window, sinks, key tokens | O((w + sinks + key_tokens) D) | O(n) |
-| selection (``centroids``) | O(n D / 4 + 16 key_tokens D) | O(n) |
+| selection (``centroids``) | O(min(n / 2, 16384) D + 16 key_tokens D) | O(n) |
 | remainder | O(min(n / remainder, 512) D) | O(n / key_block) |
 """
 

@@ -54,8 +54,8 @@ class Centroids(Bounds):
 
     name: ClassVar[str] = "centroids"
 
-    rows: int = 4
-    far: int = 65_536
+    rows: int = 2
+    far: int = 32_768
     proposals: int = 16
     most_proposals: int = 32
 
