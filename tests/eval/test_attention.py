@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 from longswift.core.errors import ConfigError, InputError
-from longswift.eval import attention, attention_table
+from longswift.eval import attention, attention_table, bench_plots
 from longswift.eval.attention import AttentionBench
 from longswift.eval.attention_rivals import Rival
 from longswift.eval.attention_table import AttentionRow
 from longswift.eval.bench_plots import lines, plot_attention
 from longswift.eval.compare import compare
 from longswift.eval.growth import growth
+from longswift.eval.plots import figure
 from longswift.eval.results import Result, load
 
 WINDOW = {"name": "sliding_window", "window": 64, "global_tokens": 0}
@@ -291,3 +294,21 @@ def test_comparison_finds_what_got_worse() -> None:
         compare(before, Result(kind="attention", config={}, seed=0, rows=[]))
     with pytest.raises(InputError, match="one kind"):
         compare(before, Result(kind="demo", config={}, seed=0, rows=[]))
+
+
+def test_numbers_of_rivals_that_tie_do_not_hide_each_other() -> None:
+    fig = figure(6, 5)
+    axis = fig.subplots()
+    rivals = {
+        name: [SimpleNamespace(length=n, speedup=x) for n, x in zip((4096, 32768), of, strict=True)]
+        for name, of in {"a": (5.1, 4.8), "b": (5.0, 17.0), "c": (4.9, 109.0)}.items()
+    }
+    for rows in rivals.values():
+        axis.plot([row.length for row in rows], [row.speedup for row in rows])
+    looks = bench_plots.lines({name: name for name in rivals}, [], "a")
+    bench_plots._number_speedups(axis, rivals, looks)  # type: ignore[arg-type]
+    bench_plots.ratio_axis(axis, "")
+    fig.canvas.draw()
+    boxes = [words.get_window_extent() for words in axis.texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -21,6 +21,8 @@ from longswift.eval.results import Result
 _OTHERS = ("#d1495b", "#edae49", "#5b5f97", "#2e8b57", "#8d6a9f", "#c77b30", "#4aa3df")
 _DASHES = ("-", "--", ":")
 _FEW = 3
+# Points nearer than this factor would have their numbers in each other.
+_TIE = 1.5
 
 
 class Line(NamedTuple):
@@ -128,10 +130,7 @@ def plot_attention(result: Result, path: str | Path) -> Path:
     for axis, draw in zip(axes, panels, strict=True):
         draw(axis, found, looks, result)
         length_axis(axis, sorted({row.length for row in every}))
-    handles, words = axes[0].get_legend_handles_labels()
-    fig.legend(
-        handles, words, loc="outside right center", frameon=False, fontsize=9, handlelength=3
-    )
+    _legend(fig, axes[0])
     config = result.config
     direction = "causal" if config["causal"] else "bidirectional"
     work = "forward + backward" if config["backward"] else "forward"
@@ -166,17 +165,31 @@ def _draw_speedups(axis: Any, found: _Series, looks: dict[str, Line], result: Re
     rivals = {name: rows for name, rows in found.items() if not is_baseline(result, name)}
     for name, rows in rivals.items():
         axis.plot([r.length for r in rows], [r.speedup for r in rows], **looks[name].style())
-        for row in rows if len(rivals) <= _FEW else ():
+    if len(rivals) <= _FEW:
+        _number_speedups(axis, rivals, looks)
+    ratio_axis(axis, f"times faster than {baseline_title(result)} (line at 1)")
+
+
+def _number_speedups(axis: Any, rivals: _Series, looks: dict[str, Line]) -> None:
+    """Numbers above their points; of those that nearly tie the smaller ones stand below."""
+    points: dict[int, list[tuple[float, str]]] = {}
+    for name, rows in rivals.items():
+        for row in rows:
+            points.setdefault(row.length, []).append((row.speedup, name))
+    for length, some in points.items():
+        higher, below = float("inf"), 0
+        for speedup, name in sorted(some, reverse=True):
+            below = below + 1 if higher < _TIE * speedup else 0
+            higher = speedup
             axis.annotate(
-                f"{row.speedup:.1f}x",
-                (row.length, row.speedup),
+                f"{speedup:.1f}x",
+                (length, speedup),
                 textcoords="offset points",
-                xytext=(0, 7),
+                xytext=(0, 7) if below == 0 else (0, -5 - 11 * below),
                 ha="center",
                 color=looks[name].colour,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
             )
-    ratio_axis(axis, f"times faster than {baseline_title(result)} (line at 1)")
 
 
 def _draw_memory(axis: Any, found: _Series, looks: dict[str, Line], result: Result) -> None:
@@ -234,9 +247,6 @@ def plot_phase(result: Result, path: str | Path) -> Path:
             panels[2].set_ylim(bottom=0)
         for axis in panels:
             length_axis(axis, sorted({row.length for row in found}))
-    handles, words = axes[0][0].get_legend_handles_labels()
-    fig.legend(
-        handles, words, loc="outside right center", frameon=False, fontsize=9, handlelength=3
-    )
+    _legend(fig, axes[0][0])
     fig.suptitle(phase_table.heading(result), fontsize=11)
     return save(fig, path)

@@ -251,7 +251,7 @@ def _stream_row(
     between them: who repeats what it has read can do the first, and each form helps the next.
     """
     row, parts = _Row(rng), pool.parts
-    between = (parts["is"], parts["space"])
+    between: tuple[np.ndarray, ...] = (parts["is"], parts["space"])
     with_stem, pieces = rng.random() < 0.4, int(rng.integers(1, 5))
     digits, again = int(rng.integers(1, tasks.DIGITS + 1)), rng.uniform(0.4, 0.75)
     if bare:
