@@ -247,8 +247,8 @@ def _stream_row(
 
     The densest exercise in telling words apart: every repeated statement is a question, at first
     with few words to choose among. Short forms leave out the first words of the sentence. If
-    ``bare``, words are one piece and numbers one digit, with nothing, a space or all of the usual
-    between them: who repeats what it has read can do the first, and each form helps the next.
+    ``bare``, random words have one piece and numbers one digit, with nothing, a space or all of the
+    usual between them: who repeats what it has read can do the first, and each form helps the next.
     """
     row, parts = _Row(rng), pool.parts
     between: tuple[np.ndarray, ...] = (parts["is"], parts["space"])
