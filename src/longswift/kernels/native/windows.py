@@ -18,6 +18,8 @@ _ROWS = 512
 # Wider tiles are as fast in torch's fused kernel, too.
 _WIDEST = 8192
 _FARTHEST = 1 << 40
+# Bytes beyond which the C library maps memory anew for every call: a page fault is microseconds.
+_MAPPED = 1 << 25
 
 
 def attend_windows(
@@ -49,7 +51,7 @@ def attend_windows(
         out.zero_()
         lse.fill_(float("-inf"))
     operators = compiled.loaded()
-    if q_len > 1:
+    if out.nbytes > _MAPPED:
         operators.use_large_pages(out)
     # Count, rows and width of a piece: the widest first.
     work.sort(key=lambda piece: -piece[5] * piece[6] * piece[7])
