@@ -112,18 +112,16 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Everything, by length; what an earlier run has kept is not measured again."""
     attention = {name: own for name, own in chosen.items() if name != PREFILL}
+    parts: dict[str, Callable[[int], list[dict[str, Any]]]] = {}
+    if attention:
+        parts["attention"] = lambda length: _measure(length, attention, given)
+    if PREFILL in chosen:
+        parts[PREFILL] = lambda length: [_prefill(length, chosen[PREFILL], given)]
     rows: list[dict[str, Any]] = []
     for length in lengths:
-        for part in ("attention", PREFILL):
-            if not (attention if part == "attention" else PREFILL in chosen):
-                continue
+        for part, measure in parts.items():
             if not kept.find(part=part, length=length):
-                found = (
-                    [_prefill(length, chosen[PREFILL], given)]
-                    if part == PREFILL
-                    else _measure(length, attention, given)
-                )
-                kept.add({"part": part, "length": length, "rows": found})
+                kept.add({"part": part, "length": length, "rows": measure(length)})
             rows += kept.find(part=part, length=length)[0]["rows"]
     return rows
 
