@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longswift import MSSwift, SlidingWindow
+from longswift.cli.positions import extension
 from longswift.core.errors import LongSwiftError
 from longswift.core.mechanism import Mechanism
 from longswift.eval import options, selection
@@ -146,6 +147,8 @@ def main() -> int:
     parser.add_argument("--length", default="32768")
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-length", help="extend the model's positions to this many tokens")
+    parser.add_argument("--rope", default="yarn", help="scaling of rotary positions for that")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto", help="that of the checkpoint by default")
     parser.add_argument("--only", help="labels, separated by semicolons")
@@ -160,6 +163,7 @@ def main() -> int:
             model=given.model,
             length=options.length(given.length),
             documents=given.documents,
+            **extension(given.max_length, given.rope),
             device=given.device,
             dtype=given.dtype,
             repeats=given.repeats,

@@ -169,6 +169,17 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_shape_and_a_dtype_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_llama(64, heads=4, head_dim=8, layers=1, intermediate=48, dtype=torch.bfloat16)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert weight.shape == (48, 32) and weight.dtype == torch.bfloat16
+    # Eight billion parameters, counted without memory, which a `torch.empty` that fills would take.
+    monkeypatch.undo()
+    shape = phase_work._SHAPES["random-llama-8b"]
+    large = random_llama(64, device="meta", **shape)
+    assert sum(x.numel() for x in large.parameters()) == 8_030_261_248
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longswift import Full, MSSwift, SlidingWindow
+from longswift.core.errors import ConfigError
 from longswift.core.mechanism import Mechanism
 from longswift.eval import selection
 from longswift.eval.selection import Study, summarise
+from longswift.hf.loading import random_llama
 
 WHOLE = Full()
 SPARSE = MSSwift(windows=(32, 64), key_tokens=16, block=32, dense_below=0, sinks=4)
@@ -20,7 +24,7 @@ MECHANISMS: dict[str, Mechanism] = {
 }
 
 
-def study(directory: Path, **options: int) -> Study:
+def study(directory: Path, **options: Any) -> Study:
     return Study(
         mechanisms={name: own.to_dict() for name, own in MECHANISMS.items()},
         model=str(directory),
@@ -47,6 +51,25 @@ def test_what_sees_everything_loses_nothing(model_directory: Path, tmp_path: Pat
     again = selection.run(asked, tmp_path / "s.json", progress=False)
     assert again.rows == result.rows
     assert [row[0] for row in selection.table(result).rows] == list(found)
+
+
+def test_positions_are_stretched_as_asked(model_directory: Path, tmp_path: Path) -> None:
+    """They change what the dense model itself reads, before any rival is compared."""
+    for part in model_directory.glob("tokenizer*"):
+        shutil.copy(part, tmp_path)
+    random_llama(600, heads=4, kv_heads=2, head_dim=8, vocabulary=512).save_pretrained(tmp_path)
+    asked: list[dict[str, Any]] = [
+        {},
+        *({"max_length": 4000, "rope": rope} for rope in ("linear", "yarn")),
+    ]
+    found = [
+        selection.run(study(tmp_path, **options), tmp_path / f"{i}.json", progress=False)
+        for i, options in enumerate(asked)
+    ]
+    assert len({result.rows[0]["nll"] for result in found}) == 3
+    assert found[2].config["max_length"] == 4000
+    with pytest.raises(ConfigError, match="rope"):
+        study(model_directory, rope="yearn")
 
 
 def test_only_secrets_that_full_attention_answers_count() -> None:

@@ -55,6 +55,6 @@ def test_in_plain_torch(case: Case) -> None:
 
 @pytest.mark.parametrize("case", FIRST, ids=lambda case: case.label)
 def test_by_default(case: Case) -> None:
-    kernels = {"performer": "eager", "nystrom": "eager"}
+    kernels = dict.fromkeys(("efficient", "performer", "nystrom"), "eager")
     r = same(case, case.causal, False, "auto")
     assert r.stats.backend == kernels.get(case.name, "triton")

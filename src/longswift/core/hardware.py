@@ -55,8 +55,8 @@ def _cpu_vendor() -> str:
 
 # Measured with the default configuration, see docs/performance.md.
 _CROSSOVERS = {"cpu": 4096, "cuda": 16384}
-# Bytes of keys and values that a CPU reads while MS-SWIFT chooses for a single row.
-_READ_BY_ROW = 1 << 24
+# Bytes of keys and values that a device reads while MS-SWIFT chooses for a single row.
+_READ_BY_ROW = {"cpu": 1 << 24, "cuda": 1 << 32}
 
 
 def crossover(device: torch.device | str) -> int:
@@ -71,7 +71,5 @@ def row_crossover(k: torch.Tensor, *, summarised: bool) -> int:
     """
     if not summarised:
         return k.shape[2]
-    of_device = crossover(k.device)
-    if not k.is_cpu:
-        return of_device
-    return max(of_device, _READ_BY_ROW // (2 * k.shape[1] * k.shape[3] * k.element_size()))
+    read = _READ_BY_ROW.get(k.device.type, 0)
+    return max(crossover(k.device), read // (2 * k.shape[1] * k.shape[3] * k.element_size()))

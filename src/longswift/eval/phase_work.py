@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 ATTENTION, MODEL = "attention", "model"
 RANDOM = "random-llama"
+# Shapes of models whose weights are drawn; the second is that of Llama 3 8B.
+_SHAPES: dict[str, dict[str, Any]] = {
+    RANDOM: {},
+    f"{RANDOM}-8b": {
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "layers": 32,
+        "intermediate": 14_336,
+        "vocabulary": 128_256,
+    },
+}
 # Positions beyond the text that decoding may need.
 _ROOM = 4096
 
@@ -239,9 +251,10 @@ def _load(bench: PhaseBench) -> Loaded:
     from longswift.hf.loading import random_llama
 
     longest = max(bench.lengths) + _ROOM
-    if bench.model == RANDOM:
-        model = random_llama(longest, bench.seed).to(bench.device, options.dtype(bench.dtype))
-        return Loaded(model=model, tokenizer=None, name=RANDOM)
+    if bench.model in _SHAPES:
+        drawn: dict[str, Any] = {"dtype": options.dtype(bench.dtype), "device": bench.device}
+        model = random_llama(longest, bench.seed, **_SHAPES[bench.model], **drawn)
+        return Loaded(model=model, tokenizer=None, name=bench.model)
     loaded = load(bench.model, dtype=bench.dtype, device=bench.device)
     limit = limit_of(loaded.model)
     if limit is not None and limit < longest:

@@ -28,7 +28,7 @@ class PhaseBench:
 
     Attributes:
         phase: ``decode``, ``prefill`` or ``train``.
-        model: ``random-llama``, ``tiny``, a directory or a name on the hub.
+        model: ``random-llama``, ``random-llama-8b``, ``tiny``, a directory or a name on the hub.
         lengths: Tokens: those in the cache for ``decode``, those of the text otherwise.
         batches: Sequences per call.
         mechanisms: The rivals, as ``Mechanism.to_dict`` gives them.

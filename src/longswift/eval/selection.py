@@ -34,6 +34,7 @@ from longswift.eval.reading import finish
 from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, Rival
 from longswift.eval.walk import Walk, on_trial
+from longswift.extend.rope import check_kind
 from longswift.mechanisms.full import Full
 
 KIND = "selection"
@@ -61,6 +62,8 @@ class Study:
         model: ``tiny``, a directory or a name on the hub.
         file: Text; held-out Python documentation by default.
         seed: Chooses words, numbers and places.
+        max_length: Extend the model's positions to this many tokens.
+        rope: Scaling of rotary positions for that.
         device: Where the model is.
         dtype: What it computes in; ``"auto"`` is that of the checkpoint.
     """
@@ -73,6 +76,8 @@ class Study:
     model: str = TINY
     file: str | None = None
     seed: int = 0
+    max_length: int | None = None
+    rope: str | None = "yarn"
     device: str = "cpu"
     dtype: str = "auto"
 
@@ -84,6 +89,7 @@ class Study:
             secrets=self.secrets,
             repeats=self.repeats,
         )
+        check_kind(self.rope)
 
 
 class _Clock:
@@ -182,6 +188,7 @@ def run(study: Study, output: str | Path, *, fresh: bool = False, progress: bool
 
     target = writable(output, kind=KIND)
     loaded, text = load(study.model, dtype=study.dtype, device=study.device), source(study.file)
+    loaded.extend(study.max_length, study.rope)
     check_length(loaded.model, study.length + 64)
     found = exams(
         loaded,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging as hf_logging
 
 from longswift.core.errors import ConfigError, problem
@@ -71,6 +71,10 @@ def random_llama(
     kv_heads: int = 2,
     head_dim: int = 64,
     layers: int = 2,
+    intermediate: int | None = None,
+    vocabulary: int = 256,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A model of Llama shape with random weights, for work whose time does not depend on them.
 
@@ -81,19 +85,25 @@ def random_llama(
         kv_heads: Key/value heads.
         head_dim: Width of a head.
         layers: Layers.
+        intermediate: Width of the MLP; that of all heads when None.
+        vocabulary: Tokens it knows.
+        dtype: Of the weights.
+        device: Where they are drawn.
     """
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=vocabulary,
         hidden_size=heads * head_dim,
-        intermediate_size=heads * head_dim,
+        intermediate_size=intermediate or heads * head_dim,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=longest,
     )
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def _place(model: str | Path) -> str:

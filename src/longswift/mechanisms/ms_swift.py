@@ -93,7 +93,8 @@ class MSSwift(Mechanism):
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly and bidirectional
             inputs shorter than this are dense. None: 4,096 (on a GPU 16,384); for a single row, as
-            in decoding, up to 16 MiB of keys and values on a CPU, and all without page summaries.
+            in decoding, up to 16 MiB of keys and values (on a GPU 4 GiB), and all without page
+            summaries.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not

@@ -9,7 +9,7 @@ import typer
 from typer import Option
 
 Model = Annotated[
-    str, typer.Argument(help="'random-llama', 'tiny', a model directory or a hub name.")
+    str, typer.Argument(help="'random-llama[-8b]', 'tiny', a model directory or a hub name.")
 ]
 Mechanism = Annotated[str, Option(help="Mechanisms, comma-separated.")]
 Settings = Annotated[
