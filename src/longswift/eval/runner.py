@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,9 +129,7 @@ class Runner:
             sample,
             chunk=self.chunk,
             likelihood=case.task.likelihood,
-            mechanism=self.mechanism,
-            scored=seen,
-            guarded=guarded,
+            watching=_watching(self.mechanism, seen, guarded),
         )
         return {
             "read": told.tokens,
@@ -143,15 +143,20 @@ class Runner:
         }
 
 
+@contextmanager
+def _watching(mechanism: Mechanism | None, seen: Scored, guarded: Guarded) -> Iterator[None]:
+    """Counts the keys of the mechanism in force, and how often its guard fires."""
+    with count_keys(mechanism, seen), observe(guarded.see):
+        yield
+
+
 def answer(
     loaded: Loaded,
     sample: Sample,
     *,
     chunk: int,
     likelihood: bool = False,
-    mechanism: Mechanism | None = None,
-    scored: Scored | None = None,
-    guarded: Guarded | None = None,
+    watching: AbstractContextManager[None] | None = None,
 ) -> tuple[reading.Reading, Output]:
     """Let the model, as it attends now, read a document once and answer all its questions.
 
@@ -160,15 +165,12 @@ def answer(
         sample: Document and questions.
         chunk: Tokens per forward pass.
         likelihood: Also give the loss of every token of the document.
-        mechanism: The mechanism in force, whose keys are counted.
-        scored: Where they are counted.
-        guarded: Where it is counted how often a coverage guard fired while the document was read.
+        watching: Entered while the document is read, and left before questions are.
     """
     from longswift.hf import SwiftCache
 
     cache = SwiftCache(loaded.model.config)
-    seen = Scored() if scored is None else scored
-    with count_keys(mechanism, seen), observe((guarded or Guarded()).see):
+    with watching or nullcontext():
         told = reading.read(loaded.model, sample.document, cache, chunk=chunk, score=likelihood)
     stop = loaded.stop_tokens()
     texts = [
