@@ -125,3 +125,15 @@ def test_the_default_is_triton_and_dense_below_its_crossover() -> None:
     assert r.stats.backend == "triton" and r.stats.mode == "dense"
     exact = Full()(*(x.double() for x in (q, k, v)), backend="reference").out
     assert error(r.out, exact) < 1e-5
+
+
+def test_a_single_query_reads_everything_by_default() -> None:
+    """Beyond the crossover, too, where a choice would be launched in more time than keys take."""
+    shapes = (1, 4, 1, 64), (1, 2, 17_000, 64), (1, 2, 17_000, 64)
+    inputs = [torch.randn(shape) for shape in shapes]
+    exact = Full()(*(x.double() for x in inputs), backend="reference").out
+    q, k, v = to_device(*inputs)
+    assert not MSSwift().reads_summary(1, k)
+    r = MSSwift()(q, k, v)
+    assert r.stats.mode == "dense"
+    assert error(r.out, exact) < 1e-5
