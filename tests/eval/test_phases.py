@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,13 +176,15 @@ def test_a_shape_and_a_dtype_can_be_asked_for() -> None:
     assert weight.shape == (48, 32) and weight.dtype == torch.bfloat16
 
 
-def test_eight_billion_parameters_are_called_8b() -> None:
-    shape = phase_work._SHAPES["random-llama-8b"]
-    hidden = shape["heads"] * shape["head_dim"]
-    keys = shape["kv_heads"] * shape["head_dim"]
-    layer = 2 * hidden * (hidden + keys) + 3 * hidden * shape["intermediate"] + 2 * hidden
+def test_eight_billion_parameters_are_called_8b_and_refused_where_they_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "random-llama-8b"
     # What Llama 3 8B has.
-    assert 2 * shape["vocabulary"] * hidden + shape["layers"] * layer + hidden == 8_030_261_248
+    assert phase_work._parameters(**phase_work._SHAPES[name]) == 8_030_261_248
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=20 << 30))
+    with pytest.raises(ConfigError, match=r"29\.9 GiB of free memory.*20\.0 GiB"):
+        phase_work.Work(bench("prefill", model=name))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -252,6 +253,7 @@ def _load(bench: PhaseBench) -> Loaded:
 
     longest = max(bench.lengths) + _ROOM
     if bench.model in _SHAPES:
+        _check_memory(bench)
         drawn: dict[str, Any] = {"dtype": options.dtype(bench.dtype), "device": bench.device}
         model = random_llama(longest, bench.seed, **_SHAPES[bench.model], **drawn)
         return Loaded(model=model, tokenizer=None, name=bench.model)
@@ -260,6 +262,36 @@ def _load(bench: PhaseBench) -> Loaded:
     if limit is not None and limit < longest:
         extend(loaded.model, longest, attention=None)
     return loaded
+
+
+def _check_memory(bench: PhaseBench) -> None:
+    """Raise ``ConfigError`` where the weights alone do not fit; a system out of memory kills."""
+    needed = _parameters(**_SHAPES[bench.model]) * options.dtype(bench.dtype).itemsize
+    free = psutil.virtual_memory().available
+    if torch.device(bench.device).type == "cpu" and needed > free:
+        raise ConfigError(
+            problem(
+                bench.model,
+                expected=f"{needed / 2**30:.1f} GiB of free memory for weights in {bench.dtype}",
+                got=f"{free / 2**30:.1f} GiB",
+                fix=f"Use --device cuda, or {RANDOM}.",
+            )
+        )
+
+
+def _parameters(
+    *,
+    heads: int = 0,
+    kv_heads: int = 0,
+    head_dim: int = 0,
+    layers: int = 0,
+    intermediate: int = 0,
+    vocabulary: int = 0,
+) -> int:
+    """How many numbers a shape of ``_SHAPES`` has; what it leaves out is too few to count."""
+    hidden, keys = heads * head_dim, kv_heads * head_dim
+    layer = 2 * hidden * (hidden + keys) + 3 * hidden * intermediate + 2 * hidden
+    return 2 * vocabulary * hidden + layers * layer + hidden
 
 
 def _shape(loaded: Loaded) -> tuple[int, int, int]:
