@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM as Auto
-from transformers import AutoTokenizer, BambaConfig, FalconH1Config, Gemma2Config
+from transformers import (
+    AutoTokenizer,
+    BambaConfig,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from longswift.core.errors import UnsupportedError
 from longswift.eval.models import load
 from longswift.eval.reading import next_token_logits
 from longswift.hf import SwiftCache
+from tests.hf.models import recent
 
 
 def save(config: Any, tokenizer: Path, place: Path) -> Any:
@@ -42,7 +49,11 @@ HYBRID = {
 }
 
 
-def test_models_without_sdpa_attend_eagerly(model_directory: Path, tmp_path: Path) -> None:
+def test_models_without_sdpa_attend_eagerly(
+    model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Older versions of Transformers do not say so of their own accord.
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", False)
     sizes = {key: value for key, value in HYBRID.items() if not key.startswith("mamba")}
     save(Gemma2Config(**sizes, head_dim=8), model_directory, tmp_path)
     loaded = load(str(tmp_path))
@@ -66,6 +77,14 @@ def test_logits_are_the_models_own(model_directory: Path, tmp_path: Path) -> Non
         hidden = model.get_decoder()(tokens, past_key_values=SwiftCache(model.config))
         ours = next_token_logits(model, hidden.last_hidden_state[0])
         torch.testing.assert_close(ours, model(tokens).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@recent
+def test_recurrent_layers_that_go_on_between_chunks_load(
+    model_directory: Path, tmp_path: Path
+) -> None:
+    config = FalconH1Config(**HYBRID, mamba_d_ssm=64, lm_head_multiplier=0.3)
+    save(config, model_directory, tmp_path)
     load(str(tmp_path))
 
 

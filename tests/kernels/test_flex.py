@@ -121,6 +121,8 @@ def test_any_number_of_head_shapes_and_scales(monkeypatch: pytest.MonkeyPatch) -
     """Each is a variant, and there may be more of them than Dynamo allows by default."""
     counter = CompileCounter()
     torch._dynamo.reset()
+    # Some versions of Transformers raise it for the whole process.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compiled = torch.compile(flex._call, dynamic=True, fullgraph=True, backend=counter)
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
     monkeypatch.setattr(flex, "_dense", flex._fused)
@@ -131,7 +133,7 @@ def test_any_number_of_head_shapes_and_scales(monkeypatch: pytest.MonkeyPatch) -
             q, k, v = (torch.randn(1, h, length, 8 + index) for h in (2 * (index % 4 + 1), 2, 2))
             fast, slow = (x.attend(q, k, v, pattern, scale) for x in (flex, reference))
             torch.testing.assert_close(fast.out, slow.out)
-    assert counter.frame_count == 10 > torch._dynamo.config.recompile_limit
+    assert counter.frame_count == 10
     torch._dynamo.reset()
 
 
