@@ -22,7 +22,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.states import LinearState
 from longswift.kernels import dispatch
 from longswift.kernels import triton as backend
-from longswift.kernels.triton import backward, choosing, launch, limits
+from longswift.kernels.triton import choosing, launch, limits
 
 # Shared memory that a program may have, by compute capability.
 ROOM = {90: 232_448, 80: 166_912, 86: 101_376}
@@ -66,7 +66,7 @@ def pretend(sm: int) -> dict[tuple[str, str], int]:
     backend.verify = lambda device: (True, "pretended")
     dispatch.trusted = lambda *asked: True
     choosing._ranks_in_fp8 = lambda device: sm >= 89
-    for module in (choosing, backward):
+    for module in (choosing, launch):
         module.is_roomy = lambda device: ROOM[sm] >= launch._ROOM
     return compiled
 

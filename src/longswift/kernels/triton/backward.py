@@ -15,7 +15,7 @@ from torch import Tensor
 from longswift.core.bias import ScoreBias
 from longswift.core.softmax import accumulator_dtype
 from longswift.kernels.triton import backward_kernels as kernels
-from longswift.kernels.triton.launch import Shape, bias_arguments, bias_options, is_roomy
+from longswift.kernels.triton.launch import Shape, bias_arguments, step_options
 from longswift.kernels.triton.shares import collect
 from longswift.kernels.triton.tables import Tables
 
@@ -58,8 +58,7 @@ def backward(
     d_v = torch.empty(v.shape, dtype=acc, device=q.device)
     given = (q, k, v, d_out.to(q.dtype).contiguous(), lse, delta.contiguous())
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    steps = {} if is_roomy(q.device) else {"num_stages": 2}
-    options = {**shape.constants(), **steps, **bias_options(bias), "num_warps": shape.warps}
+    options = {**shape.constants(), **step_options(bias, q.device), "num_warps": shape.warps}
     added = bias_arguments(bias)
     kernels.d_queries[shape.query_grid](
         *given,

@@ -16,7 +16,7 @@ from torch import Tensor
 from longswift.core.bias import ScoreBias
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import Partial
-from longswift.kernels.triton.launch import LENGTHS, TABLE, Shape, bias_arguments, bias_options
+from longswift.kernels.triton.launch import LENGTHS, TABLE, Shape, bias_arguments, step_options
 from longswift.kernels.triton.tables import Tables
 
 
@@ -225,7 +225,7 @@ def forward(
         *v.stride()[:3],
         **shape.constants(),
         BAND=band,
-        **bias_options(bias),
+        **step_options(bias, q.device),
         num_warps=shape.warps,
     )
     return Partial(out, lse)

@@ -136,10 +136,10 @@ def bias_arguments(bias: ScoreBias | None) -> tuple[Any, ...]:
     return bias.values.contiguous(), bias.values.shape[1], bias.zero, bias.step
 
 
-def bias_options(bias: ScoreBias | None) -> dict[str, Any]:
-    """Options of a kernel with or without a bias."""
+def step_options(bias: ScoreBias | None, device: torch.device) -> dict[str, Any]:
+    """Options of a kernel with or without a bias: what a device has room for."""
     if bias is None:
-        return {"BIASED": False}
+        return {"BIASED": False} if is_roomy(device) else {"BIASED": False, "num_stages": 2}
     # Values that are looked up in advance would take the shared memory of a tile of scores each.
     return {"BIASED": True, "num_stages": 1}
 
