@@ -133,7 +133,7 @@ def test_any_number_of_head_shapes_and_scales(monkeypatch: pytest.MonkeyPatch) -
             q, k, v = (torch.randn(1, h, length, 8 + index) for h in (2 * (index % 4 + 1), 2, 2))
             fast, slow = (x.attend(q, k, v, pattern, scale) for x in (flex, reference))
             torch.testing.assert_close(fast.out, slow.out)
-    assert counter.frame_count == 10
+    assert counter.frame_count == 10 > torch._dynamo.config.recompile_limit
     torch._dynamo.reset()
 
 

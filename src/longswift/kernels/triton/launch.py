@@ -137,11 +137,11 @@ def bias_arguments(bias: ScoreBias | None) -> tuple[Any, ...]:
 
 
 def step_options(bias: ScoreBias | None, device: torch.device) -> dict[str, Any]:
-    """Options of a kernel with or without a bias: what a device has room for."""
-    if bias is None:
-        return {"BIASED": False} if is_roomy(device) else {"BIASED": False, "num_stages": 2}
-    # Values that are looked up in advance would take the shared memory of a tile of scores each.
-    return {"BIASED": True, "num_stages": 1}
+    """Whether a kernel adds a bias, and how many steps of its loops a device has room for."""
+    if bias is not None:
+        # Values looked up in advance would take the shared memory of a tile of scores each.
+        return {"BIASED": True, "num_stages": 1}
+    return {"BIASED": False, **({} if is_roomy(device) else {"num_stages": 2})}
 
 
 def precision() -> str:
