@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from longswift.core.files import write_text
 from longswift.eval import text
-from longswift.eval.results import write_text
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 LENGTHS = (2048, 8192, 32768, 131072)

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 from longswift.core.errors import InputError, LongSwiftError, problem
+from longswift.core.files import write_text
 from longswift.eval import approximation, attention_table, demo, mechanism_table, phase_table
-from longswift.eval.results import Result, load, write_text
+from longswift.eval.results import Result, load
 from longswift.eval.text import Table
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -71,6 +71,24 @@ CONFIGS: dict[str, Mechanism] = {
     ),
 }
 
+# What brings predictions closer beyond 32k tokens, and what it costs there; on request only.
+CLOSER: dict[str, Mechanism] = {
+    "centroids, 384 of 24x": MSSwift(key_tokens=384, selector=Centroids(proposals=24)),
+    "centroids, 512 of 16x": MSSwift(key_tokens=512),
+    "centroids, 512 of 32x": MSSwift(key_tokens=512, selector=Centroids(proposals=32)),
+    "centroids, 256 of 64x": MSSwift(selector=Centroids(proposals=64)),
+    "centroids, block 64 of 32x": MSSwift(block=64, selector=Centroids(proposals=32)),
+    "centroids, block 64, 384": MSSwift(block=64, key_tokens=384),
+    "centroids, far 65536": MSSwift(selector=Centroids(far=65_536)),
+    "centroids, far 65536, 32x": MSSwift(selector=Centroids(far=65_536, proposals=32)),
+    "centroids, far 65536, 512": MSSwift(key_tokens=512, selector=Centroids(far=65_536)),
+    "centroids, far 65536, block 64": MSSwift(block=64, selector=Centroids(far=65_536)),
+    "centroids, block 64, 512 of 32x": MSSwift(
+        block=64, key_tokens=512, selector=Centroids(proposals=32)
+    ),
+    "centroids, 1024 of 32x": MSSwift(key_tokens=1024, selector=Centroids(proposals=32)),
+}
+
 # Points closer than this, in pixels across and up, share a label.
 _APART = 20, 12
 
@@ -157,7 +175,7 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="forget an interrupted run")
     given = parser.parse_args()
     try:
-        chosen = options.labelled(given.only, CONFIGS)
+        chosen = options.labelled(given.only, CONFIGS | CLOSER) if given.only else CONFIGS
         study = selection.Study(
             mechanisms={label: mechanism.to_dict() for label, mechanism in chosen.items()},
             model=given.model,

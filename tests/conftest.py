@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +80,23 @@ def seed() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of the tiny model's kind: two layers, one sliding, one full."""
+    from longswift.tiny import network, tokenizer
+
+    place = tmp_path_factory.mktemp("model")
+    network.build(
+        vocab_size=512,
+        layers=2,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        feed_forward=64,
+        window=32,
+        seed=0,
+    ).save_pretrained(place)
+    tokenizer.train(512, limit=300).save_pretrained(place)
+    return place

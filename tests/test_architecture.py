@@ -11,7 +11,7 @@ import longswift
 
 ROOT = Path(longswift.__file__).parent
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
-CHAIN = ["core", "kernels", "mechanisms", "memory", "distributed", "hf", "train", "eval", "cli"]
+CHAIN = ["core", "kernels", "mechanisms", "memory", "hf", "eval", "cli"]
 ALLOWED = {layer: {*CHAIN[: i + 1], "extend"} for i, layer in enumerate(CHAIN)}
 ALLOWED |= {
     "core": {"core"},

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from longswift.core.errors import InputError
-from longswift.eval.results import Progress, Result, load, replace, writable
+from longswift.core.files import replace
+from longswift.eval.results import Progress, Result, load, writable
 
 
 def result(**changes: object) -> Result:

@@ -108,6 +108,25 @@ def test_an_interrupted_tuning_ends_in_the_same_weights(
         tune(load(str(model_directory)), WINDOW, small(text, seed=1), tmp_path / "b")
 
 
+def test_a_record_vouches_for_no_other_weights(
+    model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, place = small(text), tmp_path / "run"
+    tune(load(str(model_directory)), WINDOW, first, place)
+    weights = load(str(place / "model")).fingerprint()
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(load(str(model_directory)), WINDOW, small(text, seed=1), place)
+    assert load(str(place / "model")).fingerprint() != weights
+    tune(load(str(model_directory)), WINDOW, first, place)
+    assert load(str(place / "model")).fingerprint() == weights
+
+
 def test_a_loss_that_is_not_finite_ends_the_tuning(
     model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,8 @@ def test_what_does_not_fit_is_named() -> None:
         chunks(lambda y: y.mean(1, keepdim=True), x)
     with pytest.raises(InputError, match="key_mask"):
         chunks(encode, x, key_mask=torch.ones(2, 9))
+    with pytest.raises(InputError, match="key_mask"):
+        chunks(encode, x, key_mask=[True])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="padding only"):
         chunks(encode, x, key_mask=torch.zeros(2, 9, dtype=torch.bool))
 

@@ -65,7 +65,7 @@ def test_shape_and_tying() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["full", "sliding_window", "ms_swift"])
+@pytest.mark.parametrize("name", ["full", "sliding_window", "sliding-window", "ms_swift"])
 def test_any_mechanism_by_name_or_dictionary(name: str) -> None:
     for given in (name, get_mechanism(name), get_mechanism(name).to_dict()):
         assert attention_of(build(given)) == get_mechanism(name)

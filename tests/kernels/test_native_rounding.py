@@ -202,23 +202,6 @@ def test_unusual_sizes(scale: float, of_keys: float) -> None:
     assert share.mean() > -1e-2
 
 
-def test_defaults_of_the_process_do_not_matter() -> None:
-    """Nor whether the memory that is kept was first used under inference mode."""
-    attention = MSSwift(windows=(128,), key_tokens=16, dense_below=128)
-    q, k, v = torch.randn(3, 1, 2, 1000, 64)
-    rounding._mine.room = None
-    with torch.inference_mode():
-        first = attention(q, k, v, backend="native").out
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        with torch.device("meta"):
-            second = attention(q, k, v, backend="native").out
-    finally:
-        torch.set_default_dtype(before)
-    assert torch.equal(first, second)
-
-
 def test_without_the_unit_nothing_is_rounded() -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("expected no rounding")

@@ -126,6 +126,22 @@ def test_gradients_flow_and_nothing_is_overwritten() -> None:
     assert not third.requires_grad and third.shape[2] == 11
 
 
+def test_room_behind_a_crop_is_not_the_callers() -> None:
+    pages, kept = PagedKV(), torch.randn(1, 1, 40, 8)
+    k, v = kept.clone(), torch.randn(1, 1, 40, 8)
+    q = torch.randn(1, 1, 3, 8, requires_grad=True)
+    keys, values = pages.append(k, v)
+    out = (q @ keys.mT).softmax(-1) @ values
+    pages.crop(20)
+    with torch.no_grad():
+        pages.append(torch.ones(1, 1, 5, 8), torch.ones(1, 1, 5, 8))
+        assert pages.capacity > 25, "the room is used again from here on"
+        buffer = pages.buffers[0]
+        pages.append(torch.ones(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
+    assert torch.equal(k, kept) and pages.buffers[0] is buffer
+    out.sum().backward()
+
+
 def test_inference_mode_and_back() -> None:
     pages = PagedKV()
     with torch.inference_mode():

@@ -122,20 +122,24 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causa
                 fix="Pass the keys of every query, or causal=False for cross attention.",
             )
         )
-    if key_mask is not None and (
-        not isinstance(key_mask, Tensor)
-        or key_mask.dtype != torch.bool
-        or tuple(key_mask.shape) != (batch, k_len)
-    ):
-        mask_dtype = getattr(key_mask, "dtype", type(key_mask).__name__)
-        raise InputError(
-            problem(
-                "key_mask",
-                expected=f"a bool tensor of shape {(batch, k_len)}, True for real tokens",
-                got=f"{mask_dtype} {tuple(getattr(key_mask, 'shape', ()))}",
-                fix="Convert an HF attention_mask with attention_mask.bool().",
-            )
+    if key_mask is not None:
+        check_key_mask(key_mask, batch, k_len)
+
+
+def check_key_mask(key_mask: Tensor, batch: int, length: int) -> None:
+    """Raise ``InputError`` unless a mask is bool ``[batch, length]``."""
+    fits = isinstance(key_mask, Tensor) and tuple(key_mask.shape) == (batch, length)
+    if fits and key_mask.dtype == torch.bool:
+        return
+    mask_dtype = getattr(key_mask, "dtype", type(key_mask).__name__)
+    raise InputError(
+        problem(
+            "key_mask",
+            expected=f"a bool tensor of shape {(batch, length)}, True for real tokens",
+            got=f"{mask_dtype} {tuple(getattr(key_mask, 'shape', ()))}",
+            fix="Convert an HF attention_mask with attention_mask.bool().",
         )
+    )
 
 
 def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longswift.core.errors import ConfigError, check_positive, problem
+from longswift.core.files import write_text
 from longswift.core.mechanism import Mechanism
 from longswift.eval import options
 from longswift.eval.calibration import (
@@ -26,7 +27,7 @@ from longswift.eval.models import TINY, Loaded, load
 from longswift.eval.prediction import pool
 from longswift.eval.progress import Bar, bar
 from longswift.eval.reading import check_chunk
-from longswift.eval.results import Progress, Result, writable, write_text
+from longswift.eval.results import Progress, Result, writable
 from longswift.eval.rivals import FULL, Rival
 from longswift.eval.samples import samples
 from longswift.eval.walk import Walk, on_trial

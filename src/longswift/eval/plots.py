@@ -7,8 +7,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from longswift.core.files import replace
 from longswift.eval import demo, text
-from longswift.eval.results import Result, apart, replace, writable
+from longswift.eval.results import Result, apart, writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longswift.core.files import write_text
 from longswift.eval import guarded, pages, pattern_plots, plots, standings
 from longswift.eval import report_sections as measured
 from longswift.eval import text as text_of
 from longswift.eval.report_sections import FIDELITY, RETRIEVAL, WINDOW, ReadingRow
-from longswift.eval.results import Result, write_text
+from longswift.eval.results import Result
 from longswift.eval.scores import NLL, ScoreRow
 from longswift.eval.tasks import TASKS
 from longswift.mechanisms import list_mechanisms

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from longswift.core.errors import InputError, problem
+from longswift.core.files import target_of, write_text
 from longswift.eval.environment import Environment, environment
 
 SCHEMA = 1
@@ -88,7 +88,7 @@ def writable(path: str | Path, *, endings: tuple[str, ...] = (), kind: str | Non
                 fix="Name the file accordingly.",
             )
         )
-    target = _target(path)
+    target = target_of(path)
     if target.is_file() and (found := _strange(target, kind)):
         raise InputError(
             problem(
@@ -149,43 +149,6 @@ def _strange(file: Path, kind: str | None) -> str | None:
     if not isinstance(name, str) or not {"schema", "version"} & set(found):
         return "JSON of something else"
     return None if kind in (None, name) else f"{name} of an earlier run"
-
-
-def _target(path: str | Path) -> Path:
-    """The file a path leads to. A rename would replace a link, and a device by a plain file."""
-    target = Path(path).resolve()
-    if target.is_file() or not target.exists():
-        return target
-    got, fix = "a device or a pipe", "Name a plain file."
-    if target.is_dir():
-        got, fix = "a directory", "Name a file in it."
-    raise InputError(problem(str(path), expected="a file to write", got=got, fix=fix))
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Replace ``path`` by ``text`` in one step."""
-    return replace(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def replace(path: str | Path, write: Any) -> Path:
-    """Let ``write`` fill a temporary file beside ``path`` and rename it to ``path``."""
-    target = _target(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    number, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
-    )
-    os.close(number)
-    try:
-        # mkstemp files are private; a result gets the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        write(Path(name))
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return Path(path)
 
 
 def _invalid(path: Path, what: str) -> InputError:

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from longswift.core.errors import UnsupportedError
+from longswift.core.files import write_text
 from longswift.core.mechanism import Mechanism
 from longswift.eval import standings, suite
 from longswift.eval.models import Loaded, load
 from longswift.eval.progress import Bar, bar
 from longswift.eval.reading import read
-from longswift.eval.results import write_text
 from longswift.eval.runner import FULL
 from longswift.eval.suite import Suite
 from longswift.eval.tuning import Tuning, last_loss, tune

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
+from longswift.core.files import replace, write_text
 from longswift.core.mechanism import Mechanism
 from longswift.eval.documents import source
 from longswift.eval.models import Codec, Loaded
 from longswift.eval.progress import Bar, silent
 from longswift.eval.reading import next_token_logits
-from longswift.eval.results import replace, write_text
 from longswift.eval.tasks import get_task, haystack
 from longswift.eval.tasks.base import CONTINUE
 
@@ -201,6 +201,8 @@ def tune(
             saved = time.monotonic()
     model.eval()
     loaded.use(None)
+    # What an earlier tuning said of its weights is not to vouch for these.
+    (folder / "tuned.json").unlink(missing_ok=True)
     model.save_pretrained(folder / "model")
     loaded.tokenizer.save_pretrained(folder / "model")
     content = {"settings": settings, "losses": losses}

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.files import write_text
 from longswift.eval import pages, pattern_table
 from longswift.eval.models import load
 from longswift.eval.options import from_json
 from longswift.eval.patterns import SHORTEST, Why, options_in_words, picture
-from longswift.eval.results import writable, write_text
+from longswift.eval.results import writable
 from longswift.eval.words import View, Words, look
 
 _NOTES: dict[Why, str] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longswift.core.errors import ConfigError, InputError, problem
-from longswift.core.inputs import split_padding
+from longswift.core.inputs import check_key_mask, split_padding
 from longswift.core.softmax import accumulator_dtype
 
 _MERGES = ("centre", "linear", "mean")
@@ -73,14 +73,14 @@ class OverlappedChunks:
         """Share of every chunk of the plan in each of its tokens, fp64; sums to one over chunks."""
         plan = self.plan(length)
         shares = [self._ramp(start, end, length) for start, end in plan]
-        total = torch.zeros(length, dtype=torch.float64)
+        total = torch.zeros(length, dtype=torch.float64, device="cpu")
         for (start, end), share in zip(plan, shares, strict=True):
             total[start:end] += share
         return [s / total[start:end] for (start, end), s in zip(plan, shares, strict=True)]
 
     def _ramp(self, start: int, end: int, length: int) -> Tensor:
         """Unnormalised shares of one chunk; edges of the sequence are no cuts."""
-        place = torch.arange(start, end, dtype=torch.float64)
+        place = torch.arange(start, end, dtype=torch.float64, device="cpu")
         if self.merge == "mean":
             return torch.ones_like(place)
         everywhere = torch.full_like(place, math.inf)
@@ -118,12 +118,12 @@ class OverlappedChunks:
         out: Tensor | None = None
         for group in split_padding(key_mask, length, length, aligned=True):
             if isinstance(group.keys, slice):
-                places = torch.arange(group.keys.start, group.keys.stop)
+                places = torch.arange(group.keys.start, group.keys.stop, device="cpu")
             else:
                 places = group.keys
             if len(places) == 0:
                 continue
-            at = torch.tensor(group.rows)[:, None], places
+            at = torch.tensor(group.rows, device="cpu")[:, None], places
             part = self._encode(encode, tuple(x[at] for x in inputs), len(places))
             if out is None:
                 out = part.new_zeros(batch, length, *part.shape[2:])
@@ -175,17 +175,8 @@ class OverlappedChunks:
                 )
             )
         batch, length = shapes.pop()
-        if key_mask is not None and (
-            key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, length)
-        ):
-            raise InputError(
-                problem(
-                    "key_mask",
-                    expected=f"a bool tensor of shape {(batch, length)}, True for real tokens",
-                    got=f"{key_mask.dtype} {tuple(key_mask.shape)}",
-                    fix="Convert an HF attention_mask with attention_mask.bool().",
-                )
-            )
+        if key_mask is not None:
+            check_key_mask(key_mask, batch, length)
         return batch, length
 
 

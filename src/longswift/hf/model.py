@@ -163,7 +163,7 @@ def _resolved(attention: Attention) -> Mechanism | MemoryConfig:
     if isinstance(attention, Mechanism | MemoryConfig):
         return attention
     config = attention if isinstance(attention, dict) else {"name": attention}
-    name = config.get("name")
+    name = str(config.get("name")).replace("-", "_")
     if name in list_memories():
         return memory_from_dict(config)
     if name in list_mechanisms():

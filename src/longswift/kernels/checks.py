@@ -79,7 +79,10 @@ def _attend_linear(module: ModuleType, device: torch.device) -> Results:
 
 def _leaves(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    made = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+    made = (
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        for shape in shapes
+    )
     return [x.to(device).requires_grad_() for x in made]
 
 

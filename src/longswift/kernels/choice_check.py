@@ -43,7 +43,8 @@ def agreement(module: ModuleType, device: torch.device) -> dict[str, Tensor]:
 def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
     generator = torch.Generator("cpu").manual_seed(0)
     q, k = (
-        2.0 * torch.randn(1, heads, length, 32, generator=generator, device="cpu")
+        2.0
+        * torch.randn(1, heads, length, 32, generator=generator, device="cpu", dtype=torch.float32)
         for heads, length in ((4, 300), (2, 700))
     )
     bands = Band(tile=64, left=32), Band(tile=128, left=128)
@@ -55,7 +56,7 @@ def _problem(device: torch.device, dtype: torch.dtype) -> _Problem:
 
 def _agreement(module: ModuleType, problem: _Problem) -> Tensor:
     if module is reference:
-        return torch.ones(())
+        return torch.ones((), device="cpu")
     q, k, pattern = problem.q, problem.k, problem.pattern
     edges = block_edges(pattern, q.shape[2], k.shape[2])
     shape = (1, *edges.shape[:2], problem.budget)
@@ -85,10 +86,10 @@ def _agreement(module: ModuleType, problem: _Problem) -> Tensor:
                 chosen = set(tokens[0, head, index].tolist())
                 start = int(edges[head, index, 0])
                 if len(chosen) != problem.budget or not chosen <= {*range(problem.sinks, start)}:
-                    return torch.zeros(())
+                    return torch.zeros((), device="cpu")
                 same += len(chosen & _definition(problem, run, index - run.first, head, start))
-    share = torch.tensor(same / tokens.numel())
-    return torch.ones(()) if share >= _LEAST else share
+    share = same / tokens.numel()
+    return torch.tensor(1.0 if share >= _LEAST else share, dtype=torch.float32, device="cpu")
 
 
 def _definition(problem: _Problem, run: BlockRun, index: int, head: int, start: int) -> set[int]:
@@ -104,7 +105,7 @@ def _definition(problem: _Problem, run: BlockRun, index: int, head: int, start: 
     rank = (scores - scores.logsumexp(1, keepdim=True)).amax(0)
     rank[: problem.sinks] = -torch.inf
     proposed = rank.topk(min(problem.candidates, start - problem.sinks)).indices
-    listed = torch.cat([torch.arange(problem.sinks), proposed]).sort().values
+    listed = torch.cat([torch.arange(problem.sinks, device="cpu"), proposed]).sort().values
     exact = rows @ keys[listed].T
     together = torch.nn.functional.pad(exact, (0, -len(listed) % 16), value=-torch.inf)
     total = together.unflatten(1, (-1, 16)).amax(2).logsumexp(1).logaddexp(band)

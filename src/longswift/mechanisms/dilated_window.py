@@ -93,8 +93,8 @@ class DilatedWindow(Mechanism):
             q_own, k_own, v_own = q[:, heads].flatten(1, 2), k[:, heads], v[:, heads]
             bias = None
             if call.bias is not None:
-                own = torch.arange(q.shape[1] * groups).view(-1, groups)[heads].flatten()
-                bias = call.bias.heads(own.to(q.device)).spaced(dilation)
+                every = torch.arange(q.shape[1] * groups, device=q.device).view(-1, groups)
+                bias = call.bias.heads(every[heads].flatten()).spaced(dilation)
             residues = list(_residues(q_len, k_len, dilation))
             rows = [torch.arange(r.row, q_len, dilation, device=q.device) for r in residues]
             pieces = zip(

@@ -32,6 +32,7 @@ Chalkidis et al., 2022 (arXiv 2210.05529), inside a single attention layer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -185,7 +186,7 @@ class Hierarchical(Mechanism):
         )
         if not self.count_weighted:
             return part
-        return Partial(part.out, part.lse + torch.tensor(float(count)).log())
+        return Partial(part.out, part.lse + math.log(count))
 
     def reads_summary(self, q_len: int, k: Tensor) -> bool:
         """See ``Mechanism``."""

@@ -215,7 +215,8 @@ def _gathered_of_rows(pattern: BlockPattern, q_len: int, k_len: int) -> Tensor:
         end = torch.minimum(end, pattern.visible_until.cpu())
     shown = real & (first < end)
     heads = real.shape[1]
-    line = torch.arange(heads)[:, None, None].expand_as(real)[shown] * (q_len + 1) - offset
+    head = torch.arange(heads, device="cpu")[:, None, None].expand_as(real)[shown]
+    line = head * (q_len + 1) - offset
     change = torch.zeros(heads * (q_len + 1), dtype=torch.float64, device="cpu")
     for edge, step in ((first[shown], 1.0), (end[shown], -1.0)):
         change.index_add_(0, edge + line, change.new_full(edge.shape, step))

@@ -37,6 +37,8 @@ class PagedKV:
         self._starts: list[int] = []
         self._done: list[int] = []
         self._pools = PoolSums()
+        # Whether a graph or a caller may hold the buffers, too.
+        self._shared = False
 
     @property
     def keys(self) -> Tensor | None:
@@ -71,9 +73,11 @@ class PagedKV:
         if torch.is_grad_enabled():
             self._k = k if self.keys is None else torch.cat([self.keys, k], dim=2)
             self._v = v if self.values is None else torch.cat([self.values, v], dim=2)
+            self._shared = True
         else:
-            self._k = _room(self._k, k, self.length, end)
-            self._v = _room(self._v, v, self.length, end)
+            self._k = _room(self._k, k, self.length, end, self._shared)
+            self._v = _room(self._v, v, self.length, end, self._shared)
+            self._shared = False
             self._k[:, :, self.length : end] = k
             self._v[:, :, self.length : end] = v
         self.length = end
@@ -240,14 +244,9 @@ def _frozen(buffer: Tensor) -> bool:
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def _room(buffer: Tensor | None, new: Tensor, used: int, end: int) -> Tensor:
+def _room(buffer: Tensor | None, new: Tensor, used: int, end: int, shared: bool) -> Tensor:
     """``buffer`` with room for ``end`` tokens; grows by half, so that copying is amortised O(1)."""
-    if (
-        buffer is not None
-        and buffer.shape[2] >= end
-        and not buffer.requires_grad
-        and not _frozen(buffer)
-    ):
+    if buffer is not None and buffer.shape[2] >= end and not shared and not _frozen(buffer):
         return buffer
     capacity = end + _SLACK if buffer is None else max(end, buffer.shape[2] * 3 // 2) + _SLACK
     batch, heads, _, width = new.shape

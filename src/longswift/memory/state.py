@@ -41,11 +41,11 @@ class State:
 
     def repeat_interleave(self, repeats: int) -> State:
         """Every row ``repeats`` times, copies next to each other."""
-        return self.select(torch.arange(len(self.seen)).repeat_interleave(repeats))
+        return self.select(torch.arange(len(self.seen), device="cpu").repeat_interleave(repeats))
 
     def reset(self, rows: Sequence[int]) -> State:
         """Rows ``rows`` start a new document and forget everything."""
-        fresh = torch.zeros(len(self.seen), dtype=torch.bool)
+        fresh = torch.zeros(len(self.seen), dtype=torch.bool, device="cpu")
         fresh[list(rows)] = True
 
         def cleared(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def join(parts: Sequence[State], rows: Sequence[int]) -> State:
             for name, size in longest.items()
         },
     )
-    return together.select(torch.tensor(rows).argsort())
+    return together.select(torch.tensor(rows, device="cpu").argsort())
 
 
 def _names(parts: Sequence[State], kind: str) -> list[str]:

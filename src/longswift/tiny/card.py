@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longswift.core.files import write_text
 from longswift.tiny import corpus, tasks
 from longswift.tiny.tokenizer import END_ID
 
@@ -337,6 +338,6 @@ def write(
         hardware=content["hardware"],
         seconds=result["seconds"],
     )
-    (target / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-    (target / "card.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(target / "MODEL_CARD.md", text)
+    write_text(target / "card.json", json.dumps(content, indent=1) + "\n")
     return content

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longswift.core.files import replace, write_text
 from longswift.core.hardware import cpu_multiplies_fast
 from longswift.tiny import data, positions, settings
 from longswift.tiny.config import Config, Stage
@@ -24,13 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["export", "load_checkpoint", "train"]
 
 _CACHED_TOKENS = 6400
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file under another name and rename it, so that no reader sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _prepare(out: Path, config: Config) -> tuple[PreTrainedTokenizerFast, data.Pool]:
@@ -48,7 +42,7 @@ def _prepare(out: Path, config: Config) -> tuple[PreTrainedTokenizerFast, data.P
     tokenizer = pieces.train(config.vocab_size, limit=config.corpus_limit)
     tokenizer.save_pretrained(folder)
     pool = data.make_pool(tokenizer, limit=config.corpus_limit, words=config.words)
-    _replace(cache, lambda path: path.write_bytes(pickle.dumps(pool)))
+    replace(cache, lambda path: path.write_bytes(pickle.dumps(pool)))
     return tokenizer, pool
 
 
@@ -221,7 +215,7 @@ def _check_settings(out: Path, config: Config) -> None:
     file = out / "settings.json"
     if not file.exists():
         text = json.dumps(mine, indent=1)
-        _replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(file, text)
         return
     theirs = settings.noted(file)
     other = sorted(k for k in mine.keys() | theirs.keys() if theirs.get(k) != mine.get(k))
@@ -274,7 +268,7 @@ def train(out_dir: str | Path, *, config: Config | None = None) -> Path:
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        _replace(out / "checkpoint.pt", lambda path: torch.save(content, path))
+        replace(out / "checkpoint.pt", lambda path: torch.save(content, path))
 
     end = min(config.total_steps, config.max_steps or config.total_steps)
     progress = Progress(

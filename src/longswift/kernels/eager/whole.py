@@ -143,7 +143,7 @@ def _by_rectangles(of: _Rows, k: Tensor, v: Tensor, causal: bool, scale: float) 
     most = q_len if q.dtype == acc else _ROWS
     if q_len <= most and (not causal or q_len == k_len):
         return _call(of, k, v, causal, scale)
-    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
+    d_q, d_k, d_v = (torch.zeros(x.shape, dtype=acc, device=x.device) for x in (q, k, v))
     for rows, keys, diagonal in _rectangles(q_len, k_len, causal, most):
         seen = k[:, :, keys], v[:, :, keys]
         some = _Rows(*(x[:, :, rows] for x in of))

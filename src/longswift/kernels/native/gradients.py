@@ -94,7 +94,7 @@ def whole_gradients(
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Gradients:
     """Accumulators."""
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v))
+    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     for x in (d_q, d_k, d_v):
         if x.nbytes >= _LARGE:
             # Memory that is new costs more than what is added up in it.
@@ -122,7 +122,7 @@ class _Squares(NamedTuple):
         side = compiled.loaded().gradient_square()
         q_len = first.shape[1]
         starts = first[:, ::side].tolist()
-        last = torch.arange(side - 1, q_len + side - 1, side).clamp_(max=q_len - 1)
+        last = torch.arange(side - 1, q_len + side - 1, side, device="cpu").clamp_(max=q_len - 1)
         ends = end[:, last].tolist()
         diagonals: dict[int, list[tuple[int, ...]]] = {}
         for head in range(first.shape[0]):
@@ -138,9 +138,9 @@ class _Squares(NamedTuple):
 def _whole(q_len: int, batch: int, kv_heads: int, k_len: int, causal: bool) -> _Squares:
     """Squares of full attention."""
     with torch.inference_mode(False):
-        end = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32)
+        end = torch.arange(k_len - q_len + 1, k_len + 1, dtype=torch.int32, device="cpu")
         end = end if causal else torch.full_like(end, k_len)
-        first = torch.zeros(kv_heads, q_len, dtype=torch.int32)
+        first = torch.zeros(kv_heads, q_len, dtype=torch.int32, device="cpu")
         return _Squares.of(first, end.repeat(kv_heads, 1), batch)
 
 
@@ -170,7 +170,7 @@ def _add_outside(
     places = [(b, head) for b in range(k.shape[0]) for head in range(k.shape[1])]
     together = min(len(places), -(-room // _BLOCKS))
     count = min(blocks, _BLOCKS, room)
-    shares = torch.empty(together * count, rows, width)
+    shares = torch.empty(together * count, rows, width, dtype=torch.float32, device=q.device)
     for first in range(0, len(places), together):
         for block in range(0, blocks, count):
             some = places[first : first + together]

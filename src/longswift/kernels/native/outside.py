@@ -45,11 +45,11 @@ class Outside(NamedTuple):
         edges = block_edges(pattern, q_len, k.shape[2])
         tokens = pattern.tokens
         if tokens is None:
-            tokens = torch.empty(1, *edges.shape[:2], 0, dtype=torch.int32)
+            tokens = torch.empty(1, *edges.shape[:2], 0, dtype=torch.int32, device="cpu")
         if pattern.pool is not None:
             pools = build_pools(k, v, pattern, summary, _group_sums)
         else:
-            nothing = torch.empty(1, k.shape[1], 0, 1)
+            nothing = torch.empty(1, k.shape[1], 0, 1, dtype=torch.float32, device="cpu")
             pools = Pools(nothing, nothing, nothing, nothing, 0, 1, k.shape[2])
         return cls(
             tokens=_whole_numbers(tokens),
@@ -75,7 +75,7 @@ def with_whole_rows(*tensors: Tensor) -> list[Tensor]:
 
 def _whole_numbers(x: Tensor | None) -> Tensor:
     if x is None:
-        return torch.empty(0, dtype=torch.int32)
+        return torch.empty(0, dtype=torch.int32, device="cpu")
     return as_int32(x).contiguous()
 
 
@@ -83,6 +83,6 @@ def _group_sums(x: Tensor, size: int) -> Tensor:
     """fp32 sums of every ``size`` tokens of ``[B, H, L, D]``, an incomplete last group left out."""
     operators = compiled.loaded()
     batch, heads, length, dim = x.shape
-    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32)
+    out = torch.empty(batch, heads, length // size, dim, dtype=torch.float32, device="cpu")
     operators.sum_groups(x, out, size)
     return out

@@ -44,8 +44,8 @@ def attend_windows(
     # A tile without keys belongs to no job.
     holes = any(band.right < 0 for band in pattern.bands)
     out, lse = into or (
-        torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype),
-        torch.empty(q.shape[:3], dtype=torch.float32),
+        torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device),
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
     )
     if holes:
         out.zero_()

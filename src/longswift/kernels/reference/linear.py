@@ -36,8 +36,9 @@ def attend_linear(
     if key_mask is not None:
         fk = fk * key_mask[:, None, :, None]
     vs = v.to(acc)
-    position, key = torch.arange(k_len - q.shape[2], k_len)[:, None], torch.arange(k_len)
-    seen = torch.ones(q.shape[2], k_len, dtype=torch.bool)
+    key = torch.arange(k_len, device=q.device)
+    position = key[k_len - q.shape[2] :, None]
+    seen = torch.ones(q.shape[2], k_len, dtype=torch.bool, device=q.device)
     if causal:
         seen = key <= position if own_chunk else key < position // chunk * chunk
     weights = fq @ fk.repeat_interleave(groups, 1).transpose(2, 3) * seen.to(q.device)

@@ -24,7 +24,8 @@ def interpreter_fails() -> str | None:
 
     Triton 3.5 makes that number from an array of one element, which NumPy 2.4 refuses.
     """
-    turns, out = torch.tensor([3], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    turns = torch.tensor([3], dtype=torch.int32, device="cpu")
+    out = torch.zeros_like(turns)
     try:
         _count[(1,)](turns, out)
     except Exception as error:  # Whatever it is, kernels will fail with it.
