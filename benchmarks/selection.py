@@ -83,9 +83,7 @@ CLOSER: dict[str, Mechanism] = {
     "centroids, far 65536, 32x": MSSwift(selector=Centroids(far=65_536, proposals=32)),
     "centroids, far 65536, 512": MSSwift(key_tokens=512, selector=Centroids(far=65_536)),
     "centroids, far 65536, block 64": MSSwift(block=64, selector=Centroids(far=65_536)),
-    "centroids, block 64, 512 of 32x": MSSwift(
-        block=64, key_tokens=512, selector=Centroids(proposals=32)
-    ),
+    "centroids, 1024 of 16x": MSSwift(key_tokens=1024),
     "centroids, 1024 of 32x": MSSwift(key_tokens=1024, selector=Centroids(proposals=32)),
 }
 
