@@ -136,13 +136,22 @@ def _what_is_seen(
                     fix="This model shares masks between unlike layers; use 'sdpa'.",
                 )
             )
-        real = mask.key_mask()
+        real, rule = mask.key_mask(), _with_window(module, mask.rule, kwargs)
+        if rule.window is not None and mask.holed():
+            raise UnsupportedError(
+                problem(
+                    "attention_mask",
+                    expected="padding before or after a row's tokens where layers have a window",
+                    got="padding between them, which the model's own window counts",
+                    fix="Pad on the left, or use attn_implementation='sdpa'.",
+                )
+            )
         if real is not None:
             real = real.expand(query.shape[0], -1)
         starts = mask.starts() if query.shape[2] <= _DECODE_QUERIES else None
         if starts is not None and len(starts) != query.shape[0]:
             starts = starts * query.shape[0]
-        return _Seen(_with_window(module, mask.rule, kwargs), real, mask.length, starts)
+        return _Seen(rule, real, mask.length, starts)
     asked = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
     real = None if mask is None else _plain_mask(module, query, key, mask, causal)

@@ -33,7 +33,8 @@ class KeyMask(Tensor):
 
     Four dimensions because Transformers hands prepared 4-D masks through untouched; one row
     because the rest of the mask is a rule. Operations that keep the content keep the rule, any
-    other returns a plain tensor, which the attention function refuses.
+    other returns a plain tensor, which the attention function refuses, but for those of attention
+    code that has never heard of rules: it would add the mask to scores, which is refused here.
 
     Attributes:
         rule: Shape of the mask.
@@ -45,6 +46,7 @@ class KeyMask(Tensor):
     length: int
     padded: bool
     _starts: tuple[int, ...] | None = None
+    _holed: bool | None = None
 
     @classmethod
     def make(cls, data: Tensor, rule: Rule, length: int, padded: bool) -> KeyMask:
@@ -57,6 +59,15 @@ class KeyMask(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in _TAKES_NUMBERS:
+            raise UnsupportedError(
+                problem(
+                    "attention mask",
+                    expected="layers that hand it to Transformers' AttentionInterface as it is",
+                    got=f"attention code of the model's own ({func.__name__} of the mask)",
+                    fix="Use attn_implementation='sdpa' for this model.",
+                )
+            )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         source = args[0] if args else None
@@ -69,6 +80,16 @@ class KeyMask(Tensor):
     def key_mask(self) -> Tensor | None:
         """Real keys among those in use, bool ``[B, length]``; None when all are."""
         return self.as_subclass(Tensor)[:, 0, 0, : self.length] if self.padded else None
+
+    def holed(self) -> bool:
+        """Whether a row has padding between its real keys."""
+        if self._holed is None:
+            real = self.key_mask()
+            # Real keys without holes begin once.
+            self._holed = real is not None and bool(
+                ((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0].int() > 1).any()
+            )
+        return self._holed
 
     def starts(self) -> tuple[int, ...]:
         """First real position of each row; ``length`` for a row of padding only."""
@@ -90,6 +111,13 @@ _KEEPS_CONTENT = (
     Tensor.detach,
     Tensor.contiguous,
 )
+_TAKES_NUMBERS = {
+    *(getattr(Tensor, name) for name in ("add", "add_", "sub", "mul", "masked_fill", "where")),
+    *(getattr(Tensor, f"__{name}__") for name in ("add", "radd", "iadd", "sub", "rsub", "mul")),
+    *(getattr(torch, name) for name in ("add", "sub", "mul", "cat", "concat", "where")),
+    torch.masked_fill,
+    torch.nn.functional.scaled_dot_product_attention,
+}
 
 
 def swift_mask(

@@ -15,7 +15,15 @@ from longswift.extend.rope import RopeScaling
 
 _FLAT = ""
 # Their code, not their configuration, leaves the full layers without positions.
-_PLAIN_FULL_LAYERS = ("cohere2", "exaone4")
+_PLAIN_FULL_LAYERS = (
+    "afmoe",
+    "cohere2",
+    "exaone4",
+    "exaone4_5_text",
+    "exaone_moe",
+    "flint",
+    "kolibri1",
+)
 
 
 def rotary_modules(model: PreTrainedModel, config: PreTrainedConfig) -> list[nn.Module]:
