@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging as hf_logging
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LONGEST_REASON = 200
+_REASONS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
 
 
 def load(
@@ -58,7 +60,7 @@ def load(
                 trust_remote_code=trust_remote_code,
             )
             restore(loaded, place)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        except _REASONS as error:
             raise ConfigError(_refusal(model, error)) from error
     return loaded.to(device).eval(), tokenizer
 
