@@ -16,7 +16,7 @@ ALLOWED = {layer: {*CHAIN[: i + 1], "extend"} for i, layer in enumerate(CHAIN)}
 ALLOWED |= {
     "core": {"core"},
     "extend": {"extend", "core"},
-    "tiny": {"tiny", "core"},
+    "tiny": {"tiny", "core", "hf"},
     "eval": ALLOWED["eval"] | {"tiny"},
     "cli": ALLOWED["cli"] | {"tiny"},
     "__main__": {"cli"},

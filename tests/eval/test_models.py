@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     AutoTokenizer,
@@ -14,9 +16,10 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
 )
 
-from longswift.core.errors import UnsupportedError
+from longswift.core.errors import ConfigError, InputError, UnsupportedError
 from longswift.eval.models import load
 from longswift.eval.reading import next_token_logits
 from longswift.hf import SwiftCache
@@ -114,3 +117,27 @@ def test_a_fingerprint_tells_weights_apart_whatever_the_threads() -> None:
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(2.0))
     assert loaded.fingerprint() not in found
     assert load("tiny", dtype="bfloat16").fingerprint() not in found
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(model_directory: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(model_directory, tmp_path / "model")
+    sizes = {key: value for key, value in HYBRID.items() if not key.startswith("mamba")}
+    Auto.from_config(LlamaConfig(**sizes | {"vocab_size": 40})).save_pretrained(place)
+    with pytest.raises(ConfigError, match="token ids below 40, the model's vocabulary, got"):
+        load(str(place))
+
+
+def test_a_token_the_model_does_not_know_far_into_a_text(model_directory: Path) -> None:
+    loaded = load(str(model_directory))
+    last = loaded.known([loaded.vocabulary - 1])[0]
+    with pytest.raises(ConfigError, match=f"got {last + 1}"):
+        loaded.known([0, last + 1])
+
+
+def test_weights_that_are_not_numbers(model_directory: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(model_directory, tmp_path / "model")
+    weights = load_file(place / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="finite numbers, got NaN or infinity"):
+        load(str(place))

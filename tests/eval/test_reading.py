@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from longswift.eval import reading
+from longswift.core.errors import InputError
+from longswift.eval import fidelity, reading
 from longswift.eval.models import Loaded, load
 from longswift.hf import SwiftCache, set_attention
+from longswift.mechanisms.sliding_window import SlidingWindow
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,18 @@ def test_a_document_starts_with_the_special_tokens_of_the_tokenizer(loaded: Load
     assert loaded.begin() == [0]
     assert loaded.decode([*loaded.begin(), *loaded.encode("a b")]) == "a b"
     assert loaded.stop_tokens() == {0}
+
+
+def test_logits_that_are_no_numbers_are_never_scored(model_directory: Path, ids: list[int]) -> None:
+    masked = torch.tensor([[0.0, -torch.inf]])
+    assert reading.finite(masked) is masked
+    model = load(str(model_directory)).model
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids[200]] = torch.nan
+    where = [ids[200] if i == 200 else i % 100 for i in range(300)]
+    with pytest.raises(InputError, match="NaN"):
+        reading.read(model, where, SwiftCache(model.config), chunk=64, score=True)
+    with pytest.raises(InputError, match="NaN"):
+        fidelity.measure(model, where, SlidingWindow(window=64), chunk=64)
+    with pytest.raises(InputError, match="NaN"):
+        list(reading.decode(model, where, SwiftCache(model.config), 1))

@@ -17,7 +17,10 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def loaded():
-    return card._load(tiny.path())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny.path()).eval()
+    return model, AutoTokenizer.from_pretrained(tiny.path())
 
 
 def test_importing_loads_no_framework():

@@ -13,7 +13,7 @@ from torch import Tensor
 from longswift.core.observe import Observed
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.types import AttentionResult
-from longswift.eval.reading import SCORED_ROWS, next_token_logits
+from longswift.eval.reading import SCORED_ROWS, finite, next_token_logits
 from longswift.eval.rivals import FULL, Rival
 from longswift.mechanisms.coverage import sample_rows
 from longswift.mechanisms.patterned import dense_keys
@@ -225,7 +225,7 @@ class EndJudge:
                 self._note(name, position, part, truth, self._log_probs(hidden, rows))
 
     def _log_probs(self, hidden: Tensor, rows: slice) -> Tensor:
-        return next_token_logits(self._model, hidden[0, rows]).log_softmax(-1)
+        return finite(next_token_logits(self._model, hidden[0, rows])).log_softmax(-1)
 
     def _note(
         self, name: str, position: Tensor, part: Tensor, truth: Tensor | None, theirs: Tensor

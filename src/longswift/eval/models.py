@@ -38,10 +38,12 @@ class Codec:
     Attributes:
         tokenizer: A tokenizer of Transformers.
         chat: Use its chat template, if it has one, where instructions are given.
+        vocabulary: Tokens the model has vectors for; None where none will read them.
     """
 
     tokenizer: Any
     chat: bool = True
+    vocabulary: int | None = None
 
     @property
     def has_chat(self) -> bool:
@@ -50,14 +52,31 @@ class Codec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return self.known(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def begin(self) -> list[int]:
         """The special tokens this tokenizer puts before a text."""
         both = self.tokenizer("a")["input_ids"]
         plain = self.encode("a")
-        return both[: len(both) - len(plain)] if both[-len(plain) :] == plain else []
+        first = both[: len(both) - len(plain)] if both[-len(plain) :] == plain else []
+        return self.known(first)
+
+    def known(self, ids: list[int]) -> list[int]:
+        """The ids, if the model has a vector for each of them.
+
+        Raises:
+            ConfigError: It has not.
+        """
+        if self.vocabulary is not None and ids and max(ids) >= self.vocabulary:
+            raise ConfigError(
+                problem(
+                    "tokenizer",
+                    expected=f"token ids below {self.vocabulary:,}, the model's vocabulary",
+                    got=max(ids),
+                    fix="Take the tokenizer the model was trained with.",
+                )
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -203,8 +222,9 @@ def load(
         trust_remote_code: Allow the model to bring Python code of its own.
 
     Raises:
-        ConfigError: There is no such model, or it does not load.
+        ConfigError: There is no such model, it does not load, or its tokenizer is of another.
         UnsupportedError: It cannot be read in chunks, or scored here.
+        InputError: Its logits are not finite.
     """
     if dtype != "auto":
         options.dtype(dtype)
@@ -218,7 +238,12 @@ def load(
     model, tokenizer = load_model(
         place, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    loaded = Loaded(model=model, tokenizer=tokenizer, name=Path(name).name)
+    loaded = Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        name=Path(name).name,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+    )
     check_readable(model, loaded.probe())
     return loaded
 

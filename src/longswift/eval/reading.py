@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval.progress import Bar, silent
 
@@ -61,12 +61,31 @@ def next_token_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def finite(logits: Tensor) -> Tensor:
+    """The logits ``[..., vocabulary]``, if every row has a largest one.
+
+    Raises:
+        InputError: Some are NaN or infinite, of which no score and no next token can be told.
+    """
+    if bool(logits.amax(-1).isfinite().all()):
+        return logits
+    raise InputError(
+        problem(
+            "logits",
+            expected="finite numbers",
+            got="NaN or infinity",
+            fix="The weights may be damaged, or the dtype too narrow for this model and text: "
+            "try bfloat16 or float32.",
+        )
+    )
+
+
 def _score(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each of ``targets [T]`` after ``hidden [1, >= T, width]``."""
     losses = []
     for start in range(0, targets.shape[0], SCORED_ROWS):
         wanted = targets[start : start + SCORED_ROWS]
-        logits = next_token_logits(model, hidden[0, start : start + len(wanted)])
+        logits = finite(next_token_logits(model, hidden[0, start : start + len(wanted)]))
         losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu())
     return torch.cat(losses) if losses else torch.zeros(0)
 
@@ -116,6 +135,7 @@ def check_readable(model: Any, ids: Sequence[int]) -> None:
 
     Raises:
         UnsupportedError: It does not.
+        InputError: Its logits are not finite.
     """
     from longswift.hf import SwiftCache
     from longswift.hf.settings import stand_in
@@ -123,7 +143,7 @@ def check_readable(model: Any, ids: Sequence[int]) -> None:
 
     tokens = torch.tensor([ids], device=model.device)
     with stand_in(lambda _: Full()):
-        truth = model(input_ids=tokens, use_cache=False).logits[0].float()
+        truth = finite(model(input_ids=tokens, use_cache=False).logits[0].float())
         for chunk, got, fix in (
             (len(ids), "logits it scales in a way of its own", "It cannot be scored here."),
             (
@@ -191,7 +211,7 @@ def _next(model: Any, ids: Sequence[int], cache: Any) -> int:
     """The likeliest token after ``ids``, which are added to the cache."""
     part = torch.tensor([list(ids)], device=model.device)
     logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return int(logits[0, -1].argmax())
+    return int(finite(logits[0, -1]).argmax())
 
 
 def decode(

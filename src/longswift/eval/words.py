@@ -201,7 +201,7 @@ def _tokenize(loaded: Loaded, text: str, query: str | None) -> _Text:
     # The last character decides: a token of a blank and a letter belongs to the letter's word.
     inside = [bisect_right(cuts, max(a, b - 1)) - 1 for a, b in offsets]
     marks = len(begin)
-    ids = [*begin, *encoded["input_ids"]]
+    ids = [*begin, *loaded.known(encoded["input_ids"])]
     first = next((i for i, (_, b) in enumerate(offsets) if b > asked_from), len(offsets))
     return _Text(
         ids=ids,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging as hf_logging
 
-from longswift.core.errors import ConfigError, problem
+from longswift.core.errors import ConfigError, LongSwiftError, problem
 from longswift.hf.convert import restore
 
 if TYPE_CHECKING:
@@ -46,20 +46,27 @@ def load(
         trust_remote_code: Allow the model to bring Python code of its own.
 
     Raises:
-        ConfigError: There is no such model, it cannot be reached, or it does not load.
+        ConfigError: There is no such model, it cannot be reached, it does not load, or its
+            checkpoint lacks weights.
     """
     place = _place(model)
     # Every reason goes into the error; the library's own warnings and bars would drown it.
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded, told = AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                # Both are refused below: Transformers names no tensor, or draws it at random.
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
+            _check_weights(model, told)
             restore(loaded, place)
+        except LongSwiftError:
+            raise
         except _REASONS as error:
             raise ConfigError(_refusal(model, error)) from error
     return loaded.to(device).eval(), tokenizer
@@ -183,11 +190,33 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def _check_weights(model: str | Path, told: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not those of the model its configuration names."""
+    lacking = sorted(told["missing_keys"])
+    unlike = [
+        f"{name} {list(got)} for {list(wanted)}"
+        for name, got, wanted in sorted(told["mismatched_keys"])
+    ]
+    if not lacking and not unlike:
+        return
+    first, *others = unlike or [f"none called {lacking[0]}", *lacking[1:]]
+    raise ConfigError(
+        problem(
+            repr(str(model)),
+            expected="the weights of a whole causal language model",
+            got=first + (f", and {len(others)} more" if others else ""),
+            fix="Take the whole checkpoint, with its own config.json.",
+        )
+    )
+
+
 def _refusal(model: str | Path, error: Exception) -> str:
     reason: Any = " ".join(str(error).split())
     fix = "Check the name and the connection, or give a directory."
     if "trust_remote_code" in reason:
         reason, fix = "one that brings its own code", "If you trust it, add --trust-remote-code."
+    elif isinstance(error, FileNotFoundError):
+        fix = "The directory is incomplete: fetch that file again."
     elif "safetensors" in reason:
         fix = "Convert its weights to safetensors."
     elif Path(model).expanduser().is_dir():

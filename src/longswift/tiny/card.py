@@ -24,13 +24,6 @@ LENGTHS = (1024, 4096, 8192, 16384, 32768)
 _PERPLEXITY_WINDOW = 2048
 
 
-def _load(model_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    return model.eval(), AutoTokenizer.from_pretrained(model_dir)
-
-
 def _plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -146,11 +139,16 @@ def evaluate(
     Returns:
         The figures, as plain values for JSON. ``single`` maps a length to recall, ``multi`` a
         length to recall by the number of secrets.
+
+    Raises:
+        ConfigError: The directory holds no whole model.
     """
     import torch
 
+    from longswift.hf.loading import load
+
     torch.set_num_threads(threads)
-    model, tokenizer = _load(model_dir)
+    model, tokenizer = load(model_dir)
     ids = _plain(tokenizer, corpus.text("heldout") if text is None else text)
     began = time.monotonic()
     say = sys.stderr.write

@@ -38,7 +38,7 @@ def _sentence_ends(codec: Codec, ids: list[int]) -> list[int]:
 
 def _plain(codec: Codec) -> Codec:
     """The tokenizer alone, so that no cache keeps a model alive."""
-    return Codec(tokenizer=codec.tokenizer)
+    return Codec(tokenizer=codec.tokenizer, vocabulary=codec.vocabulary)
 
 
 def text_tokens(codec: Codec, file: str | None) -> list[int]:
