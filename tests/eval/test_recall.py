@@ -54,9 +54,22 @@ def test_results_are_typed_and_name_what_did_not_run(tmp_path: Path) -> None:
     assert [row["name"] for row in result.rows] == ["all"]
     assert "causal" in result.summary["refused"]["encoder"]
     assert len(recall.table(result).rows) == 1
+    assert recall.sentences(result)[0].startswith("encoder did not run: ")
     file = result.save(tmp_path / "r.json")
     assert load_result(file, "recall") == result
     assert json.loads(file.read_text())["config"]["mechanisms"]["all"] == {"name": "full"}
+
+
+def test_a_mechanism_that_leaves_nothing_out_is_said_to_prove_nothing() -> None:
+    dense = MSSwift(dense_below=SMALL.length)
+    result = recall.run(SMALL, [("all", Full()), ("swift", dense)])
+    (said,) = recall.sentences(result)
+    assert said.startswith("swift is dense at 1,024 tokens")
+
+
+def test_by_default_the_default_selects() -> None:
+    row = recall.measure(recall.Recall(trials=1), MSSwift(), visible=False)
+    assert row.density < 0.2 and row.found > 0.9
 
 
 @pytest.mark.parametrize(

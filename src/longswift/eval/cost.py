@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from longswift.core.mechanism import Mechanism
 from longswift.core.observe import Observed, observe
 
+_EVERY = 0.99
+
 
 def equal_cost_window(keys_per_query: float, length: int) -> int:
     """The causal window that scores ``keys_per_query`` keys a query on average over a text.
@@ -32,6 +34,11 @@ def counts_keys(name: str) -> bool:
     # A profile is MS-SWIFT with settings of single heads.
     known = name in MECHANISMS.names()
     return not known or MECHANISMS.get(name).exact_part is not Mechanism.exact_part
+
+
+def scores_every_key(name: str, density: float | None) -> bool:
+    """Whether a mechanism of this density left nothing out: it saves nothing, and proves nothing."""
+    return (density or 0) > _EVERY and counts_keys(name)
 
 
 @dataclass

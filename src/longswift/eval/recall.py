@@ -30,7 +30,9 @@ from torch import Tensor
 from longswift.core.errors import ConfigError, UnsupportedError, check_positive, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval import text
+from longswift.eval.cost import scores_every_key
 from longswift.eval.results import Result
+from longswift.eval.runner import FULL
 from longswift.eval.scores import wilson
 
 
@@ -50,7 +52,7 @@ class Recall:
         seed: Seed of everything.
     """
 
-    length: int = 4096
+    length: int = 16_384
     pairs: int = 48
     rows: int = 1024
     heads: int = 2
@@ -208,20 +210,26 @@ def measure(recall: Recall, mechanism: Mechanism, *, visible: bool = True) -> Re
 def run(recall: Recall, mechanisms: Iterable[tuple[str, Mechanism]]) -> Result:
     """Measure several mechanisms, each under a name of its own.
 
-    Those without a causal form are named in ``summary["refused"]``.
+    Those without a causal form are named in ``summary["refused"]``, those other than full
+    attention that left no key out in ``summary["dense"]``.
 
     Raises:
         UnsupportedError: None of them has one.
     """
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
+    dense: list[str] = []
     configs = {}
     for name, mechanism in mechanisms:
         configs[name] = mechanism.to_dict()
         try:
-            rows.append({**asdict(measure(recall, mechanism)), "name": name})
+            row = measure(recall, mechanism)
         except UnsupportedError as error:
             refused[name] = str(error)
+            continue
+        rows.append({**asdict(row), "name": name})
+        if row.name != FULL and scores_every_key(row.name, row.density):
+            dense.append(name)
     if not rows:
         raise UnsupportedError(
             problem(
@@ -232,8 +240,21 @@ def run(recall: Recall, mechanisms: Iterable[tuple[str, Mechanism]]) -> Result:
             )
         )
     config = json.loads(json.dumps({**asdict(recall), "mechanisms": configs}))
-    summary = {"refused": refused, "chance": 1 / recall.pairs}
+    summary = {"refused": refused, "dense": dense, "chance": 1 / recall.pairs}
     return Result(kind="recall", config=config, seed=recall.seed, rows=rows, summary=summary)
+
+
+def sentences(result: Result) -> list[str]:
+    """What the rows do not say, in words."""
+    length = result.config["length"]
+    return [
+        *(f"{name} did not run: {why}" for name, why in result.summary["refused"].items()),
+        *(
+            f"{name} is dense at {length:,} tokens: it saves nothing there, and what it finds says "
+            "nothing."
+            for name in result.summary["dense"]
+        ),
+    ]
 
 
 def table(result: Result) -> text.Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from longswift.eval import guarded, standings, text
 from longswift.eval import report_sections as measured
-from longswift.eval.cost import counts_keys
+from longswift.eval.cost import scores_every_key
 from longswift.eval.fidelity_runs import GOOD_AGREEMENT, GOOD_KL
 from longswift.eval.report_sections import FULL, WINDOW, ReadingRow
 from longswift.eval.results import Result
@@ -22,7 +22,6 @@ CAPTURED = 0.9
 _UNSURE = 0.2
 # Reading times differ by as much from run to run.
 _SAME_TIME = 0.1
-_ALL = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def verdict(result: Result) -> Verdict:
     speed = _speed(subject, full)
     level = BAD if bad else GOOD if quality else NOTE
     # Probes and dense blocks of a guard are counted beside the keys that were chosen.
-    exact = subject.density > _ALL and counts_keys(name) and not guarded.probed(subject.guard)
+    exact = scores_every_key(name, subject.density) and not guarded.probed(subject.guard)
     if exact:
         level = NOTE
     headline = _headline(subject, full, level, bool(quality), exact)

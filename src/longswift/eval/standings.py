@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from longswift.eval import guarded, text
-from longswift.eval.cost import counts_keys
+from longswift.eval.cost import scores_every_key
 from longswift.eval.results import Result
 from longswift.eval.runner import FULL, MODEL
 from longswift.eval.scores import NLL, ScoreRow
@@ -14,7 +14,6 @@ from longswift.eval.tasks import TASKS
 
 # A share of a score near zero is noise.
 ABLE = 0.5
-_DENSE = 0.99
 
 
 def share(row: ScoreRow, judge: ScoreRow | None) -> float | None:
@@ -75,7 +74,7 @@ def dense(result: Result) -> dict[str, list[int]]:
     """Mechanisms other than full attention that scored every key, and at which lengths."""
     found: dict[str, list[int]] = {}
     for entry in result.summary["cost"]:
-        every = (entry["density"] or 0) > _DENSE and counts_keys(entry["mechanism"])
+        every = scores_every_key(entry["mechanism"], entry["density"])
         if every and entry["mechanism"] != judge(result):
             found.setdefault(entry["mechanism"], []).append(entry["length"])
     return found

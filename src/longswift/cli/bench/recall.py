@@ -14,7 +14,7 @@ def recall(
     settings: Annotated[
         list[str] | None, Option("--set", help="NAME.OPTION=VALUE of a mechanism; repeat at will.")
     ] = None,
-    length: Annotated[str, Option(help="Random tokens.")] = "4096",
+    length: Annotated[str, Option(help="Random tokens.")] = "16384",
     pairs: Annotated[int, Option(help="Key-value pairs among them.")] = 48,
     trials: Annotated[int, Option(help="Independent problems.")] = 2,
     seed: Annotated[int, Option(help="Seed of the problems.")] = 0,
@@ -30,9 +30,9 @@ def recall(
     if json is not None:
         writable(json, kind="recall")
     result = recalling.run(asked, options.mechanisms(mechanism, settings or ()).items())
-    for name, why in result.summary["refused"].items():
-        typer.echo(f"{name} did not run: {why}")
     render.table(*recalling.table(result))
+    for sentence in recalling.sentences(result):
+        typer.echo(sentence)
     if json is not None:
         result.save(json)
     render.wrote(json)
