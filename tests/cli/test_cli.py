@@ -79,15 +79,45 @@ def test_bench_writes_json_and_a_picture(tmp_path: Path) -> None:
         (["--heads", "3", "--kv-heads", "2"], "multiple"),
         (["--heads", "0"], "heads"),
         (["--device", "nonsense"], "nonsense"),
+        (["--device", "meta"], "'meta'"),
         (["--repeats", "x"], "--repeats"),
         (["--no-such-option"], "--no-such-option"),
-        (["--mechanism", "full", "--json", "/proc/nowhere/r.json"], "/proc/nowhere"),
+        (["--mechanism", "full", "--json", "/proc/nowhere/r.json"], "/proc/nowhere/r.json"),
         (["--mechanism", "full", "--plot", "/proc/nowhere/r.png"], "/proc/nowhere"),
         (["--mechanism", "full", "--json", "."], "directory"),
     ],
 )
 def test_bench_refuses(options: list[str], why: str) -> None:
     assert why in refuse("bench", "attention", *options)
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (
+            ["generate", "--attention", "model", "--set", "ms_swift.sinks=2"],
+            "model: expected no --",
+        ),
+        (["generate", "--profile", "p.json", "--set", "ms_swift.sinks=2"], "expected no --set"),
+        (["patterns", "--bidirectional"], "expected no --bidirectional"),
+        (["patterns", "--length", "32"], "expected no --length"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    command: list[str], why: str, document: Path
+) -> None:
+    name, *options = command
+    assert why in refuse(name, "tiny", "--file", document, *options)
+
+
+def test_options_without_what_they_belong_to_are_refused(document: Path) -> None:
+    assert "expected no --query" in refuse("patterns", "--query", "who?")
+    assert "expected no --position" in refuse("patterns", "--position", "0")
+    assert "expected no --tune-file" in refuse("compare", "--tune-file", document)
+    assert "the task qa" in refuse("eval", "tiny", "--questions", document)
+    assert "batches: expected whole numbers of at least 1" in refuse(
+        "bench", "decode", "--batches", "0"
+    )
 
 
 @pytest.mark.parametrize(

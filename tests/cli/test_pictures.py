@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from longswift.cli.main import app
-
-
-def run(*arguments: object) -> Any:
-    plain = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
-    return CliRunner().invoke(app, [str(a) for a in arguments], env=plain)
+from tests.cli.test_cli import run
 
 
 @pytest.fixture

@@ -59,6 +59,12 @@ def compare(
     from longswift.eval.plots import drawable
     from longswift.eval.tuning import Tuning
 
+    if not tune_steps:
+        options.check_unused(
+            "compare without --tune-steps",
+            {"--tune-file": tune_file},
+            fix="Say how many steps to tune for.",
+        )
     chosen, left_out = options.choose(attention, settings or ())
     asked = mechanism_runs.Comparison(
         speed=AttentionBench(

@@ -44,7 +44,7 @@ def generate(
         model=model,
         file=str(file),
         prompt=prompt,
-        mechanism=answering.mechanism(attention, settings or ()),
+        mechanism=answering.mechanism(attention, settings or (), own=profile is None),
         profile=None if profile is None else read_profile(profile),
         max_new_tokens=max_new_tokens,
         **positions.extension(max_length, rope),

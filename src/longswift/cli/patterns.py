@@ -17,7 +17,9 @@ def patterns(
     mechanism: Annotated[
         str | None, Option(help="Comma-separated names; default: all (a page: ms_swift).")
     ] = None,
-    length: Annotated[int, Option(help="Tokens in the picture, 16 to 512.")] = 64,
+    length: Annotated[
+        int | None, Option(help="Tokens in the picture, 16 to 512; default: 64.")
+    ] = None,
     config: Annotated[
         list[str] | None,
         Option(help="OPTION=VALUE, or NAME.OPTION=VALUE for several; repeat at will."),
@@ -35,17 +37,31 @@ def patterns(
 ) -> None:
     """Draw which keys each query sees, and why."""
     from longswift.cli import render
-    from longswift.eval import pattern_plots, words_page
+    from longswift.eval import options, pattern_plots, words_page
 
     if model is None and file is None:
+        options.check_unused(
+            "patterns without a text",
+            {"--query": query, "--position": position},
+            fix="Give a model and --file, too.",
+        )
         target = out or Path("results/patterns.png")
         shown = pattern_plots.draw(
-            mechanism, target, length=length, settings=config or (), causal=not bidirectional
+            mechanism,
+            target,
+            length=64 if length is None else length,
+            settings=config or (),
+            causal=not bidirectional,
         )
         for line in pattern_plots.lines(shown):
             typer.echo(line)
         render.wrote(target)
         return
+    options.check_unused(
+        "patterns of a text",
+        {"--length": length, "--bidirectional": bidirectional},
+        fix="Both are for pictures without a model.",
+    )
     page = words_page.Page(
         model=model,
         file=None if file is None else str(file),

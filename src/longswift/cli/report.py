@@ -18,12 +18,15 @@ def report(
         str, Option(help="Mechanisms, comma-separated; full attention is always the judge.")
     ] = "ms_swift,sliding_window,full",
     settings: Annotated[
-        list[str] | None, Option("--set", help="NAME.OPTION=VALUE of a mechanism.")
+        list[str] | None, Option("--set", help="NAME.OPTION=VALUE of a mechanism or task.")
     ] = None,
     length: Annotated[
         str | None, Option(help="Tokens of the text to read; default: all, at most 32k.")
     ] = None,
     tasks: Annotated[str, Option(help="Retrieval tasks, comma-separated, or 'none'.")] = "needle",
+    questions: Annotated[
+        Path | None, Option(help="Documents and questions of the task qa, a .jsonl file.")
+    ] = None,
     samples: Annotated[int, Option(help="Documents per task and length.")] = 5,
     fidelity: Annotated[bool, Option(help="Compare every head with full attention.")] = True,
     max_length: positions.MaxLength = None,
@@ -52,6 +55,7 @@ def report(
         settings=settings or (),
         length=None if length is None else options.length(length),
         tasks=tasks,
+        questions=questions,
         samples=samples,
         fidelity=fidelity,
         **positions.extension(max_length, rope),

@@ -65,9 +65,24 @@ class Question:
         return self.mechanism if self.profile is None else self.profile.attention
 
 
-def mechanism(name: str, settings: Sequence[str] = ()) -> Mechanism | None:
-    """The mechanism called ``name``; None for ``"model"``, the model's own attention."""
+def mechanism(name: str, settings: Sequence[str] = (), *, own: bool = True) -> Mechanism | None:
+    """The mechanism called ``name``; None for ``"model"``, the model's own attention.
+
+    Args:
+        name: One mechanism.
+        settings: ``NAME.OPTION=VALUE``.
+        own: False where a profile runs instead, which has settings of its own.
+
+    Raises:
+        ConfigError: There is no such mechanism, or settings for none.
+    """
+    if not own:
+        options.check_unused("--profile", {"--set": tuple(settings)}, fix=options.CALIBRATE)
+        return None
     if name == "model":
+        options.check_unused(
+            "--attention model", {"--set": tuple(settings)}, fix="Name the mechanism to set."
+        )
         return None
     found = options.mechanisms(name, settings)
     if len(found) > 1:

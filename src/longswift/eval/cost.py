@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from longswift.core.mechanism import Mechanism
 from longswift.core.observe import Observed, observe
 
 _EVERY = 0.99
+# Options of mechanisms that let a query see more.
+_WIDER = (
+    *("window", "left", "chunk", "window_blocks", "random_blocks", "random_ratio"),
+    *("global_blocks", "features", "landmarks"),
+)
 
 
 def equal_cost_window(keys_per_query: float, length: int) -> int:
@@ -36,8 +41,18 @@ def counts_keys(name: str) -> bool:
     return not known or MECHANISMS.get(name).exact_part is not Mechanism.exact_part
 
 
+def remedy(name: str) -> str:
+    """What may help where a mechanism loses too much, as the end of a sentence."""
+    from longswift.mechanisms import MECHANISMS
+
+    if name not in MECHANISMS.names() or name == "ms_swift":
+        return "raise key_tokens or the windows, or let longswift calibrate choose"
+    wider = [f.name for f in fields(MECHANISMS.get(name)) if f.name in _WIDER]
+    return f"raise {' or '.join(wider)}, or try ms_swift" if wider else "try ms_swift"
+
+
 def scores_every_key(name: str, density: float | None) -> bool:
-    """Whether a mechanism of this density left nothing out: it saves nothing, and proves nothing."""
+    """Whether a mechanism of this density left nothing out, so that it saves and proves nothing."""
     return (density or 0) > _EVERY and counts_keys(name)
 
 

@@ -15,7 +15,7 @@ from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval import fidelity, guarded, options
 from longswift.eval import text as text_of
-from longswift.eval.cost import counts_keys
+from longswift.eval.cost import counts_keys, remedy
 from longswift.eval.models import TINY, load
 from longswift.eval.progress import bar
 from longswift.eval.results import Progress, Result, writable
@@ -91,17 +91,9 @@ def rival_of(attention: str, settings: Iterable[str], profile: str | None) -> di
         ConfigError: Not exactly one mechanism.
         InputError: The file is no profile.
     """
-    settings = list(settings)
+    settings = tuple(settings)
     if profile is not None:
-        if settings:
-            raise ConfigError(
-                problem(
-                    "--profile",
-                    expected="no --set beside it",
-                    got=settings,
-                    fix="Calibrate with the options you want.",
-                )
-            )
+        options.check_unused("--profile", {"--set": settings}, fix=options.CALIBRATE)
         return read_profile(profile).to_dict()
     found = options.mechanisms(attention, settings)
     if len(found) != 1:
@@ -272,7 +264,7 @@ def _quality(result: Result) -> str:
         return f"{said} That is close."
     return (
         f"{said} That is a loss (close means at most {GOOD_KL} nats and at least "
-        f"{100 * GOOD_AGREEMENT:.0f} %): raise key_tokens, or let longswift calibrate choose."
+        f"{100 * GOOD_AGREEMENT:.0f} %): {remedy(name)}."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from longswift.core.errors import ConfigError, InputError, LongSwiftError, problem
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ALL = "all"
+# Where settings are given beside a profile, which has its own.
+CALIBRATE = "Calibrate with the options you want."
 _DIGITS = 12
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -75,19 +78,23 @@ def lengths(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def counts(text: str) -> tuple[int, ...]:
-    """Comma-separated counts of at least 0, ascending.
+def counts(text: str, what: str = "counts", least: int = 0) -> tuple[int, ...]:
+    """Comma-separated counts of at least ``least``, ascending; ``what`` names them in errors.
 
     Raises:
         ConfigError: Something else.
     """
     parts = names(text)
     if not parts or not all(
-        part.isascii() and part.isdigit() and len(part) <= _DIGITS for part in parts
+        part.isascii() and part.isdigit() and len(part) <= _DIGITS and int(part) >= least
+        for part in parts
     ):
         raise ConfigError(
             problem(
-                "counts", expected="whole numbers", got=repr(text), fix="Give them as 0,64,256."
+                what,
+                expected=f"whole numbers of at least {least}",
+                got=repr(text),
+                fix=f"Give them as {least},64,256.",
             )
         )
     return tuple(sorted({int(part) for part in parts}))
@@ -120,7 +127,8 @@ def device(name: str) -> torch.device:
 
     try:
         found = torch.device(name)
-        torch.empty(1, device=found)
+        # The device meta makes tensors that hold nothing.
+        torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             problem(
@@ -200,12 +208,15 @@ def _every(
     return found, left_out
 
 
-def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, Task]:
+def tasks(
+    text: str, settings: Sequence[str] = (), *, questions: Path | None = None, **common: Any
+) -> dict[str, Task]:
     """Evaluation tasks by name, with single options changed.
 
     Args:
         text: Comma-separated names.
         settings: ``name.option=value`` as for ``mechanisms``.
+        questions: File of the task ``qa``.
         common: Options of every task that has them; None leaves a default.
 
     Raises:
@@ -213,6 +224,17 @@ def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, T
     """
     from longswift.eval.tasks import TASKS, from_dict
 
+    if questions is not None:
+        if "qa" not in names(text):
+            raise ConfigError(
+                problem(
+                    "--questions",
+                    expected="the task qa, which asks them, among --tasks",
+                    got=repr(text),
+                    fix="Add qa, or leave out the file.",
+                )
+            )
+        settings = [*settings, f"qa.file={json.dumps(str(questions))}"]
     found = {}
     for name, config in configs("task", text, settings):
         cls = TASKS.get(name)
@@ -222,6 +244,24 @@ def tasks(text: str, settings: Sequence[str] = (), **common: Any) -> dict[str, T
         shared = {k: v for k, v in common.items() if k in known and v is not None}
         found[name] = from_dict({**shared, **config})
     return found
+
+
+def check_unused(option: str, given: Mapping[str, object], fix: str) -> None:
+    """Check that nothing was given that ``option`` makes no use of.
+
+    Args:
+        option: What the command does instead, as the error names it.
+        given: Options by name, with their values; None, False and empty ones were not given.
+        fix: What to do about the others.
+
+    Raises:
+        ConfigError: Something was.
+    """
+    for name, value in given.items():
+        if value is not None and value is not False and value != ():
+            raise ConfigError(
+                problem(option, expected=f"no {name} beside it", got=repr(value), fix=fix)
+            )
 
 
 def settings_of(settings: Sequence[str], chosen: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ from longswift.eval.report_sections import (
 from longswift.eval.report_verdict import verdict
 from longswift.eval.results import Progress, Result, apart, writable
 from longswift.eval.samples import samples
+from longswift.eval.tasks import from_dict
 from longswift.extend.rope import check_kind
 from longswift.mechanisms import get_mechanism
 from longswift.mechanisms.ms_swift import MSSwift
@@ -55,8 +56,8 @@ class Report:
         length: Tokens of the text to read; None for all, at most 32k.
         max_length: Extend the model's positions to this many tokens.
         rope: Scaling of rotary positions for that.
-        tasks: Names of retrieval tasks; empty to leave them out.
-        samples: Documents per task and length, one for each depth.
+        tasks: Retrieval tasks as ``Task.to_dict`` gives them; empty to leave them out.
+        samples: Documents per task and length.
         fidelity: Compare single heads and next-token distributions with full attention.
         equal_cost: Give ``sliding_window`` the window that costs what the subject costs.
         chunk: Tokens per forward pass.
@@ -72,7 +73,7 @@ class Report:
     length: int | None = None
     max_length: int | None = None
     rope: str | None = "yarn"
-    tasks: tuple[str, ...] = ("needle",)
+    tasks: tuple[dict[str, Any], ...] = ()
     samples: int = 5
     fidelity: bool = True
     equal_cost: bool = True
@@ -107,22 +108,45 @@ class Report:
 
 
 def asked(
-    *, attention: str, settings: Sequence[str] = (), tasks: str = "needle", **rest: Any
+    *,
+    file: str,
+    attention: str,
+    settings: Sequence[str] = (),
+    tasks: str = "needle",
+    questions: Path | None = None,
+    samples: int = 5,
+    seed: int = 0,
+    **rest: Any,
 ) -> Report:
     """A report from options as people type them.
 
     Args:
+        file: The user's text; tasks hide things in it.
         attention: Comma-separated names.
-        settings: ``NAME.OPTION=VALUE`` of a mechanism. A window given here stays as it is.
+        settings: ``NAME.OPTION=VALUE`` of a mechanism or a task. A window given here stays as it
+            is.
         tasks: Comma-separated names of retrieval tasks, or ``"none"``.
+        questions: File of the task ``qa``.
+        samples: Documents per task and length; tasks with depths ask at as many, evenly.
+        seed: Seed of the tasks.
         rest: The other fields of ``Report``.
     """
-    found = options.mechanisms(attention, settings)
-    given = [s.replace("-", "_").partition("=")[0].strip() for s in settings]
+    known = [name.replace("-", "_") for name in options.names(f"{attention},{tasks}")]
+    options.check_targets(settings, known)
+    names = [] if tasks == "none" else [name.replace("-", "_") for name in options.names(tasks)]
+    mine = options.settings_of(settings, names)
+    left = [setting for setting in settings if setting not in mine]
+    found = options.mechanisms(attention, left)
+    given = [s.replace("-", "_").partition("=")[0].strip() for s in left]
+    common = {"file": file, "seed": seed, "depths": samples}
+    chosen = options.tasks(tasks, mine, questions=questions, **common) if names else {}
     return Report(
+        file=file,
         mechanisms=tuple(mechanism.to_dict() for mechanism in found.values()),
-        tasks=() if tasks == "none" else tuple(options.tasks(tasks)),
+        tasks=tuple(task.to_dict() for task in chosen.values()),
         equal_cost=f"{WINDOW}.window" not in given,
+        samples=samples,
+        seed=seed,
         **rest,
     )
 
@@ -159,6 +183,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
     config.update(
         model=loaded.name,
         file=Path(report.file).name,
+        tasks=[suite.described(task) for task in config["tasks"]],
         length=len(ids),
         text_sha256=text.sha256,
         model_sha256=loaded.fingerprint(),
@@ -189,14 +214,23 @@ class _Work:
         order = sorted(others, key=lambda name: (name == WINDOW, name != report.subject))
         self.mechanisms: dict[str, Mechanism | None] = {FULL: None}
         self.mechanisms |= {name: others[name] for name in order}
+        shares = (4, 2, 1)
+        self.lengths = tuple(sorted({max(_SHORTEST, len(ids) // share) for share in shares}))
         self.units = len(ids) * (len(self.mechanisms) + (4 if report.fidelity else 0))
 
     def run(self, step: Bar) -> None:
         """Measure what is missing.
 
         Raises:
-            UnsupportedError: The model cannot run one of the mechanisms; nothing was read then.
+            InputError: A task finds no document in its file.
+            UnsupportedError: The model cannot run one of the mechanisms.
+
+        Nothing was read then.
         """
+        for config in self.report.tasks:
+            task = from_dict(config)
+            for length in self.lengths:
+                task.available(self.loaded, length, self.report.samples)
         for mechanism in self.mechanisms.values():
             if mechanism is not None:
                 self.loaded.check_runs(mechanism)
@@ -252,20 +286,13 @@ class _Work:
 
     def _retrieve(self) -> dict[str, Any]:
         """The suite's result; the model's own attention is the judge there, too."""
-        tasks = options.tasks(
-            ",".join(self.report.tasks), file=self.report.file, seed=self.report.seed
-        )
-        length = len(self.ids)
-        lengths = tuple(sorted({max(_SHORTEST, length // share) for share in (4, 2, 1)}))
         names = [{"name": runner.MODEL}]
         names += [m.to_dict() for m in self.mechanisms.values() if m is not None]
         found = suite.run(
             suite.Suite(
                 model=self.report.model,
-                tasks=tuple(
-                    _on_a_grid(task.to_dict(), self.report.samples) for task in tasks.values()
-                ),
-                lengths=lengths,
+                tasks=self.report.tasks,
+                lengths=self.lengths,
                 mechanisms=tuple(names),
                 samples=self.report.samples,
                 equal_cost=self.report.equal_cost,
@@ -289,11 +316,6 @@ class _Work:
             self.loaded.model, self.ids, mechanism, chunk=self.report.chunk, step=step
         )
         return fidelity_runs.summarise(found.to_rows(), fidelity.name_of(mechanism))
-
-
-def _on_a_grid(task: dict[str, Any], samples: int) -> dict[str, Any]:
-    """A task with depths asks at as many as there are samples, evenly."""
-    return {**task, "depths": samples} if "depths" in task else task
 
 
 class _Layers:

@@ -8,10 +8,11 @@ from typing import Any
 
 from longswift.eval import guarded, standings, text
 from longswift.eval import report_sections as measured
-from longswift.eval.cost import scores_every_key
+from longswift.eval.cost import remedy, scores_every_key
 from longswift.eval.fidelity_runs import GOOD_AGREEMENT, GOOD_KL
 from longswift.eval.report_sections import FULL, WINDOW, ReadingRow
 from longswift.eval.results import Result
+from longswift.eval.scores import NLL
 
 GOOD, BAD, NOTE = "good", "bad", "note"
 # Retrieval kept: what full attention finds is found, but for one question in a hundred.
@@ -117,7 +118,7 @@ def _headline(subject: ReadingRow, full: ReadingRow, level: str, judged: bool, e
     if level == BAD:
         return (
             f"{begin}, and loses what full attention keeps. Do not use this configuration for such "
-            "texts: raise key_tokens or the windows, or let longswift calibrate choose."
+            f"texts: {remedy(subject.name)}."
         )
     if full.seconds / subject.seconds <= 1 - _SAME_TIME:
         return (
@@ -151,6 +152,18 @@ def _retrieval(result: Result, name: str) -> list[Finding]:
         return []
     if name in suite.summary.get("refused", {}):
         return [Finding(level=BAD, text=f"Retrieval did not run: {suite.summary['refused'][name]}")]
+    asked = [r for r in standings.rows(suite) if r.metric != NLL and r.at is None]
+    if not asked:
+        # Predicting the next token retrieves nothing; the reading says what it costs.
+        return []
+    if all(row.score is None for row in asked):
+        return [
+            Finding(
+                level=NOTE,
+                text="Retrieval tells nothing: no document fits into the lengths asked. "
+                "Give a longer text.",
+            )
+        ]
     labels = measured.labels(result)
     found = [case for case in standings.compared(suite) if case[0].mechanism == name]
     if not found:

@@ -98,9 +98,13 @@ def writable(path: str | Path, *, endings: tuple[str, ...] = (), kind: str | Non
                 fix="Name another file, or move this one away.",
             )
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=target.parent):
-        return Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            return Path(path)
+    except OSError as error:
+        # The name of the file that was tried means nothing to anybody.
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def apart(*paths: str | Path | None) -> None:

@@ -125,10 +125,8 @@ def asked(
     ordered = [name.replace("-", "_") for name in options.names(attention)]
     options.check_targets(settings, [*names, *(name for name in ordered if name != MODEL)])
     mine = options.settings_of(settings, names)
-    if questions is not None:
-        mine.append(f"qa.file={json.dumps(str(questions))}")
     place = None if file is None else str(file)
-    chosen = options.tasks(tasks, mine, form=form, file=place, seed=seed)
+    chosen = options.tasks(tasks, mine, questions=questions, form=form, file=place, seed=seed)
     others = ",".join(name for name in options.names(attention) if name != MODEL)
     left = [setting for setting in settings if setting not in mine]
     # The model's own attention has no options.
@@ -147,12 +145,17 @@ def _config(suite: Suite, loaded: Loaded) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(json.dumps(asdict(suite)))
     content["model"] = loaded.name
     content["model_sha256"] = loaded.fingerprint()
-    for task in content["tasks"]:
-        if "file" in task:
-            body = source(task["file"])
-            task["file"] = None if task["file"] is None else Path(task["file"]).name
-            task["text_sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    content["tasks"] = [described(task) for task in content["tasks"]]
     return content
+
+
+def described(task: dict[str, Any]) -> dict[str, Any]:
+    """A task as results keep it: its text by name and hash, so that no path is kept."""
+    if "file" not in task:
+        return task
+    digest = hashlib.sha256(source(task["file"]).encode()).hexdigest()
+    name = None if task["file"] is None else Path(task["file"]).name
+    return {**task, "file": name, "text_sha256": digest}
 
 
 def prepare(suite: Suite) -> Loaded:

@@ -13,6 +13,16 @@ class Table(NamedTuple):
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def __str__(self) -> str:
+        """Plain text in aligned columns."""
+        lines = [tuple(self.columns), *map(tuple, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *shown])
+
 
 def megabytes(size: int | None) -> str:
     """Bytes as MiB, ``-`` when unknown."""

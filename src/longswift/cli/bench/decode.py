@@ -38,7 +38,7 @@ def decode(
         lengths=options.lengths(lengths),
         mechanisms=phase.configs(mechanism, settings),
         against=against,
-        batches=options.lengths(batches),
+        batches=options.counts(batches, "batches", least=1),
         tokens=tokens,
         dynamic_cache=dynamic_cache,
         dtype=dtype,

@@ -36,7 +36,7 @@ def prefill(
         lengths=options.lengths(lengths),
         mechanisms=phase.configs(mechanism, settings),
         against=against,
-        batches=options.lengths(batches),
+        batches=options.counts(batches, "batches", least=1),
         chunk=chunk,
         memory=memory,
         dtype=dtype,

@@ -36,7 +36,7 @@ def train(
         lengths=options.lengths(lengths),
         mechanisms=phase.configs(mechanism, settings),
         against=against,
-        batches=options.lengths(batches),
+        batches=options.counts(batches, "batches", least=1),
         checkpointing=checkpointing,
         memory=memory,
         dtype=dtype,
