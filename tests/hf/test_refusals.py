@@ -53,13 +53,6 @@ def test_arbitrary_four_dimensional_masks(dtype: torch.dtype) -> None:
         with_attention("llama", "ms_swift")(inputs["input_ids"], attention_mask=mask)
 
 
-def test_packed_sequences() -> None:
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    ids = torch.randint(3, 97, (1, 8))
-    with pytest.raises(UnsupportedError, match="packed"):
-        with_attention("llama", "ms_swift")(ids, position_ids=positions, use_cache=False)
-
-
 @torch.no_grad()
 def test_chunked_attention_is_honoured_in_one_chunk_and_refused_beyond() -> None:
     model = build("llama4")

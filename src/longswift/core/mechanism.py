@@ -29,6 +29,7 @@ from longswift.core.inputs import (
 from longswift.core.observe import observed, tell
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.summary import KeySummary
+from longswift.core.tracing import untraced
 from longswift.core.types import AttentionResult, AttentionStats
 
 
@@ -68,6 +69,7 @@ class Mechanism(ABC):
     supports_cross: ClassVar[bool] = False
     supports_bias: ClassVar[bool] = False
 
+    @untraced
     def __call__(
         self,
         q: Tensor,

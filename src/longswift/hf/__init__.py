@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -52,8 +53,9 @@ def _register() -> None:
                     fix="Rename the plug-in's entry point.",
                 )
             )
-        AttentionInterface.register(name, make_attention(mechanism))
-        AttentionMaskInterface.register(name, swift_mask)
+        # What chooses by content cannot be traced; a compiled model calls it between its graphs.
+        AttentionInterface.register(name, torch.compiler.disable(make_attention(mechanism)))
+        AttentionMaskInterface.register(name, torch.compiler.disable(swift_mask))
     AutoConfig.register("longswift", LongSwiftConfig)
     AutoModelForCausalLM.register(LongSwiftConfig, LongSwiftLM)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +32,14 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 # More queries than this compute their own summaries faster than a cache could keep them.
 _DECODE_QUERIES = 64
 
+_PACKED = "packed sequences"
 _REFUSED = {
     "attention_bias": "a bias on the scores",
     "block_indices": "a selection of blocks made by the model",
     "block_table": "continuous batching",
     "cache": "continuous batching",
-    "cu_seq_lens_k": "packed sequences",
-    "cu_seq_lens_q": "packed sequences",
+    "cu_seq_lens_k": _PACKED,
+    "cu_seq_lens_q": _PACKED,
     "head_mask": "a mask of heads",
     "indices": "a selection of keys made by the model",
     "position_bias": "a position bias on the scores",
@@ -69,8 +71,10 @@ def make_attention(name: str) -> AttentionFunction:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        bounds = [kwargs.pop(name, None) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
         refuse_unsupported(module, dropout, kwargs)
         seen = _what_is_seen(module, query, key, attention_mask, kwargs)
+        sequences = _sequences(module, query, key, seen, *bounds)
         mechanism = _mechanism(module, name, seen, query.shape[2])
         summary = _summary(mechanism, key, query.shape[2], seen)
         real = seen.real
@@ -80,8 +84,9 @@ def make_attention(name: str) -> AttentionFunction:
             # One hidden key more: equal lengths would mean that queries are padded like keys.
             key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
             real = pad(real, (0, 1))
-        with layer_scope(getattr(module, "layer_idx", None)):
-            result = mechanism(
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return mechanism(
                 query,
                 key,
                 value,
@@ -92,8 +97,14 @@ def make_attention(name: str) -> AttentionFunction:
                 training=True if module.training else None,
                 summary=summary,
                 bias=bias_of(module),
-            )
-        return result.out.transpose(1, 2).contiguous(), None
+            ).out
+
+        with layer_scope(getattr(module, "layer_idx", None)):
+            if sequences is None:
+                out = attend(query, key, value)
+            else:
+                out = _each(attend, query, key, value, sequences)
+        return out.transpose(1, 2).contiguous(), None
 
     attention.__name__ = f"longswift_{name}"
     return attention
@@ -160,6 +171,61 @@ def _what_is_seen(
     return _Seen(rule, real, length, starts)
 
 
+def _sequences(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    seen: _Seen,
+    q_bounds: Tensor | None,
+    k_bounds: Tensor | None,
+) -> tuple[tuple[int, ...], ...] | None:
+    """Lengths of the sequences packed into each row, from the mask or from FlashAttention's bounds.
+
+    Args:
+        module: The layer.
+        query: ``[B, H, n, D]``.
+        key: ``[B, Hkv, n, D]``.
+        seen: What the mask says.
+        q_bounds: Where each sequence starts and the last one ends, ``[count + 1]``, or None.
+        k_bounds: The same for keys.
+    """
+    if q_bounds is None and k_bounds is None:
+        return seen.rule.sequences
+    if q_bounds is not None and k_bounds is not None and torch.equal(q_bounds, k_bounds):
+        lengths = tuple(n for n in q_bounds.diff().tolist() if n)
+        whole = sum(lengths) == query.shape[2] == key.shape[2] and query.shape[0] == 1
+        if whole and seen.real is None and seen.rule.sequences in (None, (lengths,)):
+            return (lengths,)
+    raise UnsupportedError(
+        problem(
+            type(module).__name__,
+            expected="cu_seq_lens_q and cu_seq_lens_k that say the same, over all of one row, as "
+            "position_ids do",
+            got="others, padding, several rows or keys in a cache",
+            fix="Pass one row without padding and cache, as DataCollatorWithFlattening makes it.",
+        )
+    )
+
+
+def _each(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: tuple[tuple[int, ...], ...],
+) -> Tensor:
+    """The output of packed rows, ``[B, H, n, Dv]``: each sequence attends as if it were alone."""
+    if len(set(sequences)) == 1:
+        # Rows that are packed alike go together.
+        sequences = sequences[:1]
+    done = []
+    by_row = (x.chunk(len(sequences)) for x in (query, key, value))
+    for lengths, *tensors in zip(sequences, *by_row, strict=True):
+        parts = zip(*(x.split(lengths, dim=2) for x in tensors), strict=True)
+        done.append(torch.cat([attend(*part) for part in parts], dim=2))
+    return torch.cat(done)
+
+
 def _with_window(module: nn.Module, rule: Rule, kwargs: dict[str, Any]) -> Rule:
     """The rule narrowed by the window the layer itself states."""
     window = kwargs.get("sliding_window")
@@ -168,7 +234,7 @@ def _with_window(module: nn.Module, rule: Rule, kwargs: dict[str, Any]) -> Rule:
     # Both kinds of layer state their reach plus one: the query's own position counts.
     stated = int(window) - 1
     if rule.window is None:
-        return Rule(causal=rule.causal, window=stated)
+        return replace(rule, window=stated)
     if rule.window != stated:
         raise UnsupportedError(
             problem(

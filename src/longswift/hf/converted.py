@@ -102,6 +102,15 @@ class ConvertedAttention(nn.Module):
                     "implementation one of longswift_<name>.",
                 )
             )
+        if mask.rule.sequences is not None:
+            raise UnsupportedError(
+                problem(
+                    type(self).__name__,
+                    expected="one sequence per row, which a memory reads from its beginning",
+                    got="packed sequences (position_ids that restart)",
+                    fix="Pass an attention_mask with one sequence per row.",
+                )
+            )
         # The mask of a sliding layer may start later than the text.
         total = mask.length if mask.rule.window is None else None
         real = mask.key_mask()

@@ -56,6 +56,7 @@ class GlobalAttention(nn.Module):
             not isinstance(mask, KeyMask)
             or not hasattr(mask, "rule")
             or mask.rule.causal
+            or mask.rule.sequences is not None
             or mask.shape[3] != hidden_states.shape[1]
         ):
             raise UnsupportedError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from types import CodeType
 from typing import Any
 
@@ -22,10 +23,13 @@ class Rule:
         causal: Nothing after the query is visible.
         window: Keys at most this far away are visible, the query's own distance being 0:
             ``p - j <= window`` if causal, ``|p - j| <= window`` if not. None: every key.
+        sequences: For each row of the batch the lengths of the sequences packed into it, which see
+            only themselves. None: a row is one sequence.
     """
 
     causal: bool
     window: int | None = None
+    sequences: tuple[tuple[int, ...], ...] | None = None
 
 
 class KeyMask(Tensor):
@@ -189,11 +193,13 @@ def read_rule(mask_function: Callable[..., Any], end: int) -> Rule:
         end: One past the last key position.
 
     Raises:
-        UnsupportedError: Anything that is not exactly a causal, sliding or bidirectional mask.
+        UnsupportedError: Anything but a causal, sliding or bidirectional mask of whole rows or of
+            sequences packed into them.
     """
     causal = False
     past: list[int] = []
     both: list[int] = []
+    sequences = None
     for part in _conjuncts(mask_function):
         code = getattr(part, "__code__", None)
         if code is _CAUSAL:
@@ -202,6 +208,15 @@ def read_rule(mask_function: Callable[..., Any], end: int) -> Rule:
             past.append(_cell(part, "sliding_window") - 1)
         elif code is _SLIDING_BOTH:
             both.append(_cell(part, "sliding_window"))
+        elif code is _PACKED and sequences is None:
+            sequences = _sequences(_cell(part, "packed_sequence_mask"))
+        elif code is not None and code is _REMAPPED:
+            # Positions count from each sequence's first token, which changes no distance.
+            positions = _cell(part, "position_ids")
+            inner = read_rule(_cell(part, "mask_function"), int(positions.max()) + 1)
+            causal = causal or inner.causal
+            if inner.window is not None:
+                (past if inner.causal else both).append(inner.window)
         elif code is _CHUNKED and end <= _cell(part, "chunk_size"):
             continue
         elif code is not _BIDIRECTIONAL:
@@ -209,7 +224,20 @@ def read_rule(mask_function: Callable[..., Any], end: int) -> Rule:
     if past and not causal:
         raise UnsupportedError(_refusal(mask_function, _SLIDING))
     reach = min(past + both) if past or both else None
-    return Rule(causal=causal, window=reach)
+    return Rule(causal=causal, window=reach, sequences=sequences)
+
+
+def _sequences(numbers: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Lengths of packed sequences from their number at each position, ``[B, n]``."""
+    begins = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    # While a model is traced, Transformers cannot look whether anything is packed.
+    if int(begins.sum()) == numbers.shape[0]:
+        return None
+    found = []
+    for row in begins:
+        starts = [*row.nonzero().squeeze(1).tolist(), numbers.shape[1]]
+        found.append(tuple(end - start for start, end in pairwise(starts)))
+    return tuple(found)
 
 
 def _conjuncts(mask_function: Callable[..., Any]) -> list[Callable[..., Any]]:
@@ -243,11 +271,6 @@ def _refusal(function: Callable[..., Any], code: CodeType | None) -> str:
     if code is _CHUNKED:
         got = f"chunked attention over more than one chunk of {_cell(function, 'chunk_size')}"
         fix = "Stay within one chunk or use attn_implementation='sdpa'."
-    elif code is _PACKED:
-        got = "several packed sequences in a row (position_ids that restart)"
-        fix = (
-            "Pass an attention_mask with one sequence per row, or use_cache=True for one sequence."
-        )
     elif code is _BLOCKWISE or code is _OR:
         got = "a mask that also shows blocks of later tokens (images, a prefix)"
     return problem("mask", expected="causal, sliding or bidirectional", got=got, fix=fix)
@@ -262,5 +285,10 @@ _SLIDING = hf.sliding_window_overlay(1).__code__
 _SLIDING_BOTH = hf.sliding_window_bidirectional_overlay(1).__code__
 _CHUNKED = hf.chunked_overlay(1, _NOTHING).__code__
 _PACKED = hf.packed_sequence_mask_function(_NOTHING).__code__
-# Older versions have no block overlay.
+# Older versions have neither.
+_REMAPPED = (
+    hf.remap_positions_for_packed_sequence(hf.causal_mask_function, _NOTHING).__code__
+    if hasattr(hf, "remap_positions_for_packed_sequence")
+    else None
+)
 _BLOCKWISE = hf.blockwise_overlay(_NOTHING).__code__ if hasattr(hf, "blockwise_overlay") else None
