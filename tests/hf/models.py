@@ -72,6 +72,20 @@ def _gemma3() -> Any:
     return hf.Gemma3ForCausalLM(config)
 
 
+def gemma3_encoder() -> Any:
+    """EmbeddingGemma's kind: a decoder's layers that see both ways."""
+    config = hf.Gemma3TextConfig(
+        **_DECODER,
+        sliding_window=12,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        return hf.Gemma3TextModel(config).eval()
+
+
 def _gpt_neox() -> Any:
     shared = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}

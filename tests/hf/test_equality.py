@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longswift.hf import SwiftCache, set_attention
-from tests.hf.models import DECODERS, ENCODERS, batch, build, with_attention
+from tests.hf.models import DECODERS, ENCODERS, batch, build, gemma3_encoder, with_attention
 
 IMPLEMENTATIONS = ["longswift_full", "ms_swift"]
 
@@ -32,6 +32,18 @@ def test_image_encoder(implementation: str) -> None:
     expected = with_attention("vit", "sdpa")(pixels).last_hidden_state
     got = with_attention("vit", implementation)(pixels).last_hidden_state
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@torch.no_grad()
+def test_a_decoder_that_sees_both_ways(implementation: str, padding: str) -> None:
+    model, inputs = gemma3_encoder(), batch(24, padding)
+    expected = model(**inputs).last_hidden_state
+    model.set_attn_implementation(implementation)
+    real = inputs["attention_mask"].bool()
+    found = model(**inputs).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import masking_utils as hf
 
 from longswift import UnsupportedError
 from longswift.core.errors import LongSwiftError
+from longswift.hf import set_attention
 from longswift.hf.attention import make_attention
 from longswift.hf.masks import KeyMask, Rule, read_rule, swift_mask
 from tests.hf.models import batch, build, recent, with_attention
@@ -51,6 +53,16 @@ def test_arbitrary_four_dimensional_masks(dtype: torch.dtype) -> None:
         mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
     with pytest.raises(UnsupportedError, match="two-dimensional"):
         with_attention("llama", "ms_swift")(inputs["input_ids"], attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "FNet", "RegNet"])
+def test_models_without_attention(name: str) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    if name == "RegNet":
+        sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "groups_width": 8}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
+    with pytest.raises(UnsupportedError, match="one without attention"):
+        set_attention(model, "ms_swift")
 
 
 @torch.no_grad()

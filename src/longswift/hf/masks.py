@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dis import get_instructions
 from itertools import pairwise
 from types import CodeType
 from typing import Any
@@ -217,6 +218,9 @@ def read_rule(mask_function: Callable[..., Any], end: int) -> Rule:
             causal = causal or inner.causal
             if inner.window is not None:
                 (past if inner.causal else both).append(inner.window)
+        elif code is _OR and (widened := _widened(part, end)) is not None:
+            if widened.window is not None:
+                both.append(widened.window)
         elif code is _CHUNKED and end <= _cell(part, "chunk_size"):
             continue
         elif code is not _BIDIRECTIONAL:
@@ -251,6 +255,31 @@ def _conjuncts(mask_function: Callable[..., Any]) -> list[Callable[..., Any]]:
         if len(kept) == 1:
             return _conjuncts(kept[0])
     return [mask_function]
+
+
+def _widened(union: Callable[..., Any], end: int) -> Rule | None:
+    """The bidirectional rule into which some models widen a causal one (Gemma 3's encoders).
+
+    None for any other union.
+    """
+    parts = _cell(union, "mask_functions")
+    if len(parts) != 2:
+        return None
+    narrow, wide = read_rule(parts[0], end), parts[1]
+    code = getattr(wide, "__code__", None)
+    if not narrow.causal or code is None:
+        return None
+    takes = any(step.opname.startswith("LOAD_FAST") for step in get_instructions(code))
+    if not takes and not code.co_freevars:
+        # It looks at nothing, so that one call tells all.
+        return Rule(causal=False) if bool(wide(0, 0, 0, 0)) else None
+    reach = narrow.window
+    named = getattr(wide, "__qualname__", "").startswith("_bidirectional_window_overlay.")
+    if named and code.co_freevars == ("sliding_window",) and reach is not None:
+        places = ((0, reach), (reach, 0), (0, reach + 1), (reach + 1, 0))
+        if [bool(wide(0, 0, q, k)) for q, k in places] == [True, True, False, False]:
+            return Rule(causal=False, window=reach)
+    return None
 
 
 def _is_empty(mask_function: Callable[..., Any]) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
+
+from transformers import AttentionInterface, PreTrainedModel
 
 from longswift.core.errors import ConfigError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
@@ -17,7 +20,7 @@ from longswift.mechanisms.profile import Architecture, Profile, read_profile
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 KEY = "longswift"
 _ALIASES = {"ms_swift": "ms_swift", "ms-swift": "ms_swift"}
@@ -138,17 +141,18 @@ def set_attention(
         layers: Other mechanisms (or other settings) for single layers, by layer index.
 
     Raises:
-        UnsupportedError: The architecture computes attention in code of its own.
+        UnsupportedError: The architecture computes attention in code of its own, or has none.
         ConfigError: Something that is no mechanism, or no layer of the model.
     """
     mechanism = _mechanism(mechanism)
     others = {layer: _mechanism(other) for layer, other in dict(layers or {}).items()}
-    if not model._can_set_attn_implementation():
+    own_code = not model._can_set_attn_implementation()
+    if own_code or not _asks_interface(model):
         raise UnsupportedError(
             problem(
                 type(model).__name__,
                 expected="an architecture that uses Transformers' AttentionInterface",
-                got="one with attention code of its own",
+                got="one with attention code of its own" if own_code else "one without attention",
                 fix="Such a model cannot be given another attention; choose another architecture.",
             )
         )
@@ -169,6 +173,22 @@ def set_attention(
     model.set_attn_implementation(name if key is None else {key: name})
     single = {str(layer): other.to_dict() for layer, other in others.items()}
     write_settings(config, attention=mechanism.to_dict(), layers=single)
+
+
+def _asks_interface(model: nn.Module) -> bool:
+    """Whether code of any layer knows the interface; Transformers lets models without attention by.
+
+    Layers that inherit their attention from another architecture know it through that.
+    """
+    sources = {base.__module__ for module in model.modules() for base in type(module).__mro__}
+    # Where the interface itself lives, and every model comes from.
+    sources.discard(PreTrainedModel.__module__)
+    return any(
+        isinstance(value, AttentionInterface)
+        for source in sources
+        if source in sys.modules
+        for value in vars(sys.modules[source]).values()
+    )
 
 
 def _mechanism(given: Mechanism | str) -> Mechanism:
