@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longswift import Full, InputError, MSSwift, SlidingWindow, UnsupportedError
 from longswift.core.errors import ConfigError
 from longswift.extend.rope import RopeScaling
 from longswift.hf import attention_of, check_length, extend
+from longswift.hf.rotary import only_near_layers_rotate
 from tests.hf.models import batch, build, recent
 
 ROPED = ["llama", "qwen3", "gemma3", "gpt_neox", "smollm3"]
@@ -207,3 +209,20 @@ def test_the_rotary_module_stays_in_place() -> None:
     half(**batch(8))
     handle.revert()
     assert model.model.rotary_emb is rotary
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Cohere2MoeConfig"), reason="not in this version")
+@pytest.mark.parametrize(
+    ("dense", "pattern", "near"), [(0, 1, True), (3, 1, True), (4, 1, False), (4, 4, True)]
+)
+def test_full_layers_that_rotate_in_the_dense_prefix_only(
+    dense: int, pattern: int, near: bool
+) -> None:
+    """Layer 3 is the full one: its positions are known if it is dense and the pattern is 1."""
+    config = transformers.Cohere2MoeConfig(
+        num_hidden_layers=4,
+        sliding_window=16,
+        mlp_layer_types=["dense"] * dense + ["sparse"] * (4 - dense),
+        prefix_dense_sliding_window_pattern=pattern,
+    )
+    assert only_near_layers_rotate(config, 64) is near

@@ -58,6 +58,13 @@ def only_near_layers_rotate(config: PreTrainedConfig, trained: int) -> bool:
         return True
     # 1 marks a rotated layer, whatever the name suggests.
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(kinds)
+    if config.model_type == "cohere2_moe":
+        # A full layer of it rotates only in the dense prefix, and there at one setting only.
+        prefix = config.prefix_dense_sliding_window_pattern == 1
+        rotated = [
+            kind == "sliding_attention" or prefix and mlp == "dense"
+            for kind, mlp in zip(kinds, config.mlp_layer_types, strict=True)
+        ]
     return all(
         kind == "sliding_attention" for kind, turns in zip(kinds, rotated, strict=True) if turns
     )
