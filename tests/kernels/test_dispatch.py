@@ -69,6 +69,19 @@ def test_tangents_are_refused_and_not_lost(backend: str) -> None:
     torch.testing.assert_close(right, slope, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_transforms_are_refused_and_spoil_no_verdict(backend: str, forgetful: None) -> None:
+    q, k, v = torch.randn(3, 2, 1, 2, 64, 16)
+    with pytest.raises(UnsupportedError, match=r"torch\.func\.vmap"):
+        torch.func.vmap(lambda q, k, v: Full()(q, k, v, backend=backend).out)(q, k, v)
+    with pytest.raises(UnsupportedError, match=r"torch\.func\.grad"):
+        torch.func.grad(lambda q: MSSwift()(q, k[0], v[0], backend=backend).out.sum())(q[0])
+    slope = torch.func.grad(lambda q: Full()(q, k[0], v[0], backend="reference").out.sum())(q[0])
+    given = q[0].clone().requires_grad_()
+    Full()(given, k[0], v[0], backend=backend).out.sum().backward()
+    torch.testing.assert_close(slope, given.grad)
+
+
 @pytest.fixture
 def forgetful() -> Iterator[None]:
     """Trust is remembered per process; a test that fakes it leaves none behind."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from longswift.core import compiled
-from longswift.core.errors import InputError, problem
+from longswift.core.errors import InputError, UnsupportedError, problem
 
 if TYPE_CHECKING:
     from longswift.core.summary import KeySummary
 
+# The transform of torch.func that is under way, or None; not public.
+_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -287,12 +290,36 @@ def tracked(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
+def check_transform(backend: str) -> None:
+    """Refuse what happens inside ``torch.func.vmap``, and ``grad`` unless of the reference.
+
+    Raises:
+        UnsupportedError: It is under way.
+    """
+    transform: Any = _transform()
+    if transform is None:
+        return
+    kind = transform.key()
+    kinds = torch._C._functorch.TransformType
+    if kind == kinds.Vmap or kind == kinds.Grad and backend != "reference":
+        raise UnsupportedError(
+            problem(
+                f"torch.func.{kind.name.lower()}",
+                expected="a call outside of it",
+                got="one inside",
+                fix="Put what vmap would add into the batch; differentiate with torch.autograd, or "
+                "use backend='reference' inside torch.func.grad.",
+            )
+        )
+
+
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are dense tensors and no other class, without tangents, q and k with 4 axes."""
     return (
         type(q) is type(k) is type(v) is Tensor
         and q.layout is k.layout is v.layout is torch.strided
         and q.dim() == k.dim() == 4
+        and _transform() is None
         # Nobody follows tangents: to ask each tensor takes a tenth of a short call.
         and (forward_ad._current_level < 0 or not carry_tangents(q, k, v))
     )

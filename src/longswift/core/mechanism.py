@@ -19,6 +19,7 @@ from longswift.core.inputs import (
     check_inputs,
     check_scale,
     check_summary,
+    check_transform,
     indices,
     places,
     split_padding,
@@ -156,6 +157,7 @@ class Mechanism(ABC):
         bias: PositionBias | None,
     ) -> Call:
         """What is asked for, once everything has been checked."""
+        check_transform(backend)
         check_inputs(q, k, v, key_mask, causal)
         self._check_direction(causal, q.shape[2], k.shape[2])
         scale = check_scale(scale, q.shape[-1])

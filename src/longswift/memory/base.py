@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from longswift.core.errors import InputError, problem
-from longswift.core.inputs import check_finite, check_inputs, check_scale, split_padding
+from longswift.core.inputs import (
+    check_finite,
+    check_inputs,
+    check_scale,
+    check_transform,
+    split_padding,
+)
 from longswift.core.softmax import accumulator_dtype
 from longswift.memory.state import State, join
 
@@ -151,6 +157,7 @@ class MemoryAttention(nn.Module, ABC):
             InputError: Wrong shapes, dtypes, devices, NaN, or a state of another batch.
         """
         q, k, v = tokens.q, tokens.k, tokens.v
+        check_transform("auto")
         check_inputs(q, k, v, key_mask, causal=False)
         check_finite(q=q, k=k, v=v)
         batch, _, length, _ = q.shape
