@@ -66,12 +66,12 @@ def lines(labels: Mapping[str, str], baselines: Sequence[str], highlight: str) -
     return found
 
 
-def length_axis(axis: Any, lengths: Sequence[int], what: str = "tokens") -> None:
+def length_axis(axis: Any, lengths: Sequence[int]) -> None:
     """A logarithmic axis of lengths with a tick at each."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [text.tokens(n) for n in lengths], minor=False)
     axis.minorticks_off()
-    axis.set_xlabel(what)
+    axis.set_xlabel("tokens")
     axis.grid(True, which="major", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 

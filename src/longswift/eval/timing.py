@@ -11,6 +11,9 @@ from typing import Any
 
 from longswift.core.errors import ConfigError, problem
 
+# A first run of so many seconds is a sample.
+_SLOW = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
@@ -55,7 +58,6 @@ def alternate(
     rivals: Mapping[str, Callable[[], object]],
     *,
     repeats: int = 5,
-    slow_seconds: float = 5.0,
     compiles: bool = False,
     budget_seconds: float = 60.0,
     tick: Callable[[str], None] = lambda name: None,
@@ -63,7 +65,7 @@ def alternate(
 ) -> dict[str, Seconds]:
     """Time functions by turns, so that drift of the machine meets all of them alike.
 
-    The first run of each warms up and is thrown away, unless it took ``slow_seconds``: there a
+    The first run of each warms up and is thrown away, unless it took seconds: there a
     cold start is negligible and another run is dear. Not so where the first run ``compiles``. A
     function stops early once its runs have spent ``budget_seconds``. The order is reversed every
     round.
@@ -71,7 +73,6 @@ def alternate(
     Args:
         rivals: Name and function; each function waits until its device has finished.
         repeats: Samples of a fast function.
-        slow_seconds: A first run at least this long counts as a sample.
         compiles: First runs compile kernels and count neither as samples nor for the budget.
         budget_seconds: Time after which a function is run no more; it has at least one sample.
         tick: Called with a name before every run.
@@ -95,7 +96,7 @@ def alternate(
         first = run(name)
         if compiles:
             spent[name] = 0.0
-        elif first >= slow_seconds:
+        elif first >= _SLOW:
             samples[name].append(first)
     for turn in range(repeats):
         for name in rivals if turn % 2 == 0 else reversed(list(rivals)):

@@ -12,9 +12,10 @@ from longswift.core.hardware import cpu_multiplies_fast
 __all__ = ["Muon"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
 
 
-def _orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def _orthogonal(update: torch.Tensor) -> torch.Tensor:
     """Push the singular values of ``update`` [count, rows, columns] towards one."""
     a, b, c = _QUINTIC
     wide = update.shape[-2] <= update.shape[-1]
@@ -22,7 +23,7 @@ def _orthogonal(update: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if cpu_multiplies_fast(torch.bfloat16):
         x = x.bfloat16()
-    for _ in range(steps):
+    for _ in range(_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.to(update.dtype)

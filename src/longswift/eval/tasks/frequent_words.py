@@ -17,6 +17,7 @@ from longswift.eval.models import Codec
 from longswift.eval.tasks import base
 
 _LETTERS, _TOKENS_A_WORD, _DOTS = 6, 50, "..."
+_TERMS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class FrequentWords(base.Task):
         return base.named(sample, output)
 
 
-def zeta(alpha: float, terms: int = 10_000) -> float:
+def zeta(alpha: float) -> float:
     """Riemann's zeta function: a partial sum, and the rest as an integral, once corrected."""
-    partial = sum(k**-alpha for k in range(1, terms))
-    return partial + terms ** (1 - alpha) / (alpha - 1) + terms**-alpha / 2
+    partial = sum(k**-alpha for k in range(1, _TERMS))
+    return partial + _TERMS ** (1 - alpha) / (alpha - 1) + _TERMS**-alpha / 2
