@@ -47,6 +47,24 @@ def _run(script: str) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+def test_gradient_checkpointing() -> None:
+    """Its hooks count the tensors that are saved, and its recomputation stops at the last."""
+    _run("""
+from torch.utils.checkpoint import checkpoint
+
+def outputs():
+    return [attention(own, k, v).out.square().sum() for attention in mechanisms]
+
+own = q.clone().requires_grad_()
+parts = [checkpoint(lambda x, a=a: a(x, k, v).out.square(), own, use_reentrant=False).sum()
+         for a in mechanisms]
+found = [torch.autograd.grad(part, own)[0] for part in parts]
+for (expected,), got in zip((torch.autograd.grad(part, own) for part in outputs()), found):
+    torch.testing.assert_close(got, expected)
+assert {attention(own, k, v).stats.backend for attention in mechanisms} <= {"native"}
+""")
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_default_dtype_and_device(dtype: str) -> None:
     _run(f"""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -175,14 +177,32 @@ def trusted(name: str, device: torch.device, asked: str = "attend") -> bool:
     return True
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def disagreement(module: ModuleType, device: torch.device, asked: str = "attend") -> str:
-    """How a backend differs from the reference on the small problem of ``CHECKS``, or nothing."""
+    """How a backend differs from the reference on the small problem of ``CHECKS``, or nothing.
+
+    It is solved in a thread of its own, where nothing of the caller's is under way: autocast,
+    inference mode, hooks of gradient checkpointing, which would count the tensors that are saved,
+    transforms and default devices.
+    """
+    # A new thread starts at the first GPU.
+    here = (
+        torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else -1
+    )
+    answer: list[str] = []
+
+    def ask() -> None:
+        with torch.cuda.device(here) if here >= 0 else nullcontext():
+            answer.append(_difference(module, device, asked))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join()
+    return answer[0]
+
+
+def _difference(module: ModuleType, device: torch.device, asked: str) -> str:
     try:
-        # Products that autocast rounds are no reference.
-        with torch.autocast(device.type, enabled=False):
-            found, expected = [CHECKS[asked](x, device) for x in (module, reference)]
+        found, expected = [CHECKS[asked](x, device) for x in (module, reference)]
     except Exception as error:  # whatever a compiler raises: the point is to learn of it
         return f"{type(error).__name__}: {error}"
     for name, right in expected.items():
