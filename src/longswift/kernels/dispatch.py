@@ -6,7 +6,6 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -184,14 +183,13 @@ def disagreement(module: ModuleType, device: torch.device, asked: str = "attend"
     inference mode, hooks of gradient checkpointing, which would count the tensors that are saved,
     transforms and default devices.
     """
-    # A new thread starts at the first GPU.
-    here = (
-        torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else -1
-    )
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    # A new thread starts at the first GPU; a number below 0 names none.
+    here = torch.cuda.current_device() if on_gpu else -1
     answer: list[str] = []
 
     def ask() -> None:
-        with torch.cuda.device(here) if here >= 0 else nullcontext():
+        with torch.cuda.device(here):
             answer.append(_difference(module, device, asked))
 
     thread = threading.Thread(target=ask, daemon=True)
