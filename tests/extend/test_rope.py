@@ -71,7 +71,14 @@ def test_yarn_keeps_fast_and_interpolates_slow_channels() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"kind": "magic"}, {"kind": "yarn", "factor": 0.5}, {"kind": "yarn", "factor": math.nan}],
+    [
+        {"kind": "magic"},
+        {"kind": "yarn", "factor": 0.5},
+        {"kind": "yarn", "factor": math.nan},
+        {"kind": "linear", "factor": math.inf},
+        {"kind": "yarn", "beta_fast": 1.0, "beta_slow": 32.0},
+        {"kind": "llama3", "low_freq_factor": 4.0},
+    ],
 )
 def test_impossible_options(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

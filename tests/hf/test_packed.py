@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from longswift.core.errors import UnsupportedError
-from longswift.hf import convert, set_attention
+from longswift.hf import SwiftCache, convert, set_attention
 from longswift.memory.compressive import Infini
 from tests.hf.models import SPARSE, VOCAB, build, with_attention
 
@@ -92,6 +92,12 @@ def test_bounds_of_flash_attention_say_the_same() -> None:
     torch.testing.assert_close(model(**made, use_cache=False).logits, expected, rtol=0, atol=0)
     # A cache keeps Transformers from looking at positions; the bounds are heard all the same.
     torch.testing.assert_close(model(**made, use_cache=True).logits, expected, rtol=0, atol=0)
+    short = {key: value[:, :64] for key, value in made.items() if key.endswith("_ids")}
+    two = dict.fromkeys(bounds, torch.tensor([0, 40, 47, 64], dtype=torch.int32))
+    cache = SwiftCache(model.config)
+    found = model(**short, **two, past_key_values=cache).logits
+    again = model(**short, use_cache=False).logits
+    torch.testing.assert_close(found, again, rtol=0, atol=0)
     with pytest.raises(UnsupportedError, match="that say the same"):
         model(ids, position_ids=positions, use_cache=False, **{**bounds, "cu_seq_lens_k": None})
     whole = dict.fromkeys(bounds, torch.tensor([0, 68], dtype=torch.int32))

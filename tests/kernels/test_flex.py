@@ -117,12 +117,12 @@ def test_one_compilation_for_every_length_and_selection(monkeypatch: pytest.Monk
     torch._dynamo.reset()
 
 
+# Some versions of Transformers raise it for the whole process.
+@torch._dynamo.config.patch(recompile_limit=8)
 def test_any_number_of_head_shapes_and_scales(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a variant, and there may be more of them than Dynamo allows by default."""
     counter = CompileCounter()
     torch._dynamo.reset()
-    # Some versions of Transformers raise it for the whole process.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     compiled = torch.compile(flex._call, dynamic=True, fullgraph=True, backend=counter)
     monkeypatch.setattr(flex, "_compiled", lambda: compiled)
     monkeypatch.setattr(flex, "_dense", flex._fused)

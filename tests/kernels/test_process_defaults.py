@@ -79,6 +79,8 @@ same(strange)
 def test_a_first_call_under_autocast() -> None:
     _run("""
 with torch.autocast("cpu", dtype=torch.bfloat16):
-    strange = outcomes()
-same(strange)
+    first = outcomes()
+    same(first)
+assert {out.dtype for _, out, _ in first} == {torch.bfloat16}
+assert {backend for backend, *_ in first + outcomes()} == {"native"}
 """)

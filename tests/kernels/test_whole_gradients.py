@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longswift import Full, MSSwift
+from longswift import Full, MSSwift, UnsupportedError
 from longswift.core.mechanism import Mechanism
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import eager, native, reference
 from longswift.kernels.eager import whole
+from longswift.mechanisms import get_mechanism
 from longswift.mechanisms.patterned import full_pattern
 from tests.kernels import test_whole
 from tests.kernels.test_whole import Inputs
@@ -218,8 +219,43 @@ def test_gradients_may_come_expanded(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
-def test_second_derivatives_are_refused() -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["full", "sliding_window", "ms_swift", "hierarchical", "linear", "efficient", "performer"],
+)
+def test_second_derivatives_are_refused_and_never_0(name: str) -> None:
+    mechanism = get_mechanism(name)
+    q, k, v = (x.detach() for x in made(70, 70))
+
+    def loss(x: Tensor, power: int = 2, backend: str = "auto") -> Tensor:
+        return mechanism(x, k, v, backend=backend).out.pow(power).sum()
+
+    def penalty(power: int, backend: str, *, by_call: bool) -> Tensor:
+        scale = torch.ones(q.shape[-1], requires_grad=True)
+        x = q.clone().requires_grad_()
+        found = loss(x * scale, power, backend)
+        (grad,) = torch.autograd.grad(found, x, create_graph=True)
+        whole = found + grad.square().sum()
+        if by_call:
+            return torch.autograd.grad(whole, scale)[0]
+        whole.backward()
+        assert scale.grad is not None
+        return scale.grad
+
+    with pytest.raises(UnsupportedError, match="got a second derivative"):
+        torch.autograd.functional.hvp(loss, q, torch.ones_like(q))
+    for power in (1, 2):
+        for by_call in (False, True):
+            with pytest.raises(UnsupportedError, match="got a second derivative"):
+                penalty(power, "auto", by_call=by_call)
+    assert penalty(2, "reference", by_call=True).isfinite().all()
+
+
+def test_a_graph_that_nobody_differentiates_changes_nothing() -> None:
     q, k, v = made(70, 70)
-    (grad,) = torch.autograd.grad(MSSwift()(q, k, v).out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    found = [
+        torch.autograd.grad(MSSwift()(q, k, v).out.square().sum(), (q, k, v), create_graph=graph)
+        for graph in (False, True)
+    ]
+    for plain, kept in zip(*found, strict=True):
+        assert kept.requires_grad and torch.equal(plain, kept)

@@ -192,6 +192,12 @@ def test_inference_mode_and_autocast(case: Case) -> None:
     plainly = x.run(mechanism)
     with torch.inference_mode():
         assert torch.equal(x.run(mechanism).out, plainly.out)
+    rounded = x.to(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = x.run(mechanism)
-    torch.testing.assert_close(inside.out, plainly.out, rtol=1e-4, atol=1e-5)
+        # As with PyTorch's own attention; but for that, autocast changes nothing.
+        inside, below = x.run(mechanism), rounded.run(mechanism)
+    assert torch.equal(inside.out, below.out) and inside.out.dtype == torch.bfloat16
+    assert torch.equal(below.out, rounded.run(mechanism).out)
+    precise = x.to(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert precise.run(mechanism).out.dtype == torch.float64

@@ -146,15 +146,15 @@ def check_key_mask(key_mask: Tensor, batch: int, length: int) -> None:
 
 
 def under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of different dtypes in autocast's, as PyTorch's own attention takes them there.
+    """Inputs in autocast's dtype, as PyTorch's own attention takes them there.
 
-    Rotated queries and keys are fp32 under autocast, values are not.
+    Rotated queries and keys are fp32 under autocast, values are not; a cache makes them fp32, too.
     """
     given = q, k, v
     if not all(isinstance(x, Tensor) and x.dtype in FLOATS[:3] for x in given):
         return given
     device = q.device.type
-    if q.dtype == k.dtype == v.dtype or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return given
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
@@ -314,12 +314,15 @@ def check_transform(backend: str) -> None:
 
 
 def are_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are dense tensors and no other class, without tangents, q and k with 4 axes."""
+    """Whether these are dense tensors of no other class, q and k with 4 axes, and nothing else is
+    under way: tangents, transforms, autocast.
+    """
     return (
         type(q) is type(k) is type(v) is Tensor
         and q.layout is k.layout is v.layout is torch.strided
         and q.dim() == k.dim() == 4
         and _transform() is None
+        and not torch._C._is_any_autocast_enabled()
         # Nobody follows tangents: to ask each tensor takes a tenth of a short call.
         and (forward_ad._current_level < 0 or not carry_tangents(q, k, v))
     )

@@ -40,8 +40,9 @@ def merge(*parts: Partial) -> Partial:
     if len(parts) == 1:
         return parts[0]
     lse = torch.stack([part.lse for part in parts])
-    # Infinite minus infinite has no gradient, so rows without a key are kept out of both.
     nothing = (lse == float("-inf")).all(0)
+    # Infinite numbers have no second derivatives, and their differences not even first ones.
+    lse = lse.clamp(min=torch.finfo(lse.dtype).min / 2)
     total = torch.logsumexp(lse.masked_fill(nothing, 0.0), 0)
     weights = torch.exp(lse - total).unsqueeze(-1)
     out = parts[0].out * weights[0]

@@ -72,7 +72,7 @@ class RopeScaling:
                     fix="'yarn' is a good first choice.",
                 )
             )
-        if not self.factor >= 1.0 or self.original_length < 1:
+        if not 1.0 <= self.factor < math.inf or self.original_length < 1:
             raise ConfigError(
                 problem(
                     "rope scaling",
@@ -81,6 +81,16 @@ class RopeScaling:
                     fix="The factor is the wanted length over the trained one.",
                 )
             )
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+            if not 0.0 < getattr(self, low) < getattr(self, high) < math.inf:
+                raise ConfigError(
+                    problem(
+                        "rope scaling",
+                        expected=f"0 < {low} < {high}",
+                        got=f"{getattr(self, low)} and {getattr(self, high)}",
+                        fix="Leave both at what the model was published with.",
+                    )
+                )
 
     def frequencies(self, dim: int, base: float, length: int | None = None) -> tuple[Tensor, float]:
         """Angles per position, fp32 ``[dim / 2]``, and the factor on cosines and sines.

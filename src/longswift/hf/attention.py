@@ -76,7 +76,9 @@ def make_attention(name: str) -> AttentionFunction:
         seen = _what_is_seen(module, query, key, attention_mask, kwargs)
         sequences = _sequences(module, query, key, seen, *bounds)
         mechanism = _mechanism(module, name, seen, query.shape[2])
-        summary = _summary(mechanism, key, query.shape[2], seen)
+        summary = None
+        if sequences is None:
+            summary = _summary(mechanism, key, query.shape[2], seen)
         real = seen.real
         if seen.length < key.shape[2]:
             key, value = key[:, :, : seen.length], value[:, :, : seen.length]
@@ -294,7 +296,10 @@ def refuse_unsupported(module: nn.Module, dropout: float, kwargs: dict[str, Any]
     fix = "Use attn_implementation='eager' (or 'sdpa', if the model allows it)."
     if dropout:
         got = f"dropout {dropout}"
-        fix = "Set config.attention_dropout (attn_pdrop, attention_probs_dropout_prob) to 0."
+        fix = (
+            "Load the model with from_pretrained(..., attention_dropout=0.0) (attn_pdrop, "
+            "attention_probs_dropout_prob); layers keep the number they were built with."
+        )
     elif kwargs.get("output_attentions") or _weights_are_collected():
         got = "output_attentions=True"
         fix = "There are no attention weights to return; use attn_implementation='eager'."

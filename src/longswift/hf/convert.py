@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
@@ -20,7 +22,9 @@ from longswift.hf.families import Family, attention_layers
 from longswift.hf.global_attention import GlobalAttention, encoder_layers
 from longswift.hf.position import bias_of
 from longswift.hf.settings import (
+    GLOBALS,
     KEY,
+    MEMORY,
     attention_of,
     read_settings,
     set_attention,
@@ -33,7 +37,6 @@ from longswift.mechanisms.longformer import Longformer
 from longswift.memory import get_memory, memory_from_dict
 from longswift.memory.base import MemoryAttention, MemoryConfig
 
-_MEMORY, _GLOBALS = "memory", "global_projections"
 _CONVERTED = (ConvertedAttention, GlobalAttention)
 
 
@@ -52,12 +55,17 @@ class Conversion:
         self._settings = copy.deepcopy(getattr(config, KEY, None))
         self._implementation = config._attn_implementation
         self._replaced: list[tuple[str, nn.Module]] = []
+        self._hooks: list[RemovableHandle] = []
         self._active = True
 
     def replace(self, name: str, layer: nn.Module, new: nn.Module) -> None:
         """Put ``new`` in the place of an attention layer."""
         self.model.set_submodule(name, new)
         self._replaced.append((name, layer))
+
+    def watch(self, decoder: nn.Module) -> None:
+        """Refuse calls of ``decoder`` that would lose a state without a word."""
+        self._hooks.append(decoder.register_forward_pre_hook(_keeps_state, with_kwargs=True))
 
     def revert(self) -> None:
         """Restore the very modules, attention and settings. Further calls do nothing.
@@ -74,6 +82,8 @@ class Conversion:
                 layer.set_submodule(child, now.get_submodule(child))
             layer.train(now.training)
             self.model.set_submodule(name, layer)
+        for hook in self._hooks:
+            hook.remove()
         config = text_config(self.model)
         if self._settings is None:
             config.__dict__.pop(KEY, None)
@@ -149,9 +159,9 @@ def install(
     first = every if by_layer is None else next(iter(by_layer.values()), None)
     found: dict[int, tuple[str, nn.Module, Any]]
     if isinstance(first, Longformer):
-        key, found = _GLOBALS, {i: (*layer, None) for i, layer in encoder_layers(model).items()}
+        key, found = GLOBALS, {i: (*layer, None) for i, layer in encoder_layers(model).items()}
     else:
-        key = _MEMORY
+        key = MEMORY
         found = {int(x.layer_idx): (n, x, f) for n, x, f in attention_layers(model)}  # type: ignore[arg-type]
     chosen: Mapping[int, Any] = dict.fromkeys(found, every) if by_layer is None else by_layer
     wrong = [index for index in chosen if index not in found]
@@ -164,7 +174,7 @@ def install(
                 fix="Count from 0; a layer that was converted already must be reverted first.",
             )
         )
-    if key == _MEMORY:
+    if key == MEMORY:
         for index, memory in chosen.items():
             _check_layer(*found[index][1:], memory)
     handle = Conversion(model)
@@ -178,6 +188,9 @@ def install(
             else:
                 handle.replace(name, layer, ConvertedAttention(layer, family, given))
             handle.layers.append(index)
+        if key == MEMORY:
+            for owner in {".".join(found[index][0].split(".")[:-3]) for index in chosen}:
+                handle.watch(model.get_submodule(owner))
         config = text_config(model)
         stored = dict(read_settings(config).get(key, {}))
         # JSON knows only strings as keys.
@@ -187,6 +200,24 @@ def install(
         handle.revert()
         raise
     return handle
+
+
+def _keeps_state(decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """Before a forward: Transformers' checkpointing takes the cache away, and with it the state."""
+    cached = given.get("past_key_values", given.get("cache")) is not None
+    if cached and decoder.training:
+        layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if any(layer.gradient_checkpointing for layer in layers):
+            raise UnsupportedError(
+                problem(
+                    type(decoder).__name__,
+                    expected="no cache in training with gradient checkpointing, which drops it "
+                    "and the memory with it",
+                    got="past_key_values",
+                    fix="Call gradient_checkpointing_disable(), or wrap single layers with "
+                    "torch's apply_activation_checkpointing.",
+                )
+            )
 
 
 def from_pretrained(
@@ -214,7 +245,7 @@ def restore(model: PreTrainedModel, path: str | Path) -> None:
     present = {m.layer_idx for m in model.modules() if isinstance(m, _CONVERTED)}
     missing = [
         {int(i): build(c) for i, c in settings.get(key, {}).items() if int(i) not in present}
-        for key, build in ((_MEMORY, memory_from_dict), (_GLOBALS, from_dict))
+        for key, build in ((MEMORY, memory_from_dict), (GLOBALS, from_dict))
     ]
     if not any(missing):
         return
@@ -234,10 +265,14 @@ def restore(model: PreTrainedModel, path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), allow_patterns=["*.safetensors"]))
+    # A head more or less: one of the two carries the prefix, as for Transformers' own weights.
+    prefix = f"{model.base_model_prefix}."
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in wanted.keys() & set(tensors.keys()):
-                wanted.pop(name).data.copy_(tensors.get_tensor(name))
+            for stored in tensors.keys():  # noqa: SIM118 - not a dictionary
+                for name in (stored, prefix + stored, stored.removeprefix(prefix)):
+                    if name in wanted:
+                        wanted.pop(name).data.copy_(tensors.get_tensor(stored))
     if wanted:
         raise InputError(
             problem(

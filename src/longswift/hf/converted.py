@@ -44,6 +44,7 @@ class ConvertedAttention(nn.Module):
             self.memory = memory.build(shape)
         self.train(layer.training)
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden_states: Tensor,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 KEY = "longswift"
+# Where settings name layers that were replaced: by a memory, or for global projections.
+CONVERTED = MEMORY, GLOBALS = "memory", "global_projections"
 _ALIASES = {"ms_swift": "ms_swift", "ms-swift": "ms_swift"}
 
 
@@ -112,7 +114,18 @@ def resolve(module: nn.Module, name: str) -> Mechanism:
     settings = read_settings(config)
     known = _RESOLVED.get(module)
     if known is None or known.name != name or known.settings != settings:
-        mechanism = mechanism_for(config, name, getattr(module, "layer_idx", None))
+        layer = getattr(module, "layer_idx", None)
+        if any(str(layer) in settings.get(key, {}) for key in CONVERTED):
+            raise UnsupportedError(
+                problem(
+                    f"layer {layer}",
+                    expected="the layer that convert made of it, as its configuration says",
+                    got=f"{type(module).__name__}, without the memory it was saved with",
+                    fix="Load the model with longswift.hf.from_pretrained (and adapters with "
+                    "PeftModel.from_pretrained onto that).",
+                )
+            )
+        mechanism = mechanism_for(config, name, layer)
         known = _Resolved(name, copy.deepcopy(settings), mechanism)
         _RESOLVED[module] = known
     return known.mechanism

@@ -19,6 +19,7 @@ from longswift.core.inputs import (
     split_padding,
 )
 from longswift.core.softmax import accumulator_dtype
+from longswift.core.tracing import untraced
 from longswift.memory.state import State, join
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -132,6 +133,7 @@ class MemoryAttention(nn.Module, ABC):
     ) -> tuple[Tensor, State]:
         """Attend for an unpadded batch whose rows have all read the same number of tokens."""
 
+    @untraced
     def forward(
         self,
         tokens: Tokens,

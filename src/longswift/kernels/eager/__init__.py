@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
 from longswift.core.inputs import tracked
+from longswift.core.once import Saved, once
 from longswift.core.parallel import for_each
 from longswift.core.pattern import BlockPattern
 from longswift.core.softmax import accumulator_dtype
@@ -157,10 +157,10 @@ class _Attend(torch.autograd.Function):
         return found.out, found.lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Saved, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grad_outputs
-        q, k, v, values, out, lse = ctx.saved_tensors
+        q, k, v, values, out, lse = saved
         pattern, scale = ctx.pattern, ctx.scale
         acc = accumulator_dtype(q.dtype)
         delta = (d_out.to(acc) * out.to(acc)).sum(-1) - d_lse

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longswift.core.blocks import block_runs
+from longswift.core.once import Saved, once
 from longswift.core.softmax import accumulator_dtype
 
 # Bytes one run may hold.
@@ -163,10 +163,10 @@ class _Scan(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Saved, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_out, d_normaliser, *d_state = grad_outputs
-        q, k, v, *_ = ctx.saved_tensors
+        q, k, v, *_ = saved
         d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             for piece, state in reversed(ctx.done):

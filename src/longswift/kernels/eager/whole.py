@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from longswift.core.once import Saved, once
 from longswift.core.pattern import BlockPattern
 from longswift.core.rectangles import is_whole
 from longswift.core.softmax import accumulator_dtype
@@ -75,10 +75,10 @@ class _Attend(torch.autograd.Function):
         return found.out, found.lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Saved, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out, d_lse = grad_outputs
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse = saved
         if d_out is None:
             d_out = torch.zeros_like(out)
         grads = ctx.compute(q, k, v, ctx.causal, ctx.scale, out, lse, d_out, d_lse)

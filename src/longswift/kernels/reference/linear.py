@@ -88,7 +88,7 @@ def attend_exponential(
     ]
     per_row = torch.stack([_logsumexp(x) for x in scores], 3)
     total = _logsumexp(a + per_row)
-    share = a.softmax(3).log() - per_row if per_feature else a - total.unsqueeze(3)
+    share = a.log_softmax(3) - per_row if per_feature else a - total.unsqueeze(3)
     share = share.masked_fill(total.unsqueeze(3) == hidden, hidden)
     out = torch.zeros_like(total).unsqueeze(3)
     for r, (score, value) in enumerate(zip(scores, values, strict=True)):

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longswift.core.bias import ScoreBias
 from longswift.core.inputs import tracked
+from longswift.core.once import Saved, once
 from longswift.core.pattern import BlockPattern
 from longswift.core.remainder import attend_remainder
 from longswift.core.softmax import accumulator_dtype, merge
@@ -242,11 +242,11 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Saved, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         from longswift.kernels.triton.backward import backward
 
-        q, k, v, values, out, lse = ctx.saved_tensors
+        q, k, v, values, out, lse = saved
         d_out, d_lse = grad_outputs
         bias = d_values = None
         if values is not None:

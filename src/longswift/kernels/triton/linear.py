@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from longswift.core.once import Saved, once
 from longswift.core.softmax import accumulator_dtype
 from longswift.core.states import (
     FeatureMap,
@@ -187,10 +187,10 @@ class _AttendLinear(torch.autograd.Function):
         return out, norm, s_last, z_last
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once
+    def backward(ctx: Any, saved: Saved, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        q, k, v, s, z, out, norm = ctx.saved_tensors
+        q, k, v, s, z, out, norm = saved
         d_out, d_norm, d_s, d_z = grad_outputs
         if call.normalise:
             share = torch.where(has_weight(norm), norm, float("inf")).reciprocal()
