@@ -444,6 +444,9 @@ def test_impossible_conversions_leave_no_trace() -> None:
         convert(model, SlidingWindow())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="one of infini"):
         convert(model, "nothing")
+    for layers in (1, []):
+        with pytest.raises(ConfigError, match="one layer or more"):
+            convert(model, "infini", layers=layers)  # type: ignore[arg-type]
     assert model.config.to_dict() == before
     with convert(model, "infini", layers=[0]), pytest.raises(ConfigError, match="reverted first"):
         convert(model, "infini", layers=[0])

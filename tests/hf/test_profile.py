@@ -67,6 +67,15 @@ def test_a_profile_of_another_model_is_refused() -> None:
         assert model.config.to_dict() == before
 
 
+def test_a_profile_lacks_no_layer_that_sees_everything() -> None:
+    model = build("gemma3")
+    whole = replace(profile_for(model), architecture=architecture_of(model))
+    full = model.config.layer_types.index("full_attention")
+    lacking = replace(whole, layers={1 - full: whole.layers[1 - full]})
+    with pytest.raises(InputError, match=f"got none for {full}"):
+        set_profile(model, lacking)
+
+
 def test_stand_ins_run_where_the_configured_mechanism_would() -> None:
     model = build("llama")
     set_attention(model, SPARSE)

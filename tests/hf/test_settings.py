@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from longswift import Full, MSSwift, SlidingWindow, UnsupportedError, list_mechanisms
 from longswift.core.errors import ConfigError
-from longswift.hf import attention_of, implementation_names, set_attention
+from longswift.hf import attention_of, extend, implementation_names, set_attention
 from tests.hf.models import batch, build
 
 
@@ -152,6 +152,17 @@ def test_what_is_no_mechanism_is_refused(given: Any) -> None:
     with pytest.raises(ConfigError, match="a mechanism such as"):
         set_attention(model, Full(), layers={0: given})
     assert attention_of(model) is None
+
+
+def test_what_is_no_model_or_no_table_of_layers_is_refused() -> None:
+    model = build("llama")
+    with pytest.raises(ConfigError, match="for each layer index"):
+        set_attention(model, Full(), layers=[0])  # type: ignore[arg-type]
+    for other in (torch.nn.Linear(3, 3), torch.nn.DataParallel(model)):
+        with pytest.raises(ConfigError, match=r"a model of Transformers, got .*\.module"):
+            set_attention(other, "full")
+        with pytest.raises(ConfigError, match=r"a model of Transformers, got .*\.module"):
+            extend(other)
 
 
 def test_architectures_with_their_own_attention_are_refused() -> None:

@@ -146,6 +146,15 @@ def convert(
                 fix="Mechanisms need no new modules: use longswift.hf.set_attention.",
             )
         )
+    if layers is not None and (not isinstance(layers, Iterable) or not (layers := list(layers))):
+        raise ConfigError(
+            problem(
+                "layers",
+                expected="indices of one layer or more, such as [0, 2]",
+                got=repr(layers),
+                fix="Leave it out to convert all layers.",
+            )
+        )
     wanted = None if layers is None else dict.fromkeys(layers, given)
     return install(model, wanted, given)
 

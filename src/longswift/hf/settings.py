@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import AttentionInterface, PreTrainedModel
 
-from longswift.core.errors import ConfigError, UnsupportedError, problem
+from longswift.core.errors import ConfigError, InputError, UnsupportedError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.mechanisms import from_dict, get_mechanism, list_mechanisms
 from longswift.mechanisms.profile import Architecture, Profile, read_profile
@@ -39,7 +39,20 @@ def implementation_of(mechanism: Mechanism) -> str:
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of the model's text decoder (the model's own one for plain models)."""
+    """The configuration of the model's text decoder (the model's own one for plain models).
+
+    Raises:
+        ConfigError: No model of Transformers.
+    """
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ConfigError(
+            problem(
+                "model",
+                expected="a model of Transformers",
+                got=type(model).__name__,
+                fix="Pass the model itself, not what wraps it (often .module).",
+            )
+        )
     return model.config.get_text_config(decoder=True)
 
 
@@ -157,7 +170,17 @@ def set_attention(
         UnsupportedError: The architecture computes attention in code of its own, or has none.
         ConfigError: Something that is no mechanism, or no layer of the model.
     """
+    config = text_config(model)
     mechanism = _mechanism(mechanism)
+    if layers is not None and not isinstance(layers, Mapping):
+        raise ConfigError(
+            problem(
+                "layers",
+                expected="a mechanism for each layer index, such as {0: Full()}",
+                got=repr(layers),
+                fix="Leave it out to treat all layers alike.",
+            )
+        )
     others = {layer: _mechanism(other) for layer, other in dict(layers or {}).items()}
     own_code = not model._can_set_attn_implementation()
     if own_code or not _asks_interface(model):
@@ -169,7 +192,6 @@ def set_attention(
                 fix="Such a model cannot be given another attention; choose another architecture.",
             )
         )
-    config = text_config(model)
     count = int(config.num_hidden_layers)
     wrong = [i for i in others if i not in range(count)]
     if wrong:
@@ -241,4 +263,15 @@ def set_profile(model: PreTrainedModel, profile: Profile | str | Path) -> None:
     """
     profile = read_profile(profile)
     profile.check(architecture_of(model))
+    kinds = getattr(text_config(model), "layer_types", None) or ()
+    full = {index for index, kind in enumerate(kinds) if kind == "full_attention"}
+    if lacking := sorted(full - set(profile.layers)):
+        raise InputError(
+            problem(
+                "profile",
+                expected="settings for every layer that sees everything",
+                got=f"none for {', '.join(map(str, lacking))}",
+                fix="Make it again with longswift calibrate.",
+            )
+        )
     set_attention(model, profile.attention, profile.mechanisms())
