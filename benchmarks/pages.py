@@ -10,7 +10,8 @@ from typing import Any
 from longswift.core.files import write_text
 from longswift.eval import text
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+# Marks of its own: those of report.py hold other tables of the same page.
+BEGIN, END = "<!-- time and memory: begin -->", "<!-- time and memory: end -->"
 LENGTHS = (2048, 8192, 32768, 131072)
 
 

@@ -100,3 +100,26 @@ def test_diff_says_what_was_different(tmp_path: Path) -> None:
         Result(kind="attention", config=config, seed=0, rows=[row]).save(file)
     result = run("bench", "diff", tmp_path / "a.json", tmp_path / "b.json")
     assert result.exit_code == 0 and "options differ in dtype" in result.output
+
+
+@pytest.mark.parametrize("figure", ["1.0", float("nan"), -1.0, 0.0, None, True])
+def test_diff_refuses_figures_that_are_none(tmp_path: Path, figure: object) -> None:
+    good, bad = save(tmp_path / "a.json", 1.0), save(tmp_path / "b.json", 1.0)
+    content = json.loads(bad.read_text())
+    content["rows"][0]["seconds"] = figure
+    bad.write_text(json.dumps(content))
+    for pair in ((good, bad), (bad, good)):
+        said = refuse("bench", "diff", *pair)
+        assert "b.json" in said and "rows[0] (sdpa 8)" in said and "'seconds'" in said
+
+
+def test_diff_tells_what_only_one_result_holds(tmp_path: Path) -> None:
+    old, new = save(tmp_path / "a.json", 1.0), save(tmp_path / "b.json", 1.0)
+    content = json.loads(new.read_text())
+    content["rows"][0]["extra_bytes"] = None
+    new.write_text(json.dumps(content))
+    assert "note: " not in run("bench", "diff", old, new).output
+    content["rows"].append({"name": "full", "length": 8, "seconds": 1.0})
+    new.write_text(json.dumps(content))
+    told = run("bench", "diff", old, new)
+    assert told.exit_code == 0 and f"note: seconds of full 8 is only in {new}" in told.output

@@ -262,6 +262,13 @@ def test_tiny_refuses(tmp_path: Path) -> None:
     wrong = refuse("tiny", "train", "--out", tmp_path / "run", "--recipe", "rotory")
     assert "packaged, rotary" in wrong and "Did you mean 'rotary'" in wrong
     assert not (tmp_path / "run").exists()
+    for option in ("--threads", "--max-steps", "--seed"):
+        for value in ("-1",) if option == "--seed" else ("0", "-1"):
+            wrong = refuse("tiny", "train", "--out", tmp_path / "run", option, value)
+            assert option[2:].replace("-", "_") in wrong and f"got {value}" in wrong
+    assert "threads" in refuse("tiny", "card", tmp_path, "--threads", "0")
+    assert "seed" in refuse("tiny", "card", tmp_path, "--seed", "-1")
+    assert not (tmp_path / "run").exists()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert "windows" in refuse("tiny", "card", tmp_path, "--write")
 
@@ -312,3 +319,31 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LONGSWIFT_DEBUG", "1")
     result = run("bench", "attention", "--dtype", "int8")
     assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("command", ["generate", "report", "eval", "fidelity", "calibrate"])
+def test_a_scaling_needs_a_length_and_a_known_name(command: str, document: Path) -> None:
+    options = [command, "tiny", "--file", document]
+    assert "--max-length" in refuse(*options, "--rope", "linear")
+    assert "--max-length" in refuse(*options, "--rope", "none")
+    wrong = refuse(*options, "--max-length", "64k", "--rope", "default")
+    assert "one of linear, ntk, dynamic, yarn, llama3, none" in wrong
+
+
+def test_tuning_options_need_steps() -> None:
+    assert "--tune-steps" in refuse("compare", "--tune-rows", "3")
+    assert "--tune-steps" in refuse("compare", "--tune-rate", "0.1")
+
+
+def test_errors_name_what_the_command_knows(document: Path) -> None:
+    assert "float64, auto" in refuse("generate", "tiny", "--file", document, "--dtype", "foo")
+    assert "random-llama, random-llama-8b" in refuse("bench", "prefill", "random-foo")
+    for options in (["report", "tiny", "--file", document], ["eval", "tiny"]):
+        assert "--questions" in refuse(*options, "--tasks", "qa")
+    least = refuse("bench", "recall", "--length", "100")
+    assert "at least 1,072" in least and "--length 1072" in least
+
+
+def test_a_demo_too_short_to_leave_anything_out_says_so(tmp_path: Path) -> None:
+    told = run("demo", "--length", "100", "--documents", "1", "--output", tmp_path)
+    assert told.exit_code == 0 and "MS-SWIFT was exact here" in told.output

@@ -38,6 +38,24 @@ def test_a_page_shows_every_length_or_the_growth_over_many(tmp_path: Path) -> No
     assert "old" not in page.read_text() and page.read_text().endswith("after\n")
 
 
+def test_a_page_keeps_both_kinds_of_tables(tmp_path: Path) -> None:
+    timed = tmp_path / "timed.json"
+    asked = AttentionBench(
+        lengths=(2048,), memory=False, repeats=1, dtype="float32", mechanisms=({"name": "linear"},)
+    )
+    attention.run(asked, timed, progress=False)
+    far = tmp_path / "far.json"
+    assert run("approximation.py", "--length", "64", "--json", far).returncode == 0
+    page = tmp_path / "linear.md"
+    page.write_text("before\n<!-- figures: begin -->\n<!-- figures: end -->\nafter\n")
+    for _ in range(2):
+        assert run("pages.py", timed, tmp_path).returncode == 0
+        assert run("report.py", page, far).returncode == 0
+    content = page.read_text()
+    assert content.count("## Time and memory") == 1 and content.count("### far: ") == 1
+    assert content.count("| 2,048 |") == 1 and "| nystrom 64 |" in content
+
+
 def test_calibrations_are_counted_and_not_repeated(model_directory: Path, tmp_path: Path) -> None:
     text, data = tmp_path / "words.txt", tmp_path / "c.json"
     text.write_text("a list of values and the name of each value is short " * 120)

@@ -335,3 +335,19 @@ def test_what_cannot_be_measured_is_refused(model_directory: Path, ids: list[int
         fidelity_runs.rival_of("ms_swift,full", [], None)
     with pytest.raises(InputError, match="profile"):
         fidelity_runs.rival_of("ms_swift", [], "nowhere.json")
+
+
+def test_ids_may_be_a_tensor(loaded: Loaded, ids: list[int], measured: fidelity.Fidelity) -> None:
+    rows = torch.tensor([ids])
+    for given in (rows, rows[0], tuple(ids)):
+        found = fidelity.measure(loaded.model, given, SMALL, chunk=64)
+        assert found.to_rows() == measured.to_rows()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.ones(2, 8), torch.ones(2, 8, dtype=torch.long), torch.tensor(3), torch.ones(8), ["a"]],
+)
+def test_other_ids_are_refused(loaded: Loaded, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"tensor \[L\] or \[1, L\]"):
+        fidelity.measure(loaded.model, wrong, SMALL, chunk=64)

@@ -15,7 +15,7 @@ from longswift.core.errors import ConfigError, InputError, UnsupportedError
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.eval import pattern_plots, pattern_table
-from longswift.eval.patterns import Heads, Picture, Why, picture, reasons
+from longswift.eval.patterns import Heads, Picture, Why, options_in_words, picture, reasons
 from longswift.mechanisms import list_mechanisms
 
 
@@ -224,3 +224,11 @@ def test_picture_counts_its_reasons() -> None:
         density=1.0,
     )
     assert shown.length == 2 and shown.reasons == [Why.GLOBAL, Why.WINDOW, Why.CHOSEN]
+
+
+def test_a_title_shows_no_empty_options() -> None:
+    (mechanism,) = pattern_table.mechanisms("ms_swift", [], 64)
+    words = options_in_words(mechanism)
+    assert "dense_heads" not in words and "=," not in words and "windows=8/16/32" in words
+    (dense,) = pattern_table.mechanisms("ms_swift", ["dense_heads=[1]"], 64)
+    assert "dense_heads=1" in options_in_words(dense)

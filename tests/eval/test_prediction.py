@@ -13,6 +13,7 @@ import pytest
 from longswift.eval import calibration_runs
 from longswift.eval.calibration import Candidate, Tried, cheapest
 from longswift.eval.calibration_runs import Calibration
+from longswift.eval.calibration_summary import held, of_another
 from longswift.eval.halves import CHECK, CHOOSE, STRETCH, Half
 from longswift.eval.prediction import expected, margin, mean_share, pool, student
 from longswift.mechanisms import get_mechanism
@@ -125,7 +126,9 @@ def test_one_half_predicts_the_other(seed: int, tmp_path: Path) -> None:
     _, result = calibration_runs.run(asked(None, seed), tmp_path / "p.json", progress=False)
     found = result.summary
     assert found["off"] <= 0.01 and found["off"] <= found["off_margin"] <= 0.03
-    assert 0.8 < found["predicted"] < 0.97 and "prediction holds" in found["verdict"]
+    assert 0.8 < found["predicted"] < 0.97
+    # So short documents differ by more than the point that is asked for.
+    assert "CANNOT BE TOLD from 6 documents" in found["verdict"]
     assert len(found["predicted_each"]) == len(found["checked_each"]) == 6
 
 
@@ -146,3 +149,26 @@ def test_documents_that_differ_make_the_prediction_uncertain(tmp_path: Path) -> 
     assert found["off"] <= 0.02
     spread = max(found["predicted_each"]) - min(found["predicted_each"])
     assert spread > 5 * found["off"]
+
+
+@pytest.mark.parametrize(
+    ("off", "chance", "documents", "said"),
+    [
+        (0.003, 0.005, 8, "the prediction holds"),
+        (0.009, 0.188, 2, "CANNOT BE TOLD from 2 documents"),
+        (0.003, None, 1, "CANNOT BE TOLD from one document"),
+        (0.020, 0.005, 8, "the prediction DOES NOT HOLD"),
+        (0.020, 0.188, 2, "CANNOT BE TOLD"),
+    ],
+)
+def test_the_interval_decides_what_can_be_told(
+    off: float, chance: float | None, documents: int, said: str
+) -> None:
+    assert said in held(off, chance, documents)
+
+
+def test_few_documents_are_uncertain_however_alike() -> None:
+    alike = {"mean": 0.971, "low": 0.899, "high": 1.0, "each": [0.968, 0.974]}
+    assert "UNCERTAIN, because 2 documents are few" in of_another(alike)
+    many = {"mean": 0.966, "low": 0.946, "high": 0.986, "each": [0.96, 0.97, 0.975, 0.96]}
+    assert "UNCERTAIN" not in of_another(many)

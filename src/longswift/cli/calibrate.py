@@ -36,7 +36,7 @@ def calibrate(
     ] = None,
     blocks: Annotated[int, Option(help="Blocks tried per layer, document and half.")] = 8,
     max_length: positions.MaxLength = None,
-    rope: positions.Rope = "yarn",
+    rope: positions.Rope = None,
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     seed: Annotated[int, Option(help="Chooses the blocks.")] = 0,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",

@@ -38,8 +38,10 @@ def compare(
     tune_steps: Annotated[
         int, Option(help="Also fine-tune with each mechanism for so many steps and ask again.")
     ] = 0,
-    tune_rows: Annotated[int, Option(help="Sequences per step, each of --length tokens.")] = 2,
-    tune_rate: Annotated[float, Option(help="Peak learning rate.")] = 5e-4,
+    tune_rows: Annotated[
+        int | None, Option(help="Sequences per step, each of --length tokens; default: 2.")
+    ] = None,
+    tune_rate: Annotated[float | None, Option(help="Peak learning rate; default: 5e-4.")] = None,
     tune_file: Annotated[
         Path | None, Option(help="Text to train on; default: Python's library, not held out.")
     ] = None,
@@ -62,7 +64,7 @@ def compare(
     if not tune_steps:
         options.check_unused(
             "compare without --tune-steps",
-            {"--tune-file": tune_file},
+            {"--tune-rows": tune_rows, "--tune-rate": tune_rate, "--tune-file": tune_file},
             fix="Say how many steps to tune for.",
         )
     chosen, left_out = options.choose(attention, settings or ())
@@ -97,9 +99,9 @@ def compare(
         if not tune_steps
         else Tuning(
             steps=tune_steps,
-            rows=tune_rows,
+            rows=2 if tune_rows is None else tune_rows,
             length=options.length(length),
-            rate=tune_rate,
+            rate=5e-4 if tune_rate is None else tune_rate,
             file=None if tune_file is None else str(tune_file),
             seed=seed,
         ),

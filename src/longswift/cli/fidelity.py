@@ -28,7 +28,7 @@ def fidelity(
     ] = None,
     documents: Annotated[int, Option(help="Pieces of the text to measure.")] = 1,
     max_length: positions.MaxLength = None,
-    rope: positions.Rope = "yarn",
+    rope: positions.Rope = None,
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     exact_below: Annotated[
         str, Option(help="Longest document full attention reads; longer: sampled rows.")

@@ -26,7 +26,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, Option(help="Longest answer.")] = 256,
     max_length: positions.MaxLength = None,
-    rope: positions.Rope = "yarn",
+    rope: positions.Rope = None,
     chat: Annotated[bool, Option(help="Use the model's chat template, if it has one.")] = True,
     chunk: Annotated[int, Option(help="Tokens per forward pass while reading.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",

@@ -30,7 +30,7 @@ def report(
     samples: Annotated[int, Option(help="Documents per task and length.")] = 5,
     fidelity: Annotated[bool, Option(help="Compare every head with full attention.")] = True,
     max_length: positions.MaxLength = None,
-    rope: positions.Rope = "yarn",
+    rope: positions.Rope = None,
     chunk: Annotated[int, Option(help="Tokens per forward pass.")] = 1024,
     dtype: Annotated[str, Option(help="A dtype, or 'auto' for the checkpoint's.")] = "auto",
     device: Annotated[str, Option(help="cpu, cuda, mps.")] = "cpu",

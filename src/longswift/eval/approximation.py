@@ -143,5 +143,5 @@ def table(result: Result) -> text.Table:
     cells = [(name, *(cell(name, case) for case in cases)) for name in names]
     columns = ("", *(f"{'causal' if causal else 'both'}, {spread:g}" for causal, spread in cases))
     length, width = result.config["length"], result.config["head_dim"]
-    title = f"error against softmax attention, {length} tokens, heads of {width}"
+    title = f"error against softmax attention, {length:,} tokens, heads of {width}"
     return text.Table(title, columns, cells)

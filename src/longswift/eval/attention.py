@@ -307,6 +307,7 @@ def run(
         result,
         [{"length": length} for length in bench.lengths],
         rows_of,
+        record=AttentionRow,
         share=len(every) * (bench.repeats + 1 + bench.memory),
         summarise=lambda: {**summarise(result), "skipped": _skipped(bench, series(result))},
         output=output,

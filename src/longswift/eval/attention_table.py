@@ -135,7 +135,7 @@ def summarise(result: Result) -> dict[str, Any]:
         last = rows[-1]
         if not is_baseline(result, name):
             sentences.append(
-                f"{label(last, result)} at {last.length} tokens: {text.seconds(last.seconds)}, "
+                f"{label(last, result)} at {last.length:,} tokens: {text.seconds(last.seconds)}, "
                 f"{text.times_faster(last.speedup)} than {baseline_title(result)}, "
                 f"{_backward(last)}scoring {100 * last.density:.1f} % of the keys."
             )
@@ -159,7 +159,7 @@ def _backward(row: AttentionRow) -> str:
 def left_out(result: Result) -> list[str]:
     """A sentence for everything that was asked for and not timed."""
     return [f"{name} was left out: {why}" for name, why in result.config["left_out"].items()] + [
-        f"{case['name']} at {case['length']} tokens was left out: a call would take about "
+        f"{case['name']} at {case['length']:,} tokens was left out: a call would take about "
         f"{text.seconds(case['predicted_seconds'])}, more than the budget."
         for case in result.summary["skipped"]
     ]

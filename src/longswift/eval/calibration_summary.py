@@ -18,6 +18,8 @@ from longswift.mechanisms.profile import LayerProfile, Profile
 PROFILE, DEFAULT = "profile", "default"
 # How far the check may be from the prediction before the verdict says so.
 CLOSE = 0.01
+# The same for the interval of another document: eight that are so close to each other give less.
+NARROW = 0.025
 
 
 def by_document(
@@ -106,7 +108,7 @@ def verdict(result: Result, profile: Profile) -> str:
     heads = sum(len(layer.dense) for layer in profile.layers.values())
     if dense == heads:
         return _nothing_saved(result, heads, what)
-    held = "holds" if found["off"] <= CLOSE else "DOES NOT HOLD"
+    agrees = held(found["off"], found["off_margin"], len(found["checked_each"]))
     by_chance = found["off_margin"]
     chance = "" if by_chance is None else f" +- {100 * by_chance:.1f}"
     return (
@@ -114,10 +116,20 @@ def verdict(result: Result, profile: Profile) -> str:
         f"{100 * found['default']:.1f} %, for {100 * found['cost']:.0f} % of full attention's "
         f"keys (default {100 * found['default_cost']:.0f} %), choosing included; {dense} of "
         f"{heads} KV heads are dense. Checked on the half of the text that did not choose it, it "
-        f"keeps {100 * found['checked']:.1f} %: the prediction {held} (within 1 point; off by "
+        f"keeps {100 * found['checked']:.1f} %: {agrees} (within 1 point; off by "
         f"{100 * found['off']:.1f}{chance}, worst head by {100 * found['worst_head_off']:.1f}). "
-        f"{_of_another(found['another'])}"
+        f"{of_another(found['another'])}"
     )
+
+
+def held(off: float, chance: float | None, documents: int) -> str:
+    """Whether the check agrees with the prediction, by the interval of their difference."""
+    if chance is not None and off + chance <= CLOSE:
+        return "the prediction holds"
+    if off > CLOSE and chance is not None and off > chance:
+        return "the prediction DOES NOT HOLD"
+    many = f"{documents} documents" if documents > 1 else "one document"
+    return f"whether the prediction holds CANNOT BE TOLD from {many}"
 
 
 def _nothing_saved(result: Result, heads: int, what: str) -> str:
@@ -150,7 +162,7 @@ def _nothing_saved(result: Result, heads: int, what: str) -> str:
     )
 
 
-def _of_another(other: dict[str, Any] | None) -> str:
+def of_another(other: dict[str, Any] | None) -> str:
     """What to expect of text that was not read at all."""
     if other is None:
         return (
@@ -162,8 +174,10 @@ def _of_another(other: dict[str, Any] | None) -> str:
         f"Another document like these {count} is expected to keep {100 * other['mean']:.1f} % "
         f"(95 % interval for one: {100 * other['low']:.1f} to {100 * other['high']:.1f} %)"
     )
-    if spread <= CLOSE:
+    if spread <= CLOSE and other["mean"] - other["low"] <= NARROW:
         return f"{said}."
+    if spread <= CLOSE:
+        return f"{said}: UNCERTAIN, because {count} documents are few. Give a longer text."
     return (
         f"{said}: UNCERTAIN, because they differ by {100 * spread:.1f} points among themselves. "
         "Calibrate on text of the kind you will read, and leave the target some room."

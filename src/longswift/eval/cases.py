@@ -50,6 +50,7 @@ def measure(
     cases: Sequence[dict[str, Any]],
     rows_of: Callable[[dict[str, Any], Bar], Iterable[DataclassInstance]],
     *,
+    record: type[DataclassInstance],
     share: int,
     summarise: Callable[[], dict[str, Any]],
     output: str | Path | None,
@@ -62,13 +63,14 @@ def measure(
         result: Where rows go.
         cases: Fields of a row, by which the rows of each case are known.
         rows_of: The rows of a case; tells a bar of its steps.
+        record: What the rows are.
         share: Most steps of a case.
         summarise: The summary, once all rows are there.
         output: JSON file to write; finished cases are kept beside it until it is complete.
         fresh: Start over.
         progress: Show a bar on stderr.
     """
-    kept = Progress(result, output, fresh=fresh)
+    kept = Progress(result, output, fresh=fresh, records=record)
     with bar(len(cases) * share, "starting", shown=progress, timed=True) as whole:
         for case in cases:
             step = Share(whole, share)

@@ -13,7 +13,7 @@ from longswift.core.errors import check_positive
 from longswift.core.mechanism import Mechanism
 from longswift.eval import memory, options, reading
 from longswift.eval import text as text_of
-from longswift.eval.cost import Scored, count_keys, equal_cost_window
+from longswift.eval.cost import Scored, count_keys, equal_cost_window, scores_every_key
 from longswift.eval.documents import source
 from longswift.eval.exams import Exam, answer, exams
 from longswift.eval.models import TINY, Loaded, load
@@ -219,7 +219,7 @@ def run(demo: Demo, output: Path, *, fresh: bool = False, progress: bool = True)
         seed=demo.seed,
     )
     result = Result(kind="demo", config=_config(demo, loaded, text), seed=demo.seed, rows=[])
-    kept = Progress(result, target, fresh=fresh, finished=True)
+    kept = Progress(result, target, fresh=fresh, finished=True, records=DemoRow)
     swift = options.from_json(demo.mechanism)
     loaded.check_runs(swift)
     size = demo.documents * demo.length
@@ -256,12 +256,19 @@ def verdict(found: list[DemoRow]) -> str:
     by_name = {row.name: row for row in found}
     full, window, swift = (by_name[name] for name in (FULL, WINDOW, SWIFT))
     faster = text_of.times_faster(full.prefill_seconds / swift.prefill_seconds)
+    exact = ""
+    if scores_every_key(SWIFT, swift.density):
+        exact = (
+            " MS-SWIFT was exact here, as every query saw every key: nothing is saved at this "
+            "length, and nothing is learned. Give a greater --length."
+        )
     return (
         f"MS-SWIFT reads {swift.length:,} tokens in {swift.prefill_seconds:.1f} s, {faster} than "
         f"full attention, scoring "
         f"{100 * swift.density:.0f} % of the keys; it finds {swift.found} of {swift.asked} secrets "
         f"(full attention {full.found}, a window of equal cost {window.found}) at perplexity "
         f"{swift.perplexity:.2f} (full {full.perplexity:.2f}, window {window.perplexity:.2f})."
+        f"{exact}"
     )
 
 

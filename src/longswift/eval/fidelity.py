@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longswift.core.errors import InputError, problem
 from longswift.core.mechanism import Mechanism
 from longswift.eval.cost import equal_cost_window
 from longswift.eval.guarded import Guarded, GuardRow
@@ -29,6 +31,7 @@ from longswift.eval.judging import EndJudge, EndRow, HeadRow, LayerJudge
 from longswift.eval.progress import Bar, silent
 from longswift.eval.reading import check_chunk
 from longswift.eval.rivals import FULL, UNIFORM, WINDOW, Rival, Uniform
+from longswift.eval.rows import Records
 from longswift.eval.walk import Walk, on_trial
 from longswift.mechanisms.full import Full
 from longswift.mechanisms.profile import Profile
@@ -66,9 +69,31 @@ class Fidelity:
         return [*heads, *ends, *guard]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Head(HeadRow):
+    part: str
+    judge: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _End(EndRow):
+    part: str
+    judge: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guard(GuardRow):
+    part: str
+    judge: str
+
+
+# What ``Fidelity.to_rows`` gives, by its part.
+RECORDS: Records = ("part", {"head": _Head, "end": _End, "guard": _Guard})
+
+
 def measure(
     model: Any,
-    ids: Sequence[int],
+    ids: Sequence[int] | Tensor,
     mechanism: Mechanism | Profile,
     *,
     chunk: int = 1024,
@@ -83,7 +108,7 @@ def measure(
 
     Args:
         model: A causal language model of Transformers.
-        ids: Token ids of the document.
+        ids: Token ids of the document: numbers, or a tensor ``[L]`` or ``[1, L]``.
         mechanism: What to measure.
         chunk: Tokens per forward pass; a multiple of the mechanism's block.
         exact_below: Longest document the dense model reads.
@@ -92,10 +117,12 @@ def measure(
 
     Raises:
         ConfigError: The chunk is no multiple of the mechanism's block.
+        InputError: The ids are no whole numbers of one document.
         UnsupportedError: The architecture computes attention in code of its own.
     """
     own = Rival(name_of(mechanism), mechanism)
     check_chunk("chunk", chunk, own.choose(None))
+    ids = _numbers(ids)
     exact = len(ids) <= exact_below
     with on_trial(model), torch.inference_mode():
         walk = Walk(model, ids, chunk, step)
@@ -124,6 +151,30 @@ def measure(
         ends=ends.rows(document, keys),
         window=window,
         guard=guarded.rows(),
+    )
+
+
+def _numbers(ids: Sequence[int] | Tensor) -> list[int]:
+    """The ids of one document, whatever holds them."""
+    if not isinstance(ids, Tensor):
+        try:
+            return [index(one) for one in ids]
+        except TypeError:
+            got = "something else"
+    else:
+        one = ids.squeeze(0) if ids.dim() == 2 and ids.shape[0] == 1 else ids
+        whole = not one.is_floating_point() and not one.is_complex() and one.dtype != torch.bool
+        if one.dim() == 1 and whole:
+            found: list[int] = one.tolist()
+            return found
+        got = f"{str(ids.dtype).removeprefix('torch.')} of shape {list(ids.shape)}"
+    raise InputError(
+        problem(
+            "ids",
+            expected="whole numbers, as a list or a tensor [L] or [1, L]",
+            got=got,
+            fix="Give one document at a time, for example input_ids[0].",
+        )
     )
 
 

@@ -148,7 +148,7 @@ def run(
         model_sha256=loaded.fingerprint(),
     )
     result = Result(kind=KIND, config=config, seed=0, rows=[])
-    kept = Progress(result, target, fresh=fresh, finished=True)
+    kept = Progress(result, target, fresh=fresh, finished=True, records=fidelity.RECORDS)
     with bar(4 * text.tokens, "starting", shown=progress) as step:
         for number, ids in enumerate(text.documents):
             if kept.find(document=number) is not None:

@@ -16,7 +16,7 @@ from longswift.core.mechanism import Mechanism
 from longswift.eval import attention, attention_rivals, options, standings, suite, tuned_runs
 from longswift.eval import text as text_of
 from longswift.eval.attention import AttentionBench
-from longswift.eval.attention_table import series
+from longswift.eval.attention_table import AttentionRow, series
 from longswift.eval.cost import equal_cost_window
 from longswift.eval.documents import source
 from longswift.eval.judging import EndJudge
@@ -26,6 +26,7 @@ from longswift.eval.progress import bar
 from longswift.eval.reading import hidden_states
 from longswift.eval.results import Result, writable
 from longswift.eval.results import load as load_result
+from longswift.eval.rows import check_rows
 from longswift.eval.runner import FULL, SWIFT, WINDOW
 from longswift.eval.samples import samples
 from longswift.eval.suite import Suite
@@ -253,6 +254,7 @@ def _measured(bench: AttentionBench, path: Path | None, fresh: bool, progress: b
             before = None
         now = Result(kind="attention", config=bench.to_dict(), seed=bench.seed, rows=[])
         if before is not None and now.same_run(before):
+            check_rows(before.rows, AttentionRow, path)
             return before
     return attention.run(bench, path, fresh=fresh, progress=progress)
 
@@ -263,7 +265,7 @@ def _times(result: Result, found: dict[str, dict[str, Any]]) -> None:
         if name in skipped:
             case = skipped[name]
             took = text_of.seconds(case["predicted_seconds"])
-            found[name]["note"] = f"a call at {case['length']} tokens would take about {took}"
+            found[name]["note"] = f"a call at {case['length']:,} tokens would take about {took}"
         elif name in found:
             last = rows[-1]
             found[name].update(

@@ -127,11 +127,11 @@ def sentences(result: Result) -> list[str]:
     said = [f"{row['name']}: {row['note']}" for row in result.rows if row["note"]]
     tokens = result.config["text_tokens"]
     said += [
-        f"{name} is dense at {tokens} tokens: its quality says nothing."
+        f"{name} is dense at {tokens:,} tokens: its quality says nothing."
         for name in result.summary["dense"]
     ]
     said += result.summary.get("guards", [])
     window = result.summary["window"]
     if window is not None:
-        said.insert(0, f"sliding_window has {window} tokens, the cost of ms_swift.")
+        said.insert(0, f"sliding_window has {window:,} tokens, the cost of ms_swift.")
     return said

@@ -227,7 +227,7 @@ def load(
         InputError: Its logits are not finite.
     """
     if dtype != "auto":
-        options.dtype(dtype)
+        options.dtype(dtype, "auto")
     options.device(device)
     from longswift.eval.reading import check_readable
     from longswift.hf.loading import load as load_model

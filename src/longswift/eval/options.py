@@ -100,8 +100,8 @@ def counts(text: str, what: str = "counts", least: int = 0) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def dtype(name: str) -> torch.dtype:
-    """A dtype by its PyTorch name.
+def dtype(name: str, *also: str) -> torch.dtype:
+    """A dtype by its PyTorch name; ``also`` is what else the option takes, for the error.
 
     Raises:
         ConfigError: Not a floating dtype attention computes in.
@@ -111,7 +111,10 @@ def dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(
             problem(
-                "dtype", expected=f"one of {', '.join(DTYPES)}", got=repr(name), fix="Pick one."
+                "dtype",
+                expected=f"one of {', '.join((*DTYPES, *also))}",
+                got=repr(name),
+                fix="Pick one.",
             )
         )
     return getattr(torch, name)

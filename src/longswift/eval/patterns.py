@@ -252,7 +252,12 @@ def _distinct(mechanism: Mechanism, why: Tensor) -> tuple[Heads, ...]:
 
 def options_in_words(mechanism: Mechanism) -> str:
     """The configuration of a mechanism, in a line."""
-    config = {key: value for key, value in mechanism.to_dict().items() if key != "name"}
+    config = {
+        key: value
+        for key, value in mechanism.to_dict().items()
+        # An empty list says nothing in a title.
+        if key != "name" and value not in ((), [], "")
+    }
     words = ", ".join(f"{key}={_plain(value)}" for key, value in config.items())
     return words or "no options"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from longswift.core.errors import ConfigError, problem
 from longswift.core.mechanism import Mechanism
+from longswift.core.registry import unknown_name
 from longswift.eval import baselines, options
 from longswift.eval.cost import Scored, count_keys
 from longswift.eval.models import Loaded, load
@@ -257,6 +259,8 @@ def _load(bench: PhaseBench) -> Loaded:
         drawn: dict[str, Any] = {"dtype": options.dtype(bench.dtype), "device": bench.device}
         model = random_llama(longest, bench.seed, **_SHAPES[bench.model], **drawn)
         return Loaded(model=model, tokenizer=None, name=bench.model)
+    if bench.model.startswith("random-") and not Path(bench.model).is_dir():
+        raise unknown_name("model", bench.model, list(_SHAPES), "a directory", "a hub name")
     loaded = load(bench.model, dtype=bench.dtype, device=bench.device)
     limit = limit_of(loaded.model)
     if limit is not None and limit < longest:

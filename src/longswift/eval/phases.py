@@ -129,6 +129,7 @@ def run(
         result,
         [place._asdict() for place in bench.places()],
         lambda case, step: _measure(bench, work, Place(**case), measured, step),
+        record=PhaseRow,
         share=(len(bench.mechanisms) + 1) * (bench.repeats + 1 + measured),
         summarise=lambda: summarise(result),
         output=output,

@@ -65,13 +65,23 @@ class Recall:
     def __post_init__(self) -> None:
         counts = {k: v for k, v in asdict(self).items() if k not in ("certainty", "seed")}
         check_positive("recall", **counts)
-        fits = self.pairs <= self.rows <= self.length - self.pairs
-        if not fits or self.heads % self.kv_heads or not 0 < self.certainty < 1:
+        if self.length < self.rows + self.pairs:
+            least = self.rows + self.pairs
+            raise ConfigError(
+                problem(
+                    "recall.length",
+                    expected=f"at least {least:,}: {self.rows:,} positions that ask, and "
+                    f"{self.pairs:,} pairs before them",
+                    got=f"{self.length:,}",
+                    fix=f"Use --length {least}.",
+                )
+            )
+        if self.pairs > self.rows or self.heads % self.kv_heads or not 0 < self.certainty < 1:
             raise ConfigError(
                 problem(
                     "recall",
-                    expected="pairs <= rows <= length - pairs, heads a multiple of kv_heads, "
-                    "0 < certainty < 1",
+                    expected=f"at most {self.rows:,} pairs, which is how many rows ask, "
+                    "heads a multiple of kv_heads, 0 < certainty < 1",
                     got=f"{asdict(self)}",
                     fix="Change one of them.",
                 )

@@ -42,7 +42,9 @@ def card(directory: Path, *, threads: int, seed: int, write: bool) -> str:
         write: Also write the card beside the model.
     """
     from longswift.tiny import card as measuring
+    from longswift.tiny.config import check_run
 
+    check_run(threads=threads, seed=seed)
     if not (directory / "config.json").is_file():
         raise ConfigError(
             problem(

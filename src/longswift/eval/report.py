@@ -24,6 +24,7 @@ from longswift.eval.report_sections import (
     FIDELITY,
     FULL,
     READING,
+    RECORDS,
     RETRIEVAL,
     WINDOW,
     ReadingRow,
@@ -189,7 +190,7 @@ def run(report: Report, path: str | Path, *, fresh: bool = False, progress: bool
         model_sha256=loaded.fingerprint(),
     )
     result = Result(kind="report", config=config, seed=report.seed, rows=[])
-    kept = Progress(result, data, fresh=fresh, finished=True)
+    kept = Progress(result, data, fresh=fresh, finished=True, records=RECORDS)
     work = _Work(report, loaded, ids, kept)
     with bar(work.units, "starting", shown=progress) as step:
         work.run(step)

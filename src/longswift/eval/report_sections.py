@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from longswift.eval.results import Result
+from longswift.eval.rows import Records
 from longswift.eval.runner import MODEL
+from longswift.eval.scores import ScoreRow
 
 FULL, WINDOW = "full", "sliding_window"
 READING, RETRIEVAL, FIDELITY = "reading", "retrieval", "fidelity"
@@ -44,6 +46,85 @@ class ReadingRow:
     nll_by_part: list[float]
     windows: list[tuple[int, int, int]]
     guard: dict[str, Any] | None = None
+
+
+class _Cost(TypedDict):
+    mechanism: str
+    length: int
+    samples: int
+    seconds: float
+    keys_per_query: float | None
+    density: float | None
+    guard: dict[str, Any] | None
+
+
+class _Summary(TypedDict):
+    windows: dict[str, Any]
+    refused: dict[str, str]
+    cost: list[_Cost]
+    reused: int
+    how: dict[str, Any]
+
+
+class _Suite(TypedDict):
+    kind: str
+    config: dict[str, Any]
+    seed: int
+    rows: list[ScoreRow]
+    summary: _Summary
+    environment: dict[str, Any]
+    date: str
+    schema: int
+
+
+class _End(TypedDict):
+    keys_per_query: float
+    density: float
+    kl: float | None
+    agreement: float | None
+    perplexity: float
+    perplexity_ratio: float | None
+
+
+class _Head(TypedDict):
+    name: str
+    layer: int
+    head: int
+    density: float
+    captured_mean: float | None
+    captured_p10: float | None
+    captured_min: float | None
+    error: float
+
+
+class _Judged(TypedDict):
+    measured: str
+    judge: str
+    ends: dict[str, _End]
+    heads: list[_Head]
+    guard: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading(ReadingRow):
+    section: str
+
+
+class _Retrieval(TypedDict):
+    section: str
+    content: _Suite
+
+
+class _Fidelity(TypedDict):
+    section: str
+    content: _Judged
+
+
+# What the rows of a report are, by their section.
+RECORDS: Records = (
+    "section",
+    {READING: _Reading, RETRIEVAL: _Retrieval, FIDELITY: _Fidelity},
+)
 
 
 def readings(result: Result) -> list[ReadingRow]:

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from longswift.core.errors import InputError, problem
 from longswift.core.files import target_of, write_text
 from longswift.eval.environment import Environment, environment
+from longswift.eval.rows import Records, check_rows
 
 SCHEMA = 1
 # What files that are no JSON begin with where this library wrote them, or another did the like.
@@ -221,9 +222,13 @@ class Progress:
         path: Where the finished result will go, or None to keep nothing.
         fresh: Ignore rows that an earlier run left.
         finished: Rows of a finished result of the same run are reused, too.
+        records: What rows are; those of an earlier run are held against it.
 
     Attributes:
         reused: How many rows came from an earlier run.
+
+    Raises:
+        InputError: A row that an earlier run left, perhaps edited since, is no such record.
     """
 
     def __init__(
@@ -233,6 +238,7 @@ class Progress:
         *,
         fresh: bool = False,
         finished: bool = False,
+        records: Records | None = None,
     ) -> None:
         self.result = result
         self.file = None if path is None else Path(path).with_suffix(".partial.json")
@@ -242,6 +248,8 @@ class Progress:
         for earlier in (self.file, Path(path)) if finished else (self.file,):
             before = _same_run(result, earlier)
             if before is not None:
+                if records is not None:
+                    check_rows(before.rows, records, earlier)
                 self.result.rows.extend(before.rows)
                 self.reused = len(before.rows)
                 return

@@ -83,7 +83,7 @@ def dense(result: Result) -> dict[str, list[int]]:
 def guards(result: Result) -> list[str]:
     """How often each coverage guard fired while the documents were read, a sentence a length."""
     return [
-        f"{entry['mechanism']} at {entry['length']} tokens: "
+        f"{entry['mechanism']} at {entry['length']:,} tokens: "
         f"{guarded.sentence(entry['guard'], entry['density'])}"
         for entry in result.summary["cost"]
         if entry.get("guard") is not None
@@ -100,22 +100,22 @@ def sentences(result: Result) -> list[str]:
     said = [
         f"{name} keeps at least {100 * kept:.0f} % of full attention's score in every task and "
         f"length in which that is half right or better (least: {row.task} {row.metric} at "
-        f"{row.length} tokens, {row.score:.2f} against {full.score:.2f})."
+        f"{row.length:,} tokens, {row.score:.2f} against {full.score:.2f})."
         for name, (row, full, kept) in worst.items()
     ]
     windows = result.summary.get("windows", {})
     if windows:
-        sizes = ", ".join(f"{window} at {length} tokens" for length, window in windows.items())
+        sizes = ", ".join(f"{size:,} at {int(length):,} tokens" for length, size in windows.items())
         said.append(f"The window of equal cost is {sizes}.")
     said += [
-        f"{name} is dense at {length} tokens: it saves nothing there, and its scores say nothing."
+        f"{name} is dense at {length:,} tokens: it saves nothing there, and its scores say nothing."
         for name, lengths in dense(result).items()
         for length in lengths
     ]
     said += guards(result)
     said += [
-        f"{task} at {length} tokens: {refused} of {refused + samples} samples do not fit into this "
-        "length and were refused, not cut; ask for a greater one."
+        f"{task} at {length:,} tokens: {refused} of {refused + samples} samples do not fit into "
+        "this length and were refused, not cut; ask for a greater one."
         for task, length, samples, refused in dict.fromkeys(
             (row.task, row.length, row.samples, row.refused) for row in rows(result) if row.refused
         )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from longswift.core.errors import ConfigError, check_positive, problem
 from longswift.core.registry import unknown_name
+
+# What every generator of random numbers takes.
+_SEEDS = 2**63
 
 __all__ = ["RECIPES", "Config", "Stage", "recipe"]
 
@@ -58,6 +62,7 @@ class Config:
     """Settings of a run; the defaults are those of the packaged model.
 
     Raises:
+        ConfigError: Threads, seed or steps are no such numbers.
         ValueError: If positions are to leap and ``reach`` is None, or the family is not rotary.
 
     Attributes:
@@ -126,6 +131,7 @@ class Config:
     words: int = 60_000
 
     def __post_init__(self) -> None:
+        check_run(threads=self.threads, seed=self.seed, max_steps=self.max_steps)
         if self.reach is None and any(stage.leaps for stage in self.stages):
             raise ValueError("expected a reach for stages that leap, got None; set Config.reach")
         if self.reach is not None and self.family != "llama":
@@ -154,6 +160,22 @@ class Config:
         first, last = stage.rate
         flat = first + (last - first) * inside / stage.steps
         return min((step + 1) / max(1, self.warmup), flat)
+
+
+def check_run(*, threads: int, seed: int, max_steps: int | None = None) -> None:
+    """Raise ``ConfigError`` unless a run can have so many threads and steps, and this seed."""
+    check_positive("tiny", threads=threads)
+    if max_steps is not None:
+        check_positive("tiny", max_steps=max_steps)
+    if type(seed) is not int or not 0 <= seed < _SEEDS:
+        raise ConfigError(
+            problem(
+                "tiny.seed",
+                expected="a whole number from 0 to 2**63 - 1",
+                got=repr(seed),
+                fix="Give a small one, for example 1.",
+            )
+        )
 
 
 # Who repeats what it has read can say the number that follows its word directly. From there to a

@@ -21,9 +21,11 @@ def diff(
     from longswift.eval.results import load
 
     old, new = load(before), load(after)
-    changes = compare.compare(old, new, tolerance)
+    changes = compare.compare(old, new, tolerance, files=(before, after))
     for difference in compare.differences(old, new):
         render.remark(f"note: {difference}")
+    for figure in compare.alone(old, new, files=(before, after)):
+        render.remark(f"note: {figure}")
     render.table(*compare.table(changes, tolerance))
     worse = sum(change.worse for change in changes)
     typer.echo(f"{worse} of {len(changes)} figures are worse by more than {tolerance:.0%}.")

@@ -182,7 +182,7 @@ def too_short(task: Task, length: int, needed: int | None = None) -> DoesNotFit:
         problem(
             task.name,
             expected=f"room for {sample}",
-            got=f"a length of {length} tokens",
+            got=f"a length of {length:,} tokens",
             fix="Raise the length; samples are never truncated.",
         )
     )

@@ -66,7 +66,7 @@ class QA(base.Task):
                     f"{self.name}.file",
                     expected="a .jsonl file of documents, questions and answers",
                     got="none",
-                    fix="Give one with --set qa.file=questions.jsonl.",
+                    fix="Give one with --questions questions.jsonl.",
                 )
             )
 
