@@ -259,7 +259,8 @@ def _load(bench: PhaseBench) -> Loaded:
         drawn: dict[str, Any] = {"dtype": options.dtype(bench.dtype), "device": bench.device}
         model = random_llama(longest, bench.seed, **_SHAPES[bench.model], **drawn)
         return Loaded(model=model, tokenizer=None, name=bench.model)
-    if bench.model.startswith("random-") and not Path(bench.model).is_dir():
+    shaped = bench.model.startswith("random-") and "/" not in bench.model
+    if shaped and not Path(bench.model).is_dir():
         raise unknown_name("model", bench.model, list(_SHAPES), "a directory", "a hub name")
     loaded = load(bench.model, dtype=bench.dtype, device=bench.device)
     limit = limit_of(loaded.model)
