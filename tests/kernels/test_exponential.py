@@ -73,9 +73,11 @@ def test_chunks_are_the_quadratic_form(call: tuple[list[Tensor], dict[str, Any]]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         results.append([*parts, *grads])
     for fast, slow in zip(*results, strict=True):
-        # Terms as large as the largest entry may cancel in another one.
+        # Terms as large as the largest entry may cancel in another one, and an exponent is off by a
+        # rounding of its own size.
         limits = close(tensors[0].dtype)
-        limits["atol"] *= max(1.0, float(torch.where(slow.isfinite(), slow, 0.0).abs().max()))
+        largest = torch.where(slow.isfinite(), slow, 0.0).detach().abs().max()
+        limits["atol"] *= max(1.0, float(largest)) * max(1.0, float(tensors[1].abs().max()) / 30)
         torch.testing.assert_close(fast, slow, **limits)
     assert torch.equal(run(eager, tensors, options).out, results[0][0])
 
