@@ -70,21 +70,21 @@ class Fidelity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Head(HeadRow):
+class _Kept:
     part: str
     judge: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class _End(EndRow):
-    part: str
-    judge: str
+class _Head(_Kept, HeadRow): ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Guard(GuardRow):
-    part: str
-    judge: str
+class _End(_Kept, EndRow): ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guard(_Kept, GuardRow): ...
 
 
 # What ``Fidelity.to_rows`` gives, by its part.

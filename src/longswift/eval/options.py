@@ -273,6 +273,24 @@ def settings_of(settings: Sequence[str], chosen: Sequence[str]) -> list[str]:
     return [s for s in settings if s.partition(".")[0].strip().replace("-", "_") in known]
 
 
+def parted(
+    settings: Sequence[str], tasks: Sequence[str], mechanisms: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Settings of tasks, and those of mechanisms.
+
+    Raises:
+        ConfigError: One is neither.
+    """
+    check_targets(settings, [*tasks, *mechanisms])
+    mine = settings_of(settings, tasks)
+    return mine, [setting for setting in settings if setting not in mine]
+
+
+def is_set(settings: Sequence[str], target: str) -> bool:
+    """Whether one of ``settings`` is of ``target``, a ``name.option``."""
+    return target in (s.replace("-", "_").partition("=")[0].strip() for s in settings)
+
+
 def check_targets(settings: Sequence[str], chosen: Sequence[str]) -> None:
     """Check that each setting is ``NAME.OPTION=VALUE`` with a name among ``chosen``.
 

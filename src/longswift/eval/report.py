@@ -132,20 +132,17 @@ def asked(
         seed: Seed of the tasks.
         rest: The other fields of ``Report``.
     """
-    known = [name.replace("-", "_") for name in options.names(f"{attention},{tasks}")]
-    options.check_targets(settings, known)
     names = [] if tasks == "none" else [name.replace("-", "_") for name in options.names(tasks)]
-    mine = options.settings_of(settings, names)
-    left = [setting for setting in settings if setting not in mine]
+    others = [name.replace("-", "_") for name in options.names(attention)]
+    mine, left = options.parted(settings, names, others)
     found = options.mechanisms(attention, left)
-    given = [s.replace("-", "_").partition("=")[0].strip() for s in left]
     common = {"file": file, "seed": seed, "depths": samples}
     chosen = options.tasks(tasks, mine, questions=questions, **common) if names else {}
     return Report(
         file=file,
         mechanisms=tuple(mechanism.to_dict() for mechanism in found.values()),
         tasks=tuple(task.to_dict() for task in chosen.values()),
-        equal_cost=f"{WINDOW}.window" not in given,
+        equal_cost=not options.is_set(left, f"{WINDOW}.window"),
         samples=samples,
         seed=seed,
         **rest,

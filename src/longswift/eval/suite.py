@@ -123,19 +123,17 @@ def asked(
     """
     names = [name.replace("-", "_") for name in options.names(tasks)]
     ordered = [name.replace("-", "_") for name in options.names(attention)]
-    options.check_targets(settings, [*names, *(name for name in ordered if name != MODEL)])
-    mine = options.settings_of(settings, names)
+    mine, left = options.parted(settings, names, [name for name in ordered if name != MODEL])
     place = None if file is None else str(file)
     chosen = options.tasks(tasks, mine, questions=questions, form=form, file=place, seed=seed)
     others = ",".join(name for name in options.names(attention) if name != MODEL)
-    left = [setting for setting in settings if setting not in mine]
     # The model's own attention has no options.
     found = options.mechanisms(others or attention, left) if ordered != [MODEL] else {}
     mechanisms = {name: mechanism.to_dict() for name, mechanism in found.items()}
     return Suite(
         tasks=tuple(task.to_dict() for task in chosen.values()),
         mechanisms=tuple(mechanisms.get(name, {"name": name}) for name in ordered),
-        equal_cost=not any(s.replace("-", "_").startswith(f"{WINDOW}.window=") for s in left),
+        equal_cost=not options.is_set(left, f"{WINDOW}.window"),
         **rest,
     )
 

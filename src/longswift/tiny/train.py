@@ -270,9 +270,7 @@ def train(out_dir: str | Path, *, config: Config | None = None) -> Path:
         }
         replace(out / "checkpoint.pt", lambda path: torch.save(content, path))
 
-    end = min(
-        config.total_steps, config.max_steps if config.max_steps is not None else config.total_steps
-    )
+    end = min(config.total_steps, config.max_steps or config.total_steps)
     progress = Progress(
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),
