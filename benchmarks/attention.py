@@ -28,7 +28,14 @@ CASES = {
         "--lengths",
         "4096,32768,131072",
     ],
-    "attention-fp32-wide": [*RIVALS, *WIDE, "--dtype", "float32", "--lengths", "4096,32768"],
+    "attention-fp32-wide": [
+        *RIVALS,
+        *WIDE,
+        "--dtype",
+        "float32",
+        "--lengths",
+        "4096,32768,131072",
+    ],
     "attention-fp32-training": [
         *RIVALS,
         "--dtype",
