@@ -100,13 +100,31 @@ def test_bounds_of_flash_attention_say_the_same() -> None:
     torch.testing.assert_close(found, again, rtol=0, atol=0)
     with pytest.raises(UnsupportedError, match="that say the same"):
         model(ids, position_ids=positions, use_cache=False, **{**bounds, "cu_seq_lens_k": None})
-    whole = dict.fromkeys(bounds, torch.tensor([0, 68], dtype=torch.int32))
-    with pytest.raises(UnsupportedError, match="that say the same"):
-        model(ids, position_ids=positions, use_cache=False, **whole)
+    for wrong in ([0, 68], [0, 70, 68], [5, 73], [68], []):
+        others = dict.fromkeys(bounds, torch.tensor(wrong, dtype=torch.int32))
+        with pytest.raises(UnsupportedError, match="that say the same"):
+            model(ids, position_ids=positions, use_cache=False, **others)
     real = torch.ones_like(ids)
     real[0, :3] = 0
     with pytest.raises(UnsupportedError, match="padding"):
         model(ids, attention_mask=real, use_cache=False, **bounds)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", [False, True])
+def test_bounds_are_read_again_once_they_are_written_to(inference: bool) -> None:
+    """Layers share what one of them has read; a buffer that is filled anew is another row."""
+    model = with_attention("llama", "ms_swift")
+    ids = packed([60])[0]
+    with torch.inference_mode(inference):
+        bounds = torch.tensor([0, 40, 60])
+        for end in (40, 25):
+            bounds[1] = end
+            given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            positions = torch.cat([torch.arange(end), torch.arange(60 - end)])[None]
+            found = model(ids, position_ids=positions, use_cache=True, **given).logits
+            expected = model(ids, position_ids=positions, use_cache=False).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_memories_do_not_read_packed_sequences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ AttentionFunction = Callable[..., tuple[Tensor, None]]
 _DECODE_QUERIES = 64
 
 _PACKED = "packed sequences"
+# Where a tensor of bounds keeps its numbers.
+_READ = "_longswift_numbers"
 _REFUSED = {
     "attention_bias": "a bias on the scores",
     "block_indices": "a selection of blocks made by the model",
@@ -193,10 +196,17 @@ def _sequences(
     """
     if q_bounds is None and k_bounds is None:
         return seen.rule.sequences
-    if q_bounds is not None and k_bounds is not None and torch.equal(q_bounds, k_bounds):
-        lengths = tuple(n for n in q_bounds.diff().tolist() if n)
-        whole = sum(lengths) == query.shape[2] == key.shape[2] and query.shape[0] == 1
-        if whole and seen.real is None and seen.rule.sequences in (None, (lengths,)):
+    if q_bounds is not None and k_bounds is not None and _numbers(q_bounds) == _numbers(k_bounds):
+        ends = (0, *_numbers(q_bounds))
+        lengths = tuple(b - a for a, b in pairwise(ends) if b != a)
+        whole = ends[1:2] == (0,) and ends[-1] == query.shape[2] == key.shape[2]
+        if (
+            whole
+            and min(lengths) > 0
+            and query.shape[0] == 1
+            and seen.real is None
+            and seen.rule.sequences in (None, (lengths,))
+        ):
             return (lengths,)
     raise UnsupportedError(
         problem(
@@ -207,6 +217,18 @@ def _sequences(
             fix="Pass one row without padding and cache, as DataCollatorWithFlattening makes it.",
         )
     )
+
+
+def _numbers(bounds: Tensor) -> tuple[int, ...]:
+    """What a tensor holds; read once for all layers, as a GPU is waited for."""
+    if bounds.is_inference():
+        # Nobody counts what is written to it.
+        return tuple(bounds.tolist())
+    version, kept = getattr(bounds, _READ, (None, ()))
+    if version != bounds._version:
+        kept = tuple(bounds.tolist())
+        setattr(bounds, _READ, (bounds._version, kept))
+    return kept
 
 
 def _each(
