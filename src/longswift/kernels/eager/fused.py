@@ -49,6 +49,8 @@ def attend(
     if bias is not None:
         return _biased(q, k, v, job, band, causal, scale, bias)
     if causal and band.reach is None and job.width - job.shift == job.rows:
+        if job.rows == 1:
+            return _call(q, k, v, scale)
         # The fused kernel skips the upper triangle of a square, not of a rectangle.
         if job.shift == 0:
             return _call(q, k, v, scale, causal=True)
