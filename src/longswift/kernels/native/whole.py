@@ -26,8 +26,7 @@ def attend_whole(
 
     Returns:
         Output and log-sum-exp; None for what breaks the layout contract or holds NaN or infinity,
-        for several but few rows and many keys (to pack these would cost more than to read them),
-        and beyond 8,192 keys, unless there are at most 2**31 scores and a single row, or the
+        and beyond 8,192 keys, unless there are at most 2**31 scores and few rows, or the
         processor is AMD's or multiplies such inputs in 16 bits.
     """
     if not tracked(q, k, v):

@@ -115,9 +115,10 @@ class FewRows {
   }
 
   // Adds `count` keys: `key(i)` and `value(i)` are where they lie, `bias` is added to their scores
-  // unless it is null.
+  // unless it is null, and a row sees no more of them than `visible` says.
   template <typename T, typename Key, typename Value>
-  void add(int64_t count, const Key& key, const Value& value, const float* bias = nullptr) {
+  void add(int64_t count, const Key& key, const Value& value, const float* bias = nullptr,
+           const int64_t* visible = nullptr) {
     float* scores = mine_.scores.get(rows_ * kFewKeys);
     for (int64_t first = 0; first < count; first += kFewKeys) {
       const int64_t some = std::min(kFewKeys, count - first);
@@ -131,13 +132,15 @@ class FewRows {
         fetch_row(value(first + i), value_dim_);
       }
       for (int64_t r = 0; r < rows_; ++r) {
-        weigh(r, scores + r * kFewKeys, some, bias == nullptr ? nullptr : bias + first);
+        const int64_t seen = visible == nullptr ? some : std::clamp<int64_t>(visible[r] - first, 0, some);
+        weigh(r, scores + r * kFewKeys, some, seen, bias == nullptr ? nullptr : bias + first);
       }
       const auto find_value = [&](int64_t i) { return value(first + i); };
       add_values<T>(find_value, some, scores);
     }
   }
 
+  int64_t count() const { return rows_; }
   bool sees(int64_t row) const { return totals_[row] != 0.0f; }
 
   // Of each row: the sum of weighted values, the largest score, the sum of weights.
@@ -197,8 +200,8 @@ class FewRows {
 
   static constexpr int kTogether = kLanes == 16 ? 4 : 2;
 
-  // Turns scores into weights.
-  void weigh(int64_t row, float* scores, int64_t count, const float* bias) {
+  // Turns `count` scores, of which a row sees the first few, into weights.
+  void weigh(int64_t row, float* scores, int64_t count, int64_t seen, const float* bias) {
     const int64_t end = round_up(count, kLanes);
     Vec doubt(0.0f);
     for (int64_t i = 0; i < end; i += kLanes) {
@@ -209,7 +212,11 @@ class FewRows {
     for (int64_t i = 0; bias != nullptr && i < count; ++i) {
       scores[i] += bias[i];
     }
-    std::fill(scores + count, scores + end, kHidden);
+    if (seen == 0) {
+      std::fill(scores, scores + end, 0.0f);
+      return;
+    }
+    std::fill(scores + seen, scores + end, kHidden);
     float highest = max_over(scores, end);
     float& top = tops_[row];
     if (highest <= top) {

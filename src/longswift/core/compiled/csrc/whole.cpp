@@ -21,18 +21,26 @@ constexpr int64_t kAlone = 512;
 constexpr int64_t kMost = 8192;
 // Scores of a call, which nothing interrupts: some tenths of a second.
 constexpr int64_t kScores = int64_t{1} << 31;
-// Query rows for which it is worth while to pack more keys than `kAlone`; products of 16 bits are
-// cheap, even if most of their rows are nobody's.
-constexpr int64_t kFewest = 32;
-constexpr int64_t kFewestNarrow = 4;
-// Keys that a single row meets in one piece.
+// Query rows for which it is worth while to pack the keys; products of 16 bits are cheap, even if most of
+// their rows are nobody's.
+constexpr int64_t kFewest = 24;
+constexpr int64_t kFewestNarrow = 8;
+// Those of a group beyond `kMost` keys, which are packed into fresh memory.
+constexpr int64_t kFewestOfMany = 96;
+constexpr int64_t kFewestOfManyNarrow = 64;
+// Keys that few rows meet in one piece.
 constexpr int64_t kPiece = 1024;
 // Farther than any key.
 constexpr int64_t kFar = int64_t{1} << 40;
 
-// Whether every head of a group has one row, and they are few together.
-bool is_row(const at::Tensor& q, const at::Tensor& k) {
-  return q.size(2) == 1 && q.size(1) / k.size(1) <= kFewRows;
+// Whether rows are so few that keys are read where they lie.
+bool are_few(const at::Tensor& q, const at::Tensor& k) {
+  const bool narrow = multiplies(q.scalar_type());
+  const int64_t rows = q.size(2);
+  if (k.size(2) > kMost) {
+    return rows * (q.size(1) / k.size(1)) < (narrow ? kFewestOfManyNarrow : kFewestOfMany);
+  }
+  return rows < (narrow ? kFewestNarrow : kFewest);
 }
 
 template <typename T, typename F>
@@ -57,8 +65,8 @@ class Whole {
   // Whether all inputs are finite; if they are not, nothing else is of use.
   bool run() {
     const int64_t heads = q_.size(0) * kv_heads_, threads = at::get_num_threads();
-    if (is_row(q_, k_)) {
-      attend_row(heads);
+    if (are_few(q_, k_)) {
+      attend_few(heads);
       return finite_;
     }
     if (keys_ <= kAlone && heads % threads == 0) {
@@ -95,39 +103,47 @@ class Whole {
     return mine;
   }
 
-  // Every head's single row, pieces of its keys side by side.
-  void attend_row(int64_t heads) {
+  // A few of the rows of a group at a time, pieces of their keys side by side.
+  void attend_few(int64_t heads) {
+    const int64_t all = groups_ * queries_, slices = (all + kFewRows - 1) / kFewRows;
     const int64_t pieces = (keys_ + kPiece - 1) / kPiece;
-    const auto start = [&] {
-      return FewRows(groups_, q_.size(3), v_.size(3), scale_);
+    const auto start = [&](int64_t slice) {
+      const int64_t rows = std::min(kFewRows, all - slice * kFewRows);
+      return FewRows(rows, q_.size(3), v_.size(3), scale_);
     };
-    const int64_t size = start().saved_size();
-    float* saved = sums().get(heads * pieces * size);
-    for_each_index(heads * pieces, [&](int64_t i) {
-      const int64_t batch = i / pieces / kv_heads_, head = i / pieces % kv_heads_;
-      FewRows rows = start();
-      for (int64_t g = 0; g < groups_; ++g) {
-        rows.set(g, rows_of<const T>(q_, batch, head * groups_ + g).row(0));
+    const int64_t size = start(0).saved_size();
+    float* saved = sums().get(heads * slices * pieces * size);
+    for_each_index(heads * slices * pieces, [&](int64_t i) {
+      const int64_t head = i / pieces / slices, slice = i / pieces % slices;
+      const int64_t batch = head / kv_heads_, own = head % kv_heads_;
+      FewRows rows = start(slice);
+      const int64_t first = i % pieces * kPiece, count = std::min(kPiece, keys_ - first);
+      int64_t visible[kFewRows];
+      for (int64_t r = 0; r < rows.count(); ++r) {
+        const int64_t at = slice * kFewRows + r;
+        rows.set(r, rows_of<const T>(q_, batch, own * groups_ + at / queries_).row(at % queries_));
+        visible[r] = shape_.ahead == 0 ? keys_ - queries_ + at % queries_ + 1 - first : count;
       }
-      const auto keys = rows_of<const T>(k_, batch, head), values = rows_of<const T>(v_, batch, head);
-      const int64_t first = i % pieces * kPiece;
+      const auto keys = rows_of<const T>(k_, batch, own), values = rows_of<const T>(v_, batch, own);
       rows.add<T>(
-          std::min(kPiece, keys_ - first), [&](int64_t j) { return keys.row(first + j); },
-          [&](int64_t j) { return values.row(first + j); });
+          count, [&](int64_t j) { return keys.row(first + j); },
+          [&](int64_t j) { return values.row(first + j); }, nullptr, visible);
       rows.save(saved + i * size);
       if (!rows.finite()) {
         finite_ = false;
       }
     });
-    for (int64_t i = 0; i < heads; ++i) {
-      FewRows rows = start();
+    for (int64_t i = 0; i < heads * slices; ++i) {
+      FewRows rows = start(i % slices);
       for (int64_t p = 0; p < pieces; ++p) {
         rows.add_saved(saved + (i * pieces + p) * size);
       }
-      for (int64_t g = 0; g < groups_; ++g) {
-        const int64_t batch = i / kv_heads_, own = i % kv_heads_ * groups_ + g;
-        rows.store(g, rows_of<T>(out_, batch, own).row(0),
-                   lse_.data_ptr<float>() + batch * lse_.stride(0) + own * lse_.stride(1));
+      const int64_t batch = i / slices / kv_heads_, own = i / slices % kv_heads_;
+      for (int64_t r = 0; r < rows.count(); ++r) {
+        const int64_t at = i % slices * kFewRows + r, head = own * groups_ + at / queries_;
+        rows.store(r, rows_of<T>(out_, batch, head).row(at % queries_),
+                   lse_.data_ptr<float>() + batch * lse_.stride(0) + head * lse_.stride(1) +
+                       at % queries_);
       }
     }
   }
@@ -232,7 +248,6 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   }
   const bool fit = k.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(0) == k.size(0) &&
       v.size(1) == k.size(1) && v.size(2) == k.size(2) && q.size(1) % k.size(1) == 0;
-  const int64_t fewest = multiplies(q.scalar_type()) ? kFewestNarrow : kFewest;
   const bool by_unit =
       q.scalar_type() == at::kBFloat16 && takes_tiles<at::BFloat16>(q.size(3), v.size(3));
   const bool faster = by_unit || __builtin_cpu_is("amd");
@@ -240,9 +255,7 @@ bool takes(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double
   if (!fit || !(scale > 0.0) || (causal && q.size(2) > k.size(2))) {
     return false;
   }
-  return (is_row(q, k) && scores <= kScores) ||
-      ((k.size(2) <= kMost || (faster && scores <= kScores)) &&
-       (k.size(2) <= kAlone || q.size(2) >= fewest));
+  return ((are_few(q, k) || faster) && scores <= kScores) || k.size(2) <= kMost;
 }
 
 }  // namespace
