@@ -142,6 +142,57 @@ def test_summaries_change_nothing(n: int, seed: int, one: bool) -> None:
         torch.testing.assert_close(plain.lse, helped.lse, rtol=1e-9, atol=1e-11)
 
 
+@settings(max_examples=30)
+@given(st.data())
+def test_few_rows_are_decoded_one_by_one(data: st.DataObject) -> None:
+    """What checks some tokens together chooses what decoding each of them would choose."""
+    options = data.draw(
+        st.sampled_from(
+            [
+                {},
+                {"selector": "centroids"},
+                {"selector": "pooled"},
+                {"key_tokens": (16, 8)},
+                {"dense_heads": (1,)},
+                {"coverage": 0.8},
+                {"min_coverage": 0.5},
+                {"dense_below": 200},
+            ]
+        )
+    )
+    mechanism, rows = small(**options), data.draw(st.integers(2, 8))
+    n = data.draw(st.integers(rows, 260))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    q = torch.randn(2, 4, rows, 16, generator=generator)
+    k, v = torch.randn(2, 2, 2, n, 16, generator=generator)
+    cache = PagedKV()
+    with torch.no_grad():
+        keys, values = cache.append(k, v)
+        together = mechanism(q, keys, values, summary=cache.summary((0, 0)))
+        # Its own cache, which grows.
+        cache, parts = PagedKV(), []
+        cache.append(k[:, :, : n - rows], v[:, :, : n - rows])
+        for row in range(rows):
+            end = n - rows + row + 1
+            given_keys = cache.append(k[:, :, end - 1 : end], v[:, :, end - 1 : end])
+            part = mechanism(q[:, :, row : row + 1], *given_keys, summary=cache.summary((0, 0)))
+            parts.append(part)
+    torch.testing.assert_close(together.out, torch.cat([p.out for p in parts], 2))
+    torch.testing.assert_close(together.lse, torch.cat([p.lse for p in parts], 2))
+    mean = sum(p.stats.keys_per_query for p in parts) / rows
+    assert together.stats.keys_per_query == pytest.approx(mean)
+
+
+def test_few_rows_are_exact_where_choosing_costs_more() -> None:
+    """By default, as a single one is: up to four times as many bytes, or without summaries."""
+    mechanism = MSSwift()
+    k = torch.zeros(1, 2, 1, 64).expand(1, 2, 40_000, 64)
+    for rows, summarised in ((1, False), (4, False), (8, False), (4, True), (8, True)):
+        assert mechanism._is_dense(rows, k, summarised)
+    assert not mechanism._is_dense(1, k, True) and not mechanism._is_dense(9, k, False)
+    assert mechanism.reads_summary(1, k) and not mechanism.reads_summary(4, k)
+
+
 def test_decoding_by_head_groups_sums_no_page_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads with budgets of their own find their pools among those that the cache remembers."""
     mechanism = small(

@@ -41,6 +41,31 @@ def _check(pages: PagedKV, k: Tensor, v: Tensor, starts: list[int]) -> None:
         torch.testing.assert_close(summary.v_sum[one, :, :count], expected.v_sum)
         if start < k.shape[2]:
             assert summary.rows([row], slice(start, k.shape[2])) is not None
+    for end in (k.shape[2] // 2, k.shape[2]):
+        until, expected = summary.until(end), pages_until(k, v, starts, end, pages.page)
+        head = k.shape[1] - 1
+        heads = summary.heads([head]).until(end)
+        for row, count in enumerate(max(0, end - start) // pages.page for start in starts):
+            for name, right in expected[row].items():
+                found = getattr(until, name)[row, :, :count]
+                torch.testing.assert_close(found, right)
+                assert torch.equal(getattr(heads, name)[row, 0, :count], found[head])
+        if len(set(starts)) == 1 and until.k_sum.shape[2] >= 2:
+            sums = until.pool_sums(2)[0]
+            assert sums.shape[2] == until.k_sum.shape[2] // 2
+            torch.testing.assert_close(heads.pool_sums(2)[0], sums[:, [head]])
+
+
+def pages_until(
+    k: Tensor, v: Tensor, starts: list[int], end: int, page: int
+) -> list[dict[str, Tensor]]:
+    """What every row's summary of its first keys holds."""
+    found = []
+    for row, start in enumerate(starts):
+        own = KeySummary.build(k[row : row + 1, :, start:end], v[row : row + 1, :, start:end], page)
+        names = ("k_min", "k_max", "k_sum", "v_sum")
+        found.append({name: getattr(own, name)[0] for name in names})
+    return found
 
 
 @settings(max_examples=120)

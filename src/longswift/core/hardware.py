@@ -57,6 +57,10 @@ def _cpu_vendor() -> str:
 _CROSSOVERS = {"cpu": 4096, "cuda": 16384}
 # Bytes of keys and values that a device reads while MS-SWIFT chooses for a single row.
 _READ_BY_ROW = {"cpu": 1 << 24, "cuda": 1 << 32}
+# Queries that cost hardly more to read for than one does.
+_READ_TOGETHER = 4
+# Rows for which as many choices cost less than one for all of them, which looks at every key.
+_DECODED = {"cpu": 8}
 
 
 def crossover(device: torch.device | str) -> int:
@@ -64,12 +68,18 @@ def crossover(device: torch.device | str) -> int:
     return _CROSSOVERS.get(torch.device(device).type, _CROSSOVERS["cpu"])
 
 
-def row_crossover(k: torch.Tensor, *, summarised: bool) -> int:
-    """The same for a single query, which has all ``k [B, Hkv, Lk, D]`` and as wide values read.
+def decoded_rows(device: torch.device | str) -> int:
+    """Rows of a call up to which each chooses for itself, as when they are decoded in turn."""
+    return _DECODED.get(torch.device(device).type, 1)
 
-    Without page summaries a choice would read all keys, too.
+
+def row_crossover(k: torch.Tensor, *, queries: int = 1, summarised: bool) -> int:
+    """The same for few queries, which have all ``k [B, Hkv, Lk, D]`` and as wide values read.
+
+    Without page summaries a choice would read all keys, too. Each query has a choice of its own,
+    while keys are read once for some of them.
     """
     if not summarised:
         return k.shape[2]
-    read = _READ_BY_ROW.get(k.device.type, 0)
+    read = _READ_BY_ROW.get(k.device.type, 0) * min(queries, _READ_TOGETHER)
     return max(crossover(k.device), read // (2 * k.shape[1] * k.shape[3] * k.element_size()))

@@ -138,6 +138,20 @@ class KeySummary:
             pools=None if self.pools is None else self.pools.of_rows(rows),
         )
 
+    def until(self, length: int) -> KeySummary:
+        """Summary of the first ``length`` keys."""
+        pages = max(0, length - min(self.start, default=0)) // self.page
+        if pages >= self.k_min.shape[2]:
+            return self
+        return replace(
+            self,
+            part_of=self.part_of and (self.part_of[0].until(length), self.part_of[1]),
+            k_min=self.k_min[:, :, :pages],
+            k_max=self.k_max[:, :, :pages],
+            k_sum=self.k_sum[:, :, :pages],
+            v_sum=self.v_sum[:, :, :pages],
+        )
+
     def heads(self, heads: slice | list[int]) -> KeySummary:
         """Summary of some KV heads."""
         return replace(

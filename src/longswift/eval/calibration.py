@@ -118,7 +118,8 @@ class Tryout:
     def _try(self, call: Observed, layer: int, rows: slice, end: int) -> None:
         q, k, v = call.q[:, :, rows], call.k[:, :, :end], call.v[:, :, :end]
         kv_heads = k.shape[1]
-        summary = KeySummary.build(k, v, PAGE)
+        # With summaries a few rows would be taken for decoded ones.
+        summary = KeySummary.build(k, v, PAGE) if q.shape[2] == self._block else None
         truth = call.result.out[:, :, rows].double(), call.result.lse[:, :, rows]
         kept = self.kept.setdefault(layer, {})
         for name, mechanism in self._mechanisms(layer, kv_heads).items():

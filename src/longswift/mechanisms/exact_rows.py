@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longswift.core.hardware import crossover, row_crossover
+from longswift.core.hardware import crossover, decoded_rows, row_crossover
 from longswift.core.pattern import Band
 
 
@@ -21,7 +21,9 @@ def limit(dense_below: int | None, q_len: int, k: Tensor, *, summarised: bool) -
     """
     if dense_below is not None:
         return dense_below
-    return row_crossover(k, summarised=summarised) if q_len == 1 else crossover(k.device)
+    if q_len <= decoded_rows(k.device):
+        return row_crossover(k, queries=q_len, summarised=summarised)
+    return crossover(k.device)
 
 
 def count_exact(

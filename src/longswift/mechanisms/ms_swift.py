@@ -45,7 +45,6 @@ import torch
 from torch import Tensor
 
 from longswift.core.bias import PositionBias
-from longswift.core.errors import ConfigError, problem
 from longswift.core.hardware import crossover
 from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
@@ -56,9 +55,11 @@ from longswift.mechanisms.coverage import captured_mass
 from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.exact_rows import count_exact, limit
 from longswift.mechanisms.guard import Short, fill_densely, short_blocks, show_densely
+from longswift.mechanisms.in_turn import come_in_turn, forward_in_turn
 from longswift.mechanisms.ms_swift_checks import check_ms_swift
 from longswift.mechanisms.parts import joined, room_for
 from longswift.mechanisms.patterned import attend_at_once, full_pattern, pattern_stats
+from longswift.mechanisms.scales import band_of, windows_of_heads
 from longswift.mechanisms.selectors import make_selector
 from longswift.mechanisms.selectors.base import Request, Selection, Selector
 from longswift.mechanisms.sinks import sink_slots, tokens_listed
@@ -84,7 +85,8 @@ class MSSwift(Mechanism):
             ``mechanisms.selectors``, or a configured one.
         remainder: Pool size of the coarse remainder, or None to drop what was not selected. Twice
             that for queries beyond ``512 * remainder``, four times beyond twice that, and so on.
-        block: Queries that share a choice.
+        block: Queries that share a choice. With page summaries, that is behind a cache that keeps
+            them, up to 8 rows (on a GPU one) choose each for itself, as in decoding.
         scale_of_head: Index into ``windows`` for each KV head; None spreads the scales over the
             heads in turn, starting with the middle one, then the next narrower.
         causality: ``"shared"``: a block's choice depends on all its rows, nothing before the block
@@ -93,8 +95,8 @@ class MSSwift(Mechanism):
             Bidirectional attention has nothing to hide and is always shared.
         dense_below: Causal rows at positions below this are computed exactly and bidirectional
             inputs shorter than this are dense. None: 4,096 (on a GPU 16,384); for a single row, as
-            in decoding, up to 16 MiB of keys and values (on a GPU 4 GiB), and all without page
-            summaries.
+            in decoding, up to 16 MiB of keys and values (on a GPU 4 GiB), for up to 8 rows on a CPU
+            up to four times as many, and all without page summaries.
         dense_heads: KV heads that see every key.
         min_coverage: Blocks whose keys hold less than this share of the attention mass, judged by
             two probed rows (see ``mechanisms.guard``), are computed densely for that KV head. Not
@@ -154,20 +156,7 @@ class MSSwift(Mechanism):
 
     def window_of_head(self, kv_heads: int) -> tuple[int, ...]:
         """Window of each KV head, in tokens."""
-        if self.scale_of_head is None:
-            middle = len(self.windows) // 2
-            order = sorted(range(len(self.windows)), key=lambda s: (abs(s - middle), s))
-            return tuple(self.windows[order[head % len(order)]] for head in range(kv_heads))
-        if len(self.scale_of_head) != kv_heads:
-            raise ConfigError(
-                problem(
-                    "MSSwift.scale_of_head",
-                    expected=f"{kv_heads} entries, one per KV head",
-                    got=f"{len(self.scale_of_head)} entries",
-                    fix="Scales belong to KV heads; a GQA group shares one.",
-                )
-            )
-        return tuple(self.windows[scale] for scale in self.scale_of_head)
+        return windows_of_heads(self.windows, self.scale_of_head, kv_heads)
 
     @classmethod
     def from_profile(
@@ -199,15 +188,10 @@ class MSSwift(Mechanism):
     def bands(self, q_len: int, kv_heads: int, causal: bool) -> tuple[Band, ...]:
         """Band of each KV head."""
         grain = self._grain(q_len)
-        bands = []
-        for window in self.window_of_head(kv_heads):
-            tile = max(self.block, round((1 - self.overlap) * window) // self.block * self.block)
-            beyond = max(window - tile, round(self.overlap * window))
-            if not causal:
-                beyond = -(-beyond // 2)
-            beyond = -(-beyond // grain) * grain
-            bands.append(Band(tile=tile, left=beyond, right=0 if causal else beyond))
-        return tuple(bands)
+        return tuple(
+            band_of(window, self.overlap, self.block, grain, causal)
+            for window in self.window_of_head(kv_heads)
+        )
 
     def crossover(self, device: torch.device | str) -> int:
         """``dense_below`` on a device."""
@@ -264,6 +248,12 @@ class MSSwift(Mechanism):
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]
         exact_rows = self._exact_rows(q, k, call.causal, call.summary is not None)
+        if (
+            exact_rows < q_len
+            and not self._strict(call)
+            and come_in_turn(q_len, self.block, k, call)
+        ):
+            return forward_in_turn(self.name, self._forward, q, k, v, call, exact_rows)
         room = room_for(backend, q, k, v, call) if 0 < exact_rows < q_len else None
         parts: list[Partial] = []
         if exact_rows:
