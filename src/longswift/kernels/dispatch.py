@@ -18,6 +18,9 @@ from longswift.core.inputs import carry_tangents
 from longswift.kernels import eager, flex, native, reference, triton
 from longswift.kernels.checks import CHECKS
 
+# Channels that the compiled kernels take are multiples of this.
+VECTOR = native.VECTOR
+
 # What "auto" tries before the eager kernel, best first.
 _PREFERRED = {"cpu": ("native",), "cuda": ("triton", "flex")}
 
@@ -129,6 +132,11 @@ def attend_whole(
         return None
     part = native.attend_whole(q, k, v, causal, scale)
     return None if part is None else ("native", *part)
+
+
+def takes_vectors(x: Tensor) -> bool:
+    """Whether ``"auto"`` would be the compiled kernels, were the channels of ``x`` a multiple."""
+    return x.is_cpu and x.dtype in native.DTYPES and _native_on_cpu()
 
 
 @functools.cache

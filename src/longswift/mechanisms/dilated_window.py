@@ -32,6 +32,7 @@ from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats
 from longswift.kernels import dispatch
+from longswift.mechanisms.channels import filled_up
 from longswift.mechanisms.patterned import dense_keys, keys_of_rows
 from longswift.mechanisms.sliding_window import SlidingWindow
 
@@ -82,6 +83,7 @@ class DilatedWindow(Mechanism):
     def _dilations(self) -> tuple[int, ...]:
         return self.dilation if isinstance(self.dilation, tuple) else (self.dilation,)
 
+    @filled_up
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]

@@ -47,6 +47,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.softmax import accumulator_dtype, merge
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
+from longswift.mechanisms.channels import filled_up
 from longswift.mechanisms.chunked import Chunked
 from longswift.mechanisms.patterned import dense_keys, keys_of_rows
 
@@ -86,6 +87,7 @@ class Hierarchical(Mechanism):
                     problem(f"Hierarchical.{field}", expected=expected, got=got, fix=fix)
                 )
 
+    @filled_up
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len = q.shape[2], k.shape[2]

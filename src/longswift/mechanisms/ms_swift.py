@@ -51,6 +51,7 @@ from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, Partial
 from longswift.kernels import dispatch
 from longswift.mechanisms.by_head import attend_by_head, head_groups, visible_by_head
+from longswift.mechanisms.channels import filled_up, filled_up_choice
 from longswift.mechanisms.coverage import captured_mass
 from longswift.mechanisms.delta import add_delta
 from longswift.mechanisms.exact_rows import count_exact, limit
@@ -242,6 +243,7 @@ class MSSwift(Mechanism):
             return None
         return attend_at_once(self.name, q, k, v, causal, scale, backend)
 
+    @filled_up
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         if self._heads_differ:
             return attend_by_head(self.name, head_groups(self, k.shape[1]), q, k, v, call)
@@ -371,6 +373,7 @@ class MSSwift(Mechanism):
         pattern = replace(pattern, tokens=tokens, visible_from=since, listed=listed)
         return pattern, band_part
 
+    @filled_up_choice
     def _visible(self, q: Tensor, k: Tensor, call: Call) -> Tensor:
         if self._heads_differ:
             return visible_by_head(head_groups(self, k.shape[1]), q, k, call)

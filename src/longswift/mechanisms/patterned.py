@@ -17,6 +17,7 @@ from longswift.core.mechanism import Call, Mechanism
 from longswift.core.pattern import Band, BlockPattern
 from longswift.core.types import AttentionResult, AttentionStats, Partial
 from longswift.kernels import dispatch
+from longswift.mechanisms.channels import filled_up
 from longswift.mechanisms.stretches import pool_size, stretches
 
 
@@ -39,6 +40,7 @@ class Patterned(Mechanism):
         """Queries that see every key in bidirectional attention, by index; None for no such."""
         return None
 
+    @filled_up
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionResult:
         name, backend = dispatch.resolve(call.backend, q.device, q, k, v, bias=call.bias)
         q_len, k_len, kv_heads = q.shape[2], k.shape[2], k.shape[1]

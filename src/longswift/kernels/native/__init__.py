@@ -30,6 +30,8 @@ from longswift.kernels.native.whole import attend_by_rows, attend_whole
 from longswift.kernels.native.windows import attend_windows
 
 __all__ = [
+    "DTYPES",
+    "VECTOR",
     "WRITES_INTO",
     "attend",
     "attend_bands",
@@ -41,9 +43,9 @@ __all__ = [
 
 # `attend_bands` takes the memory of its result, and `attend` adds to it where it is.
 WRITES_INTO = True
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Channels are packed in vectors of 16.
-_CHANNELS = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Channels are packed in vectors of so many.
+VECTOR = 16
 
 
 def verify(device: torch.device) -> tuple[bool, str]:
@@ -63,10 +65,10 @@ def refusal(
         return f"{kernel}: the compiled kernels are those of softmax attention"
     if compiled.operators() is None:
         return compiled.reason() or "the compiled kernels do not load"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"{q.dtype}: the compiled kernels know fp32, bf16 and fp16"
-    if q.shape[3] % _CHANNELS or v.shape[3] % _CHANNELS:
-        return f"heads of {q.shape[3]} and {v.shape[3]}: both must be multiples of {_CHANNELS}"
+    if q.shape[3] % VECTOR or v.shape[3] % VECTOR:
+        return f"heads of {q.shape[3]} and {v.shape[3]}: both must be multiples of {VECTOR}"
     return None
 
 
