@@ -24,7 +24,7 @@ constexpr int64_t kScores = int64_t{1} << 31;
 // Query rows for which it is worth while to pack the keys; products of 16 bits are cheap, even if most of
 // their rows are nobody's.
 constexpr int64_t kFewest = 24;
-constexpr int64_t kFewestNarrow = 8;
+constexpr int64_t kFewestNarrow = 9;
 // Those of a group beyond `kMost` keys, which are packed into fresh memory.
 constexpr int64_t kFewestOfMany = 96;
 constexpr int64_t kFewestOfManyNarrow = 64;
