@@ -197,9 +197,9 @@ def _sequences(
     if q_bounds is None and k_bounds is None:
         return seen.rule.sequences
     if q_bounds is not None and k_bounds is not None and _numbers(q_bounds) == _numbers(k_bounds):
-        ends = (0, *_numbers(q_bounds))
-        lengths = tuple(b - a for a, b in pairwise(ends) if b != a)
-        whole = ends[1:2] == (0,) and ends[-1] == query.shape[2] == key.shape[2]
+        bounds = _numbers(q_bounds)
+        lengths = tuple(b - a for a, b in pairwise(bounds) if b != a)
+        whole = bounds[:1] == (0,) and bounds[-1] == query.shape[2] == key.shape[2]
         if (
             whole
             and min(lengths) > 0
